@@ -1,0 +1,1 @@
+"""Pretrain GPT-style language models from raw text."""
