@@ -1,0 +1,17 @@
+"""Text to token ids and back, exactly to the byte; how many bytes each token stands for.
+
+    build_tokenizer(kind, vocab_size, texts) ──> Tokenizer ──> encode, encode_documents ──> ids
+      bpe   trained here                            │          decode, TextStream      <── ids
+      char  the characters of the texts             │          token_bytes             ──> bits per byte
+      byte  the 256 bytes                           │
+      gpt2  OpenAI's 50,257 tokens                  └─ save / load: always a standard tokenizer.json
+      PATH  any byte-level tokenizer.json
+
+``tokenizer.py`` is the class and what it asks of a tokenizer.json, ``build.py`` makes one of each kind, ``gpt2.py``
+finds the published vocabulary.
+"""
+
+from pretrain.tokenizer.build import KINDS, build_tokenizer
+from pretrain.tokenizer.tokenizer import TextStream, Tokenizer
+
+__all__ = ["KINDS", "TextStream", "Tokenizer", "build_tokenizer"]

@@ -1,0 +1,450 @@
+"""The configuration of a run: frozen dataclasses, read from a recipe or TOML file, overridden on the command line.
+
+    recipes/NAME.toml or FILE.toml  →  Config  ←  --model.layers 6        →  config.toml in the run directory
+
+Each field's docstring below it is its help text on the command line. Validation happens when a dataclass is made, so a
+recipe, a file, the command line and Python all meet the same checks and the same one-line errors.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from pretrain.errors import UsageError
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The text to learn from and the order in which it is read."""
+
+    paths: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--data"])] = ()
+    """Text files, folders or glob patterns. None: the embedded corpus, the King James Bible."""
+    val_fraction: float = 0.05
+    """Share of the text, at its end, held out for validation."""
+    order: Literal["shuffled", "random", "sequential"] = "shuffled"
+    """Order of the training windows. shuffled: each epoch a fresh permutation of all of them; random: drawn with
+    replacement (as nanoGPT does); sequential: as they stand."""
+    stride: int = 0
+    """Tokens between the starts of neighbouring windows, for overlapping windows. 0: the context length, with a fresh
+    offset each epoch when shuffled."""
+
+    def __post_init__(self):
+        _require(0 <= self.val_fraction < 1, f"data.val_fraction must be in [0, 1), not {self.val_fraction}")
+        _require(self.stride >= 0, f"data.stride must be 0 or more tokens, not {self.stride}")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """How text becomes tokens."""
+
+    kind: str = "bpe"
+    """bpe (byte-level BPE trained on this text), char, byte, gpt2 (its 50,257 tokens), or a tokenizer.json's path."""
+    vocab_size: int = 4096
+    """Number of tokens for kind bpe; the other kinds have their own."""
+
+    def __post_init__(self):
+        _require(bool(self.kind), "tokenizer.kind is empty; choose bpe, char, byte, gpt2 or a tokenizer.json file")
+        if self.kind == "bpe":
+            _require(
+                self.vocab_size >= 257,
+                f"tokenizer.vocab_size must be at least 257 (256 bytes and the boundary token), not {self.vocab_size}",
+            )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The Transformer."""
+
+    layers: int = 4
+    """Transformer blocks."""
+    heads: int = 4
+    """Attention heads in each block."""
+    kv_heads: int = 0
+    """Key and value heads, shared by groups of heads (GQA). 0: as many as heads."""
+    width: int = 256
+    """Channels of the residual stream."""
+    head_width: int = 0
+    """Channels of one head. 0: width / heads."""
+    context_length: int = 128
+    """Tokens the model sees at once."""
+    mlp: Literal["gelu", "gelu_tanh", "relu2", "swiglu"] = "relu2"
+    """Activation of the MLP. gelu_tanh is GPT-2's approximation, relu2 the square of ReLU."""
+    mlp_width: int = 0
+    """Hidden channels of the MLP. 0: 4 x width, or 8/3 x width rounded up to a multiple of 64 for swiglu."""
+    position: Literal["rope", "learned", "none"] = "rope"
+    """How the model knows where a token stands."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """Normalisation before attention, before the MLP and at the end."""
+    norm_weight: bool = False
+    """Whether norms have a learned weight (and a bias when model.bias is on and norm is layernorm)."""
+    norm_eps: float = 1e-5
+    """Added to the variance in every norm."""
+    embedding_norm: bool = True
+    """Normalise right after the embedding."""
+    qk_norm: bool = True
+    """Normalise queries and keys, so that attention cannot saturate."""
+    bias: bool = False
+    """Biases on the projections and the MLP (and on layernorm)."""
+    qkv_bias: bool = False
+    """Biases on queries, keys and values."""
+    tied_head: bool = False
+    """Use the embedding as the output head."""
+    logit_softcap: float = 15.0
+    """Bound the logits smoothly: c * tanh(logits / c). 0: no bound."""
+    dropout: float = 0.0
+    """Dropout of the embedding, attention weights and residual branches."""
+    init: Literal["zero", "gpt2", "torch"] = "zero"
+    """Initialisation. zero: output projections 0 (with Muon); gpt2: normal 0.02, scaled at the projections; torch:
+    PyTorch's default for each layer."""
+
+    def __post_init__(self):
+        for name in ("layers", "heads", "width", "context_length"):
+            _require(getattr(self, name) >= 1, f"model.{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("kv_heads", "head_width", "mlp_width"):
+            _require(getattr(self, name) >= 0, f"model.{name} must be 0 or more, not {getattr(self, name)}")
+        if not self.head_width:
+            near = _nearest_multiple(self.width, self.heads)
+            _require(
+                self.width % self.heads == 0,
+                f"model.heads {self.heads} does not divide model.width {self.width}; try --model.width {near}",
+            )
+        if self.kv_heads:
+            _require(
+                self.heads % self.kv_heads == 0,
+                f"model.kv_heads {self.kv_heads} does not divide model.heads {self.heads}",
+            )
+        if self.position == "rope":
+            head_width = self.head_width or self.width // self.heads
+            _require(
+                head_width % 2 == 0,
+                f"rope needs an even head width, not {head_width} (model.width / model.heads)",
+            )
+        _require(0 <= self.dropout < 1, f"model.dropout must be in [0, 1), not {self.dropout}")
+        _require(self.logit_softcap >= 0, f"model.logit_softcap must be 0 or more, not {self.logit_softcap}")
+        _require(self.rope_theta > 0, f"model.rope_theta must be positive, not {self.rope_theta}")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How gradients become updates."""
+
+    kind: Literal["adamw", "muon"] = "muon"
+    """adamw for all parameters, or muon for the hidden matrices and adamw for the rest."""
+    lr: float = 0.02
+    """Peak learning rate: of the hidden matrices under muon, of everything under adamw."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the matrices."""
+    decay_all: bool = False
+    """Decay norms, biases and scalars too (adamw only)."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the first and second moment."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    momentum: float = 0.95
+    """Muon's momentum."""
+    embedding_lr: float = 0.02
+    """Peak learning rate of the embeddings under muon."""
+    head_lr: float = 0.02
+    """Peak learning rate of the output head under muon."""
+    scalar_lr: float = 0.02
+    """Peak learning rate of norms, biases and scalars under muon."""
+
+    def __post_init__(self):
+        for name in ("lr", "embedding_lr", "head_lr", "scalar_lr"):
+            _require(getattr(self, name) > 0, f"optim.{name} must be positive, not {getattr(self, name)}")
+        _require(self.weight_decay >= 0, f"optim.weight_decay must be 0 or more, not {self.weight_decay}")
+        for beta in (*self.betas, self.momentum):
+            _require(0 <= beta < 1, f"optim.betas and optim.momentum must be in [0, 1), not {beta}")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate over the steps, as a share of its peak."""
+
+    kind: Literal["cosine", "linear", "constant"] = "linear"
+    """Decay after the warmup: cosine over all remaining steps, linear over the last decay_fraction, or none."""
+    warmup_steps: int = 20
+    """Steps of linear rise from warmup_from to the peak."""
+    warmup_from: float = 0.0
+    """Share of the peak from which the warmup rises."""
+    decay_fraction: float = 0.6
+    """Share of all steps, at the end, over which a linear schedule falls."""
+    final: float = 0.0
+    """Share of the peak at the end of the decay."""
+
+    def __post_init__(self):
+        _require(self.warmup_steps >= 0, f"schedule.warmup_steps must be 0 or more, not {self.warmup_steps}")
+        for name in ("warmup_from", "decay_fraction", "final"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"schedule.{name} must be in [0, 1], not {value}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The run."""
+
+    steps: int = 420
+    """Optimizer steps."""
+    batch_tokens: int = 2048
+    """Tokens in the global batch of one step, over all machines and micro-batches."""
+    micro_batch: int = 0
+    """Rows in one forward and backward pass on one device. 0: the whole batch at once. It changes speed and memory,
+    never what is learned."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm. 0: no clipping."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the matrix products; weights stay fp32. auto: what this machine does fastest, measured."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile. auto: on a GPU."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to train. auto: cuda, else mps, else cpu."""
+    seed: int = 1337
+    """Fixes the initial weights, the data order, dropout and samples."""
+
+    def __post_init__(self):
+        _require(self.steps >= 1, f"train.steps must be at least 1, not {self.steps}")
+        _require(self.batch_tokens >= 1, f"train.batch_tokens must be at least 1, not {self.batch_tokens}")
+        _require(self.micro_batch >= 0, f"train.micro_batch must be 0 or more rows, not {self.micro_batch}")
+        _require(self.grad_clip >= 0, f"train.grad_clip must be 0 or more, not {self.grad_clip}")
+        _require(0 <= self.seed < 2**63, f"train.seed must be in [0, 2**63), not {self.seed}")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Validation during training."""
+
+    every: int = 100
+    """Steps between validations; always at the end. 0: only at the end."""
+    tokens: int = 0
+    """Validation tokens each time. 0: all that are held out. The last validation always takes all."""
+
+    def __post_init__(self):
+        _require(self.every >= 0, f"eval.every must be 0 or more steps, not {self.every}")
+        _require(self.tokens >= 0, f"eval.tokens must be 0 or more, not {self.tokens}")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept of the run."""
+
+    every: int = 200
+    """Steps between checkpoints; always at the end. 0: only at the end."""
+    at: tuple[int, ...] = ()
+    """Further steps at which to save; these checkpoints are never removed."""
+    keep_last: int = 2
+    """How many of the regular checkpoints to keep. 0: all."""
+
+    def __post_init__(self):
+        _require(self.every >= 0, f"checkpoint.every must be 0 or more steps, not {self.every}")
+        _require(self.keep_last >= 0, f"checkpoint.keep_last must be 0 or more, not {self.keep_last}")
+        _require(all(step > 0 for step in self.at), f"checkpoint.at must list steps of 1 or more, not {self.at}")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Text sampled at every validation."""
+
+    prompt: str = ""
+    """Text to continue. Empty: begin a new document."""
+    max_tokens: int = 64
+    """Tokens to sample. 0: no samples."""
+    temperature: float = 0.8
+    """Randomness: 0 always takes the likeliest token."""
+    top_k: int = 50
+    """Sample among the k likeliest tokens. 0: among all."""
+
+    def __post_init__(self):
+        _require(self.max_tokens >= 0, f"sample.max_tokens must be 0 or more, not {self.max_tokens}")
+        _require(self.temperature >= 0, f"sample.temperature must be 0 or more, not {self.temperature}")
+        _require(self.top_k >= 0, f"sample.top_k must be 0 or more, not {self.top_k}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run. A recipe is a TOML file over these fields."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def __post_init__(self):
+        tokens, length = self.train.batch_tokens, self.model.context_length
+        _require(
+            tokens % length == 0,
+            f"train.batch_tokens {tokens} is not a multiple of model.context_length {length};"
+            f" try --train.batch_tokens {_nearest_multiple(tokens, length)}",
+        )
+        rows = tokens // length
+        if self.train.micro_batch:
+            _require(
+                rows % self.train.micro_batch == 0,
+                f"train.micro_batch {self.train.micro_batch} does not divide the {rows} rows of the batch"
+                f" (train.batch_tokens / model.context_length)",
+            )
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows of ``model.context_length`` tokens in the global batch of one step."""
+        return self.train.batch_tokens // self.model.context_length
+
+
+# Fields that do not change what is learned: a run may be resumed with other values of these.
+FREE_FIELDS = frozenset({"train.micro_batch", "train.compile", "train.device"})
+FREE_SECTIONS = frozenset({"eval", "checkpoint", "sample"})
+
+
+def _nearest_multiple(value: int, of: int) -> int:
+    return max(1, round(value / of)) * of
+
+
+def load_config(recipe: str = "quickstart", **overrides: Any) -> Config:
+    """The configuration of a recipe by name or of a TOML file by path, with overrides by dotted field.
+
+    >>> load_config("quickstart", **{"model.layers": 2}).model.layers
+    2
+
+    Raises:
+        UsageError: there is no such recipe or file, a field is unknown or of the wrong type, or values contradict.
+    """
+    tree = tomllib.loads(recipe_text(recipe)) if recipe in recipe_names() else _read_toml(recipe)
+    for name, value in overrides.items():
+        section, _, leaf = name.partition(".")
+        if not leaf:
+            raise UsageError(f"unknown field '{name}': fields are written SECTION.NAME, such as model.layers")
+        tree.setdefault(section, {})[leaf] = value
+    return config_from_dict(tree, source=recipe)
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package, sorted."""
+    files = resources.files("pretrain.recipes").iterdir()
+    return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
+
+
+def recipe_text(name: str) -> str:
+    """The TOML text of a named recipe."""
+    return resources.files("pretrain.recipes").joinpath(f"{name}.toml").read_text(encoding="utf-8")
+
+
+def recipe_summary(name: str) -> str:
+    """What a named recipe is, in one line: the first comment of its file."""
+    return recipe_text(name).partition("\n")[0].lstrip("# ")
+
+
+def _read_toml(path: str) -> dict[str, Any]:
+    file = Path(path).expanduser()
+    if not file.is_file():
+        near = difflib.get_close_matches(path, recipe_names(), n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'?" if near else "'pretrain recipes' lists them"
+        raise UsageError(f"no recipe or TOML file named '{path}'; {hint}")
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid TOML: {error}") from None
+
+
+def config_from_dict(tree: Mapping[str, Any], source: str) -> Config:
+    """Build a Config from nested mappings such as a parsed TOML file; missing fields take their defaults.
+
+    Raises:
+        UsageError: one line that names ``source``, the field and, where there is one, the nearest right name.
+    """
+    try:
+        return _build(Config, tree, "", source)
+    except ValueError as error:
+        raise UsageError(f"{source}: {error}") from None
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """Nested plain values of every field, ready for TOML or JSON."""
+    return {
+        section.name: {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in dataclasses.asdict(getattr(config, section.name)).items()
+        }
+        for section in dataclasses.fields(config)
+    }
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Where two configurations would learn something different: ``model.layers 4 → 6``, one line a field."""
+    before, after = config_to_dict(old), config_to_dict(new)
+    return [
+        f"{section}.{key} {before[section][key]!r} → {value!r}"
+        for section, values in after.items()
+        if section not in FREE_SECTIONS
+        for key, value in values.items()
+        if value != before[section][key] and f"{section}.{key}" not in FREE_FIELDS
+    ]
+
+
+def _build(cls: type, tree: Mapping[str, Any], prefix: str, source: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    for name in tree:
+        if name not in hints:
+            raise UsageError(f"{source}: unknown field '{prefix}{name}'{_did_you_mean(name, prefix)}")
+    values = {}
+    for name, value in tree.items():
+        if dataclasses.is_dataclass(hints[name]):
+            if not isinstance(value, Mapping):
+                raise UsageError(f"{source}: [{prefix}{name}] must be a table of fields, not {value!r}")
+            values[name] = _build(typing.cast(type, hints[name]), value, f"{prefix}{name}.", source)
+        else:
+            values[name] = _coerce(value, hints[name], f"{prefix}{name}")
+    return cls(**values)
+
+
+def _did_you_mean(name: str, prefix: str) -> str:
+    section = prefix.rstrip(".")
+    if section:
+        names = [f"{prefix}{field}" for field in typing.get_type_hints(typing.get_type_hints(Config)[section])]
+    else:
+        names = [s.name for s in dataclasses.fields(Config)]
+    near = difflib.get_close_matches(f"{prefix}{name}", names, n=1, cutoff=0.4)
+    return f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(names)}"
+
+
+def _coerce(value: Any, hint: Any, name: str) -> Any:
+    """Check a plain value against a field's type; ints pass as floats and lists as tuples."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in arguments:
+            near = difflib.get_close_matches(str(value), [str(a) for a in arguments], n=1)
+            hint_text = f"; did you mean '{near[0]}'?" if near else ""
+            raise ValueError(f"{name} must be one of {', '.join(map(str, arguments))}, not {value!r}{hint_text}")
+        return value
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, (list, tuple)):
+            raise ValueError(f"{name} must be a list, not {value!r}")
+        inner = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(inner) != len(value):
+            raise ValueError(f"{name} must have {len(inner)} values, not {len(value)}")
+        return tuple(_coerce(item, kind, name) for item, kind in zip(value, inner, strict=True))
+    assert not isinstance(hint, types.UnionType), f"{name}: unions are not used in the configuration"
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ValueError(f"{name} must be {hint.__name__}, not {value!r}")
+    return value

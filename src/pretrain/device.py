@@ -1,0 +1,61 @@
+"""Which device and which arithmetic: chosen by looking and measuring, or forced by the configuration."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from pretrain.errors import UsageError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of ``train.device``; auto takes cuda, else mps, else cpu. A UsageError when it is not there."""
+    # Read by torch when MPS first runs: operations that MPS lacks then run on the CPU instead of failing.
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
+    if name == "auto":
+        name = next(kind for kind, check in available.items() if check())
+    if not available[name]():
+        raise UsageError(f"train.device is {name}, but torch sees none on this machine; use --train.device auto")
+    return torch.device(name)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The arithmetic of matrix products. Weights, optimizer state, loss and norms stay fp32."""
+
+    name: str
+    device: torch.device
+
+    def autocast(self) -> AbstractContextManager:
+        """The context of a forward pass."""
+        return nullcontext() if self.name == "fp32" else torch.autocast(self.device.type, DTYPES[self.name])
+
+
+def choose_precision(name: str, device: torch.device) -> Precision:
+    """The precision of ``train.precision``. auto: bf16 where it is clearly faster than fp32, else fp16 on old GPUs."""
+    if name == "auto":
+        if device.type == "cuda":
+            name = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+        elif device.type == "cpu":
+            name = "bf16" if _matmul_seconds(torch.bfloat16) * 1.3 < _matmul_seconds(torch.float32) else "fp32"
+        else:
+            name = "fp32"
+    return Precision(name, device)
+
+
+def _matmul_seconds(dtype: torch.dtype, size: int = 512) -> float:
+    """Best of a few products of two square matrices on the CPU."""
+    a = torch.ones(size, size, dtype=dtype)
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return min(times)

@@ -1,0 +1,81 @@
+"""Validation loss and bits per byte: a pass over held-out tokens, weighted by tokens, the same in any batch size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pretrain.device import Precision
+from pretrain.model import GPT
+from pretrain.tokens import IGNORE
+
+
+@dataclass(frozen=True)
+class LossResult:
+    """Sums over the counted targets, and what they say."""
+
+    nats: float
+    """Cross-entropy summed over all targets."""
+    tokens: int
+    """Targets counted."""
+    text_nats: float
+    """Cross-entropy summed over targets that stand for text, not for special tokens."""
+    text_bytes: int
+    """UTF-8 bytes of those."""
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy in nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss): among how many equally likely tokens the model hesitates, on average."""
+        return math.exp(min(self.loss, 700))
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits that a byte of text costs; comparable between tokenizers. Special tokens count in neither sum."""
+        return self.text_nats / (math.log(2) * self.text_bytes) if self.text_bytes else math.nan
+
+
+@torch.no_grad()
+def evaluate_loss(
+    model: GPT,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    token_bytes: np.ndarray,
+    precision: Precision,
+) -> LossResult:
+    """Run the model over batches of inputs and targets (B, T) and sum up.
+
+    Args:
+        model: put in evaluation mode for the pass, and back as it was.
+        batches: such as ``tokens.validation_batches``.
+        token_bytes: UTF-8 bytes of each token (V), 0 for special ones.
+        precision: of the forward pass, on the device where the model is.
+    """
+    device = precision.device
+    lengths = torch.from_numpy(token_bytes.astype(np.int64)).to(device)
+    sums = torch.zeros(4, dtype=torch.float64)
+    was_training = model.training
+    model.eval()
+    try:
+        for inputs, targets in batches:
+            targets = targets.to(device)
+            with precision.autocast():
+                losses = model(inputs.to(device), targets, reduction="none")
+            counted = targets != IGNORE
+            sizes = lengths[targets.clamp_min(0)] * counted
+            # Summed in float64 on the CPU: MPS has no float64, and a sum in fp32 depends on the batch size.
+            nats = losses.cpu().double()
+            text = (sizes > 0).cpu()
+            sums += torch.stack([nats.sum(), counted.cpu().sum(), nats[text].sum(), sizes.cpu().sum()]).double()
+    finally:
+        model.train(was_training)
+    nats, tokens, text_nats, text_bytes = sums.tolist()
+    return LossResult(nats, int(tokens), text_nats, int(text_bytes))

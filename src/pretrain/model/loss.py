@@ -1,0 +1,84 @@
+"""Next-token cross-entropy from the last hidden states, without ever holding all logits.
+
+The (tokens × vocabulary) matrix is made one chunk of rows at a time; each chunk's gradient is taken at once, while it
+is in cache, so that backward only scales what forward has already computed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pretrain.tokens.batches import IGNORE
+
+CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
+"""Logits held at once, by device: a CPU chunk stays in its cache, a GPU chunk keeps its matrix units busy."""
+
+
+def softcap(logits: Tensor, cap: float) -> Tensor:
+    """Bound logits smoothly to (-cap, cap): ``cap * tanh(logits / cap)`` (Gemma 2, arXiv 2408.00118). 0: unbounded."""
+    return logits if cap == 0 else cap * torch.tanh(logits / cap)
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, cap: float, reduction: str) -> Tensor:
+    """Cross-entropy in nats of ``softcap(x @ weight.T)`` against ``targets``, computed in chunks, softmax in fp32.
+
+    Args:
+        x: hidden states (..., C).
+        weight: the head (V, C), fp32.
+        targets: (...) token ids, or ``IGNORE``.
+        cap: the softcap of the logits; 0 for none.
+        reduction: ``sum`` (a scalar with gradients) or ``none`` (same shape as targets, without gradients).
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    losses = _LinearCrossEntropy.apply(x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), cap, reduction)
+    return losses if reduction == "sum" else losses.view_as(targets)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, cap: float, reduction: str) -> Tensor:
+        """X (N, C), weight (V, C), targets (N) → the sum of losses, or one for each row (N)."""
+        with torch.autocast(x.device.type, enabled=False):
+            return _LinearCrossEntropy._forward(ctx, x, weight, targets, cap, reduction)
+
+    @staticmethod
+    def _forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, cap: float, reduction: str) -> Tensor:
+        want_gradient = reduction == "sum" and any(ctx.needs_input_grad[:2])
+        w = weight.to(x.dtype)
+        losses = torch.zeros(x.shape[0], dtype=torch.float32, device=x.device)
+        grad_x = torch.empty_like(x) if want_gradient else None
+        grad_w = torch.zeros_like(weight, dtype=torch.float32) if want_gradient else None
+        rows = max(1, CHUNK_ELEMENTS.get(x.device.type, 2**24) // weight.shape[0])
+        for start in range(0, x.shape[0], rows):
+            chunk = slice(start, start + rows)
+            counted = targets[chunk] != IGNORE
+            index = targets[chunk].clamp_min(0)[:, None]
+            logits = (x[chunk] @ w.T).float()
+            if cap:
+                logits = logits.div_(cap).tanh_().mul_(cap)
+            log_total = torch.logsumexp(logits, dim=1, keepdim=True)
+            loss = log_total - logits.gather(1, index)
+            losses[chunk] = loss.squeeze(1) * counted
+            if grad_x is None or grad_w is None:
+                continue
+            # d loss / d logits = softmax - onehot, then through the cap: d capped / d raw = 1 - tanh^2
+            grad = torch.exp(logits - log_total)
+            grad.scatter_add_(1, index, torch.full_like(loss, -1.0))
+            if cap:
+                grad.mul_(logits.div_(cap).square_().neg_().add_(1))
+            grad = grad.mul_(counted[:, None]).to(x.dtype)
+            torch.mm(grad, w, out=grad_x[chunk])
+            grad_w += grad.T @ x[chunk]
+        if want_gradient:
+            ctx.save_for_backward(grad_x, grad_w)
+        return losses.sum() if reduction == "sum" else losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output: Tensor):
+        """Scale the gradients that forward computed."""
+        grad_x, grad_w = ctx.saved_tensors
+        return grad_x * grad_output.to(grad_x.dtype), grad_w * grad_output, None, None, None

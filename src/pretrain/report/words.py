@@ -1,0 +1,42 @@
+"""A run in words that someone new to language models understands."""
+
+from __future__ import annotations
+
+import math
+import shlex
+
+from pretrain.training import Run
+
+
+def explain(run: Run) -> str:
+    """What a finished run made, how good it is, and the next command to type."""
+    summary = run.summary
+    assert summary is not None, "only a finished run can be explained"
+    folder = shlex.quote(str(run.folder))
+    vocabulary, loss, bpb = summary["vocab_size"], summary["val_loss"], summary["val_bpb"]
+    lines = [
+        f"Made {run.folder}: a GPT of {summary['parameters'] / 1e6:.1f} million parameters, trained on"
+        f" {summary['tokens'] / 1e6:.2f} million tokens in {_duration(summary['seconds'])}.",
+    ]
+    if loss is not None:
+        lines.append(
+            f"  Held-out loss {loss:.3f} nats per token: before each next token it is as unsure as if it had to guess"
+            f" among {math.exp(min(loss, 50)):,.0f} equally likely ones. Knowing nothing would be {math.log(vocabulary):.3f},"
+            f" a guess among all {vocabulary:,}."
+        )
+    if bpb is not None:
+        lines.append(
+            f"  That is {bpb:.3f} bits per byte: with its predictions, held-out text could be packed into"
+            f" {bpb / 8:.0%} of its size. Random guessing of bytes would be 8."
+        )
+    lines += [
+        f"  Plot: {run.folder / 'loss.png'}   Numbers of every step: {run.metrics}",
+        f'Next, let it write:  pretrain sample {folder} --prompt "{run.config.sample.prompt or "And "}"',
+    ]
+    return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,106 @@
+"""Make a tokenizer of each kind. What it is made of differs; what comes out is always a standard tokenizer.json."""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as HFTokenizer
+
+from pretrain.errors import DataError, UsageError
+from pretrain.tokenizer.gpt2 import gpt2_tokenizer
+from pretrain.tokenizer.tokenizer import BOUNDARY, Tokenizer, byte_alphabet, byte_level, split_text
+
+KINDS = ("bpe", "char", "byte", "gpt2")
+
+MIN_FREQUENCY = 2  # a pair seen once teaches nothing: merging it would only learn the text by heart
+MAX_TOKEN_CHARACTERS = 128  # bytes really, as each is one character here; GPT-2's longest token has as many
+
+
+def build_tokenizer(kind: str, vocab_size: int, documents: Iterable[str]) -> Tokenizer:
+    """Make the tokenizer of this kind; texts in, the same tokenizer out, on any machine.
+
+    Args:
+        kind: ``bpe`` (byte-level BPE trained on the documents), ``char`` (their distinct characters, sorted),
+            ``byte`` (the 256 bytes), ``gpt2`` (the published vocabulary), or the path of a tokenizer.json.
+        vocab_size: the number of tokens of a ``bpe``, the boundary token included; the other kinds have their own.
+        documents: the texts to build ``bpe`` (training text) or ``char`` (all text) from; read once, and only by these.
+
+    The boundary token has the last id; ``char`` has one only if there is more than one document, so that a single text
+    gives exactly nanoGPT's vocabulary.
+
+    Raises UsageError for an unknown kind or a vocabulary below 257; DataError if the documents do not support so large
+    a vocabulary (it names the largest they do), hold no text, or a file cannot be found or used.
+    """
+    match kind:
+        case "bpe":
+            return train_bpe(vocab_size, documents)
+        case "char":
+            return char_tokenizer(documents)
+        case "byte":
+            return byte_tokenizer()
+        case "gpt2":
+            return gpt2_tokenizer()
+    if Path(kind).is_file():
+        return Tokenizer.load(kind)
+    if Path(kind).name != kind or Path(kind).suffix == ".json" or Path(kind).is_dir():  # it was meant as a path
+        raise UsageError(f"tokenizer.kind {kind!r}: no such file; give a tokenizer.json or one of {', '.join(KINDS)}")
+    near = difflib.get_close_matches(kind.lower(), KINDS, n=1, cutoff=0.4)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise UsageError(
+        f"tokenizer.kind {kind!r} is unknown{hint}; give {', '.join(KINDS)} or the path of a tokenizer.json"
+    )
+
+
+def train_bpe(vocab_size: int, documents: Iterable[str]) -> Tokenizer:
+    """Train a byte-level BPE with GPT-2's pre-tokenizer: 256 bytes, the merges, and the boundary token last."""
+    smallest = 256 + 1
+    if vocab_size < smallest:
+        raise UsageError(f"tokenizer.vocab_size is {vocab_size}: a bpe has at least {smallest} (256 bytes + 1 special)")
+    hf = byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        min_frequency=MIN_FREQUENCY,
+        max_token_length=MAX_TOKEN_CHARACTERS,
+        initial_alphabet=byte_alphabet(),
+        show_progress=False,
+    )
+    # In pieces, as the library's memory grows with the longest text; they are cut where no word is.
+    hf.train_from_iterator((piece for text in documents for piece in split_text(text)), trainer)
+    largest = hf.get_vocab_size() + 1
+    if largest == smallest < vocab_size:
+        raise DataError("the text is too short to train a bpe tokenizer on; give more, or use --tokenizer.kind byte")
+    if largest < vocab_size:
+        raise DataError(
+            f"the text is too small for tokenizer.vocab_size {vocab_size}: no pair of tokens occurs twice beyond "
+            f"{largest} entries; use --tokenizer.vocab_size {largest} or less, or give more text"
+        )
+    hf.add_special_tokens([BOUNDARY])
+    return Tokenizer(hf.to_str())
+
+
+def char_tokenizer(documents: Iterable[str]) -> Tokenizer:
+    """Make the vocabulary of the distinct characters of the documents, ids in their sorted order (as nanoGPT)."""
+    characters: set[str] = set()
+    count = 0
+    for count, text in enumerate(documents, start=1):  # noqa: B007 - the number of documents is used below
+        characters.update(text)
+    if not characters:
+        raise DataError("there is no text to take the characters of a char tokenizer from; give some with --data.paths")
+    # WordLevel with every character a word of its own; the unknown token is deliberately absent from the vocabulary, so
+    # that a character which is not in it is an error and never silently something else.
+    vocab = {character: id for id, character in enumerate(sorted(characters))}
+    hf = HFTokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    hf.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    hf.decoder = decoders.Fuse()
+    if count > 1:
+        hf.add_special_tokens([BOUNDARY])
+    return Tokenizer(hf.to_str())
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Make the vocabulary of the 256 bytes, each its own id, and the boundary token 256."""
+    vocab = {character: byte for byte, character in enumerate(byte_alphabet())}
+    hf = byte_level(models.BPE(vocab=vocab, merges=[]), use_regex=False)
+    hf.add_special_tokens([BOUNDARY])
+    return Tokenizer(hf.to_str())

