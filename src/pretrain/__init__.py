@@ -1,1 +1,33 @@
-"""Pretrain GPT-style language models from raw text."""
+"""Pretrain GPT-style language models from raw text.
+
+The few names that make a training script of twenty lines; see examples/. Each is imported when first used, so that
+``import pretrain`` alone costs nothing.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pretrain.config import Config, load_config
+    from pretrain.errors import PretrainError
+    from pretrain.generation import sample_text
+    from pretrain.training import Console, Run, train
+
+__all__ = ["Config", "Console", "PretrainError", "Run", "load_config", "sample_text", "train"]
+
+_HOMES = {
+    "Config": "config",
+    "Console": "training",
+    "PretrainError": "errors",
+    "Run": "training",
+    "load_config": "config",
+    "sample_text": "generation",
+    "train": "training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pretrain' has no attribute '{name}'")
+    from importlib import import_module
+
+    return getattr(import_module(f"pretrain.{_HOMES[name]}"), name)

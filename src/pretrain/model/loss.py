@@ -78,7 +78,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_output: Tensor):
+    def backward(ctx, grad_output: Tensor):  # type: ignore[override]
         """Scale the gradients that forward computed."""
         grad_x, grad_w = ctx.saved_tensors
         return grad_x * grad_output.to(grad_x.dtype), grad_w * grad_output, None, None, None

@@ -19,10 +19,11 @@ def explain(run: Run) -> str:
         f" {summary['tokens'] / 1e6:.2f} million tokens in {_duration(summary['seconds'])}.",
     ]
     if loss is not None:
+        choices = f"{math.exp(min(loss, 50)):,.0f}"
         lines.append(
             f"  Held-out loss {loss:.3f} nats per token: before each next token it is as unsure as if it had to guess"
-            f" among {math.exp(min(loss, 50)):,.0f} equally likely ones. Knowing nothing would be {math.log(vocabulary):.3f},"
-            f" a guess among all {vocabulary:,}."
+            f" among {choices} equally likely ones. Knowing nothing would be {math.log(vocabulary):.3f}, a guess among"
+            f" all {vocabulary:,}."
         )
     if bpb is not None:
         lines.append(

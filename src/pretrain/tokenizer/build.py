@@ -1,7 +1,8 @@
 """Make a tokenizer of each kind. What it is made of differs; what comes out is always a standard tokenizer.json."""
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
@@ -12,6 +13,9 @@ from pretrain.tokenizer.gpt2 import gpt2_tokenizer
 from pretrain.tokenizer.tokenizer import BOUNDARY, Tokenizer, byte_alphabet, byte_level, split_text
 
 KINDS = ("bpe", "char", "byte", "gpt2")
+
+LONG_RUN = 1000
+_LONG_RUN = re.compile(rf"(?<!\S)\S{{{LONG_RUN},}}|(?<!\s)\s{{{LONG_RUN},}}")
 
 MIN_FREQUENCY = 2  # a pair seen once teaches nothing: merging it would only learn the text by heart
 MAX_TOKEN_CHARACTERS = 128  # bytes really, as each is one character here; GPT-2's longest token has as many
@@ -65,8 +69,7 @@ def train_bpe(vocab_size: int, documents: Iterable[str]) -> Tokenizer:
         initial_alphabet=byte_alphabet(),
         show_progress=False,
     )
-    # In pieces, as the library's memory grows with the longest text; they are cut where no word is.
-    hf.train_from_iterator((piece for text in documents for piece in split_text(text)), trainer)
+    hf.train_from_iterator(_training_pieces(documents), trainer)
     largest = hf.get_vocab_size() + 1
     if largest == smallest < vocab_size:
         raise DataError("the text is too short to train a bpe tokenizer on; give more, or use --tokenizer.kind byte")
@@ -77,6 +80,22 @@ def train_bpe(vocab_size: int, documents: Iterable[str]) -> Tokenizer:
         )
     hf.add_special_tokens([BOUNDARY])
     return Tokenizer(hf.to_str())
+
+
+def _training_pieces(documents: Iterable[str]) -> Iterator[str]:
+    """Cut texts for the trainer: its memory grows with the longest text, its time with the square of the longest word.
+
+    Texts are cut where no word is, so that it learns from the words it will meet; only runs of LONG_RUN characters
+    or more without (or of nothing but) white space are cut anywhere.
+    """
+    for text in documents:
+        for piece in split_text(text):
+            start = 0
+            for run in _LONG_RUN.finditer(piece):
+                for end in range(run.start() + LONG_RUN, run.end(), LONG_RUN):
+                    yield piece[start:end]
+                    start = end
+            yield piece[start:]
 
 
 def char_tokenizer(documents: Iterable[str]) -> Tokenizer:

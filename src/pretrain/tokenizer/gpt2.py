@@ -74,9 +74,7 @@ def _read_folder(folder: Path) -> Vocabulary | None:
         if (file := folder / "tokenizer.json").is_file():
             return _read_tokenizer_json(file.read_bytes())
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"{folder}: the GPT-2 vocabulary there cannot be read ({error}); delete or replace it"
-        ) from error
+        raise DataError(f"{folder}: the GPT-2 vocabulary there cannot be read ({error}); replace it: {MEND}") from error
     return None
 
 

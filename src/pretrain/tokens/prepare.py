@@ -48,6 +48,7 @@ def prepare(config: Config, folder: Path, say: Callable[[str], None] = lambda _:
     )
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
+    made_parent = not folder.parent.exists()
     temporary.mkdir(parents=True)
     try:
         shards = tuple(
@@ -62,8 +63,11 @@ def prepare(config: Config, folder: Path, say: Callable[[str], None] = lambda _:
         tokenizer.save(temporary / "tokenizer.json")
         manifest.save(temporary)
         temporary.rename(folder)
-    finally:
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        if made_parent:
+            folder.parent.rmdir()
+        raise
     return Prepared(folder, manifest, tokenizer)
 
 

@@ -47,8 +47,9 @@ class Console:
         )
         parameters = sum(p.numel() for p in model.parameters())
         self.say(f"model     {parameters:,} parameters, context {run.config.model.context_length}")
+        epochs = f"{batches.epoch(train.steps):.1f} epochs"
         self.say(
-            f"training  {train.steps:,} steps of {train.batch_tokens:,} tokens = {batches.epoch(train.steps):.1f} epochs"
+            f"training  {train.steps:,} steps of {train.batch_tokens:,} tokens = {epochs}"
             f" ({precision.device.type}, {precision.name}) → {run.folder}"
         )
         if done:

@@ -1,0 +1,53 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pretrain.model import loss as loss_module
+from pretrain.model.loss import linear_cross_entropy, softcap
+from pretrain.tokens import IGNORE
+
+
+def reference(x, weight, targets, cap, reduction):
+    logits = softcap(x @ weight.T, cap)
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE, reduction=reduction)
+
+
+@pytest.fixture
+def case():
+    torch.manual_seed(0)
+    x = torch.randn(3, 7, 16, requires_grad=True)
+    weight = torch.randn(50, 16, requires_grad=True)
+    targets = torch.randint(0, 50, (3, 7))
+    targets[1, 2:5] = IGNORE
+    return x, weight, targets
+
+
+@pytest.mark.parametrize("cap", [0.0, 15.0, 2.0])
+@pytest.mark.parametrize("chunk", [50, 50 * 4, 2**20])  # 1 row, 4 rows (a ragged last chunk), all at once
+def test_loss_and_gradients_equal_pytorch(case, cap: float, chunk: int, monkeypatch):
+    monkeypatch.setitem(loss_module.CHUNK_ELEMENTS, "cpu", chunk)
+    x, weight, targets = case
+    ours = linear_cross_entropy(x, weight, targets, cap, "sum")
+    theirs = reference(x, weight, targets, cap, "sum")
+    torch.testing.assert_close(ours, theirs)
+    ours_gradients = torch.autograd.grad(3 * ours, (x, weight))
+    for a, b in zip(ours_gradients, torch.autograd.grad(3 * theirs, (x, weight)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_one_loss_for_each_target(case):
+    x, weight, targets = case
+    ours = linear_cross_entropy(x, weight, targets, 15.0, "none")
+    assert ours.shape == targets.shape
+    torch.testing.assert_close(ours.flatten(), reference(x, weight, targets, 15.0, "none"))
+    assert (ours[targets == IGNORE] == 0).all()
+
+
+def test_bf16_keeps_the_softmax_in_fp32(case):
+    x, weight, targets = case
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = linear_cross_entropy(x, weight, targets, 15.0, "sum")
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, reference(x, weight, targets, 15.0, "sum"), rtol=1e-2, atol=0)
+    gradient = torch.autograd.grad(ours, weight)[0]
+    assert gradient.dtype == torch.float32

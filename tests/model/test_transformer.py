@@ -1,0 +1,179 @@
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pretrain.config import ModelConfig
+from pretrain.model import GPT, KVCache
+
+
+def build(config: ModelConfig, vocab_size: int = 40, dtype: torch.dtype = torch.float32) -> GPT:
+    with torch.device("meta"):
+        model = GPT(config, vocab_size)
+    model = model.to_empty(device="cpu")
+    if config.tied_head:
+        model.head.weight = model.embedding.weight
+    model.init_weights(torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(2)
+    for parameter in model.parameters():  # no zeros: every path must matter
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model.to(dtype).eval()
+
+
+GPT2 = dict(
+    layers=12, heads=12, width=768, context_length=1024, position="learned", norm="layernorm", norm_weight=True,
+    embedding_norm=False, qk_norm=False, bias=True, qkv_bias=True, mlp="gelu_tanh", logit_softcap=0.0,
+)  # fmt: skip
+
+SMALL = dict(layers=2, heads=4, width=32, context_length=16)
+VARIANTS = {
+    "default": {},
+    "gpt2": dict(GPT2, **SMALL, tied_head=True),
+    "llama": dict(SMALL, kv_heads=2, mlp="swiglu", norm_weight=True, qk_norm=False, logit_softcap=0.0),
+    "one-kv-head": dict(kv_heads=1, mlp="gelu"),
+    "wide-heads": dict(head_width=16, norm="layernorm"),
+    "no-position": dict(position="none", embedding_norm=False),
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "vocab_size", "count"),
+    [
+        (dict(tied_head=True), 50257, 124_439_808),  # GPT-2, as published
+        (dict(qkv_bias=False), 50257, 163_009_536),  # LLMs-from-scratch at context 1024, untied
+        (dict(qkv_bias=False, context_length=256), 50257, 162_419_712),  # and at 256
+        (dict(bias=False, qkv_bias=False, tied_head=True, layers=6, heads=6, width=384, context_length=256), 65,
+         10_745_088),  # nanoGPT's shakespeare-char
+    ],
+)  # fmt: skip
+def test_parameter_counts_are_as_published(changes: dict, vocab_size: int, count: int):
+    with torch.device("meta"):
+        model = GPT(ModelConfig(**{**GPT2, **changes}), vocab_size)
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_future_is_not_seen(name: str):
+    model = build(ModelConfig(**{**SMALL, **VARIANTS[name]}))
+    tokens = torch.randint(0, 40, (2, 16))
+    changed = tokens.clone()
+    changed[:, 9] = (tokens[:, 9] + 1) % 40
+    before, after = model(tokens), model(changed)
+    assert torch.equal(before[:, :9], after[:, :9])
+    assert (before[:, 9:] != after[:, 9:]).any(dim=-1).all()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_cached_logits_equal_uncached(name: str):
+    model = build(ModelConfig(**{**SMALL, **VARIANTS[name]}))
+    tokens = torch.randint(0, 40, (2, 16))
+    whole = model(tokens)
+    cache = KVCache(16)
+    parts = [model(part, cache=cache) for part in tokens.split([5, 1, 1, 6, 1, 2], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_gradients_equal_finite_differences(name: str):
+    """Of the whole model in float64, along random directions."""
+    model = build(ModelConfig(**{**SMALL, **VARIANTS[name]}), dtype=torch.float64)
+    tokens, targets = torch.randint(0, 40, (2, 2, 16)).unbind()
+    parameters = list(model.parameters())
+
+    def loss() -> torch.Tensor:
+        logits = model.head(hidden(model, tokens))
+        cap = model.config.logit_softcap
+        logits = cap * torch.tanh(logits / cap) if cap else logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+
+    gradients = torch.autograd.grad(loss(), parameters)
+    generator = torch.Generator().manual_seed(3)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        step = 1e-6
+        with torch.no_grad():
+            parameter += step * direction
+            above = loss()
+            parameter -= 2 * step * direction
+            below = loss()
+            parameter += step * direction
+        torch.testing.assert_close(
+            (gradient * direction).sum(), (above - below) / (2 * step), rtol=1e-5, atol=1e-6
+        )  # fmt: skip
+
+
+def hidden(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
+    """What the head sees: the forward pass hands it to the loss in fp32, which float64 checks cannot use."""
+    seen = []
+    hook = model.norm.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    model(tokens)
+    hook.remove()
+    return seen[0]
+
+
+def test_targets_give_the_loss_of_the_logits():
+    model = build(ModelConfig(**SMALL))
+    tokens, targets = torch.randint(0, 40, (2, 3, 16)).unbind()
+    expected = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), reduction="none")
+    torch.testing.assert_close(model(tokens, targets), expected.sum())
+    torch.testing.assert_close(model(tokens, targets, reduction="none").flatten(), expected)
+
+
+def test_rope_sees_only_distances():
+    """Attention scores of rotated queries and keys depend on how far apart they are, not where."""
+    from pretrain.model.transformer import rotary, rotate
+
+    config = ModelConfig(**SMALL)
+    q, k = torch.randn(2, 1, 1, 1, 8).unbind()
+
+    def score(i: int, j: int) -> float:
+        def turn(x: torch.Tensor, position: int) -> torch.Tensor:
+            return rotate(x, *rotary(config, torch.tensor([position]), 8, torch.float32))
+
+        return float((turn(q, i) * turn(k, j)).sum())
+
+    assert score(3, 1) == pytest.approx(score(14, 12), abs=1e-5)
+    assert score(3, 1) != pytest.approx(score(3, 2), abs=1e-3)
+
+
+def test_dropout_acts_in_training_only():
+    model = build(ModelConfig(**SMALL, dropout=0.5))
+    tokens = torch.randint(0, 40, (2, 16))
+    assert torch.equal(model(tokens), model(tokens))
+    model.train()
+    assert not torch.equal(model(tokens), model(tokens))
+
+
+def test_the_seed_fixes_the_weights():
+    config = ModelConfig(**SMALL)
+    models = [GPT(config, 40) for _ in range(3)]
+    for model, seed in zip(models, (1, 1, 2), strict=True):
+        model.init_weights(torch.Generator().manual_seed(seed))
+    for (name, a), b, c in zip(
+        models[0].named_parameters(), models[1].parameters(), models[2].parameters(), strict=True
+    ):
+        assert torch.equal(a, b), name
+        assert not a.any() or not torch.equal(a, c), name
+
+
+@pytest.mark.parametrize("init", ["zero", "gpt2", "torch"])
+def test_a_new_model_knows_nothing(init):
+    """Its loss on random tokens is near the logarithm of the vocabulary."""
+    config = ModelConfig(**{**SMALL, **VARIANTS["gpt2"], "init": init, "tied_head": False})
+    model = GPT(config, 40)
+    model.init_weights(torch.Generator().manual_seed(1))
+    tokens, targets = torch.randint(0, 40, (2, 20, 16)).unbind()
+    loss = float(model(tokens, targets) / targets.numel())
+    tolerance = 0.05 if init == "zero" else 0.3
+    assert loss == pytest.approx(torch.log(torch.tensor(40.0)).item(), abs=tolerance)
+
+
+def test_every_parameter_is_initialised():
+    for changes, init in itertools.product(VARIANTS.values(), ("zero", "gpt2", "torch")):
+        model = GPT(ModelConfig(**{**SMALL, **changes, "init": init}), 40)
+        for parameter in model.parameters():
+            parameter.data.fill_(torch.nan)
+        model.init_weights(torch.Generator().manual_seed(1))
+        for name, parameter in model.named_parameters():
+            assert torch.isfinite(parameter).all(), f"{name} of {changes}"

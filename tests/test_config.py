@@ -1,0 +1,88 @@
+import dataclasses
+import tomllib
+
+import pytest
+import tomli_w
+
+from pretrain.config import (
+    Config,
+    config_from_dict,
+    config_to_dict,
+    differences,
+    load_config,
+    recipe_names,
+    recipe_summary,
+)
+from pretrain.errors import UsageError
+
+
+def test_every_recipe_loads_and_says_what_it_is():
+    assert "quickstart" in recipe_names()
+    for name in recipe_names():
+        assert isinstance(load_config(name), Config)
+        assert len(recipe_summary(name)) > 20
+
+
+def test_a_config_survives_toml():
+    config = load_config("quickstart", **{"model.layers": 3, "data.paths": ["a", "b"], "checkpoint.at": [5, 50]})
+    tree = tomllib.loads(tomli_w.dumps(config_to_dict(config)))
+    assert config_from_dict(tree, "test") == config
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("model.layrs", 4, "did you mean 'model.layers'?"),
+        ("modl.layers", 4, "did you mean 'model'?"),
+        ("layers", 4, "SECTION.NAME"),
+        ("model.layers", "four", "model.layers must be int, not 'four'"),
+        ("model.layers", True, "model.layers must be int"),
+        ("model.layers", 0, "model.layers must be at least 1, not 0"),
+        ("model.mlp", "relu", "model.mlp must be one of gelu"),
+        ("data.paths", "book.txt", "data.paths must be a list"),
+        ("optim.betas", [0.9], "optim.betas must have 2 values, not 1"),
+        ("model.heads", 5, "model.heads 5 does not divide model.width"),
+        ("model.kv_heads", 3, "model.kv_heads 3 does not divide model.heads"),
+        ("train.batch_tokens", 1000, "try --train.batch_tokens"),
+        ("train.micro_batch", 7, "train.micro_batch 7 does not divide the"),
+        ("tokenizer.vocab_size", 100, "at least 257"),
+        ("data.val_fraction", 1.5, "data.val_fraction must be in [0, 1)"),
+        ("schedule.final", 2, "schedule.final must be in [0, 1]"),
+        ("checkpoint.at", [0], "checkpoint.at"),
+    ],
+)
+def test_what_is_wrong_is_named_in_one_line(field: str, value: object, expected: str):
+    with pytest.raises(UsageError) as error:
+        load_config("quickstart", **{field: value})
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_toml_files_are_checked_like_everything_else(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text("[model]\nlayers = 2\nwdith = 64\n")
+    with pytest.raises(UsageError, match=r"mine.toml: unknown field 'model.wdith'; did you mean 'model.width'\?"):
+        load_config(str(file))
+    file.write_text("[model\n")
+    with pytest.raises(UsageError, match="not valid TOML"):
+        load_config(str(file))
+    with pytest.raises(UsageError, match="did you mean 'quickstart'"):
+        load_config("quikstart")
+
+
+def test_only_differences_that_change_what_is_learned_count():
+    config = load_config("quickstart")
+    assert differences(config, load_config("quickstart", **{"eval.every": 7, "train.micro_batch": 1})) == []
+    changed = differences(config, load_config("quickstart", **{"model.layers": 9, "train.seed": 2}))
+    assert [line.split()[0] for line in changed] == ["model.layers", "train.seed"]
+
+
+def test_every_field_has_help():
+    """The docstring below a field is its help text; tyro reads it from the source."""
+    import inspect
+
+    for section in dataclasses.fields(Config):
+        source = inspect.getsource(type(getattr(Config(), section.name)))
+        for field in dataclasses.fields(getattr(Config(), section.name)):
+            after = source.split(f"\n    {field.name}: ", 1)[1].split("\n", 1)[1]
+            assert after.lstrip().startswith('"""'), f"{section.name}.{field.name} has no docstring"

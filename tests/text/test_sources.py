@@ -1,0 +1,171 @@
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from pretrain.errors import DataError
+from pretrain.text import Document, embedded_documents, find_files, read_documents
+
+
+def write(path: Path, data: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data.encode() if isinstance(data, str) else data)
+    return path
+
+
+def refusal(*paths: str | Path) -> str:
+    """The one line with which reading these paths is refused."""
+    with pytest.raises(DataError) as caught:
+        list(read_documents([str(path) for path in paths]))
+    line = str(caught.value)
+    assert "\n" not in line
+    assert str(paths[0]) in line
+    return line
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Path:
+    for name in ("b.txt", "a.md", "deep/er/c.TXT", "deep/d.txt"):
+        write(tmp_path / name, f"text of {name}")
+    for name in (".hidden.txt", ".git/e.txt", "picture.png", "data.parquet"):
+        write(tmp_path / name, "not to be found")
+    return tmp_path
+
+
+def names(files: list[Path], root: Path) -> list[str]:
+    return [str(file.relative_to(root)) for file in files]
+
+
+def test_a_folder_gives_its_text_files_at_any_depth_sorted_without_hidden_ones(library: Path):
+    assert names(find_files([str(library)]), library) == ["a.md", "b.txt", "deep/d.txt", "deep/er/c.TXT"]
+
+
+def test_globs_files_and_folders_come_in_the_order_given_each_file_once(library: Path):
+    given = [f"{library}/deep/**/*.txt", f"{library}/b.txt", str(library), f"{library}/deep/../b.txt"]
+    assert names(find_files(given), library) == ["deep/d.txt", "b.txt", "a.md", "deep/er/c.TXT"]
+
+
+def test_a_glob_passes_over_what_is_not_text(library: Path):
+    assert names(find_files([f"{library}/*"]), library) == ["a.md", "b.txt"]
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_that_file(tmp_path: Path):
+    file = write(tmp_path / "poem [1].txt", "x")
+    assert find_files([str(file)]) == [file]
+
+
+def test_tilde_is_the_home_folder(library: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(library))
+    assert names(find_files(["~/b.txt", "~/deep/*.txt"]), library) == ["b.txt", "deep/d.txt"]
+
+
+def test_a_text_is_kept_to_the_character(tmp_path: Path):
+    text = "one\r\ntwo\rthree\n\n\x0c\u2028\ttrailing  é🙂\ufeff \n"
+    file = write(tmp_path / "a.txt", text)
+    marked = write(tmp_path / "b.md", b"\xef\xbb\xbf" + text.encode())  # with a byte-order mark
+    assert list(read_documents([str(file), str(marked)])) == [Document(text, str(file)), Document(text, str(marked))]
+
+
+def test_no_paths_mean_the_embedded_corpus():
+    assert next(read_documents([])) == next(embedded_documents())
+
+
+def test_a_missing_file_is_named_with_the_nearest_one(library: Path):
+    assert f"did you mean {library}/deep/d.txt ?" in refusal(library / "deep" / "d.text")
+    assert f"did you mean {library}/deep ?" in refusal(library / "deeep" / "d.txt")
+    assert "did you mean" not in refusal(library / "zzzzzzzz")
+    refusal(library / "b.txt" / "inside-a-file.txt")
+
+
+def test_folders_and_patterns_without_text_are_refused(library: Path):
+    write(library / "pictures" / "cat.png", "x")
+    assert "holds no text files (only .png)" in refusal(library / "pictures")
+    (library / "empty").mkdir()
+    assert "holds no text files;" in refusal(library / "empty")
+    assert "holds no text files" in refusal(library / "no*such.txt")
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.txt.gz", "a.pdf", "a.docx", "README"])
+def test_types_that_are_not_read_yet_say_what_is(tmp_path: Path, name: str):
+    line = refusal(write(tmp_path / name, "x"))
+    assert "not read yet" in line
+    assert ".txt or .md" in line
+
+
+@pytest.mark.parametrize("address", ["https://example.com/a.txt", "hf://datasets/x/y", "s3://bucket/a.txt"])
+def test_remote_text_is_not_taken_for_a_path(address: str):
+    assert "remote text is not read yet" in refusal(address)
+
+
+def test_an_empty_path_is_not_the_current_folder(library: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(library)
+    assert "empty path" in refusal("")
+
+
+def test_empty_and_blank_files_are_refused(tmp_path: Path):
+    assert "is empty" in refusal(write(tmp_path / "empty.txt", ""))
+    assert "only white space" in refusal(write(tmp_path / "blank.txt", " \n\t\u3000\n"))
+    assert "only white space" in refusal(write(tmp_path / "mark.txt", b"\xef\xbb\xbf"))
+
+
+def test_a_binary_file_is_refused_where_its_first_nul_is(tmp_path: Path):
+    assert "binary (a NUL at byte 5)" in refusal(write(tmp_path / "a.txt", b"\x7fELF\x01\x00\x00"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_is_told_from_binary(tmp_path: Path, encoding: str):
+    file = write(tmp_path / "a b.txt", "\ufeffhello".encode(encoding))
+    assert f"iconv -f utf-16 -t utf-8 '{file}' > OUT" in refusal(file)
+
+
+@pytest.mark.parametrize(("before", "offset"), [(b"caf", 3), (b"\xef\xbb\xbfcaf", 6), (b"x" * 200_000, 200_000)])
+def test_text_that_is_not_utf_8_is_refused_at_its_byte(tmp_path: Path, before: bytes, offset: int):
+    file = write(tmp_path / "latin.txt", before + "é and more".encode("latin1"))
+    line = refusal(file)
+    assert f"byte 0xe9 at offset {offset})" in line
+    assert f"iconv -f latin1 -t utf-8 {file} > OUT" in line
+
+
+def test_a_file_that_is_no_file_is_refused(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe.txt")  # to open it would wait for ever
+    assert "not a regular file" in refusal(tmp_path / "pipe.txt")
+
+
+@contextmanager
+def as_ordinary_user() -> Iterator[Path]:
+    """A folder of its own, and no right of root's to read everything."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        root = os.geteuid() == 0
+        if root:
+            os.chown(folder, 65534, -1)
+            os.seteuid(65534)
+        try:
+            yield Path(folder)
+        finally:
+            if root:
+                os.seteuid(0)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
+def test_files_and_folders_without_permission_are_refused():
+    with as_ordinary_user() as folder:
+        file = write(folder / "secret.txt", "x")
+        inside = write(folder / "closed" / "a.txt", "x")
+        file.chmod(0)
+        inside.parent.chmod(0)
+        assert f"cannot be read (Permission denied); mend its permissions: chmod u+r {file}" in refusal(file)
+        assert "cannot be read (Permission denied)" in refusal(inside)
+        assert "cannot be read (Permission denied)" in refusal(inside.parent)
+        inside.parent.chmod(0o700)
+
+
+def test_this_room_needs_nothing_heavy():
+    code = "import sys, pretrain.text; print({'torch', 'tokenizers', 'numpy'} & set(sys.modules))"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "set()"
