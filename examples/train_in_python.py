@@ -1,6 +1,6 @@
 """Train a small model on your own text from Python, then let it write.
 
-    python examples/train_in_python.py mybook.txt runs/mybook
+python examples/train_in_python.py mybook.txt runs/mybook
 """
 
 import sys
@@ -15,6 +15,7 @@ def main(text: str, out: str, **overrides: object) -> None:
     print(f"bits per byte on held-out text: {run.summary['val_bpb']:.3f}")
 
     model, tokenizer = run.load_model(), run.tokenizer()
+    print("The ", end="")
     for piece in pretrain.sample_text(model, tokenizer, prompt="The ", max_tokens=100, seed=1):
         print(piece, end="", flush=True)
     print()

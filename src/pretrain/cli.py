@@ -6,6 +6,7 @@ Everything heavy is imported inside the command that needs it, so that ``--help`
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import io
 import os
@@ -68,7 +69,7 @@ def train(args: list[str]) -> int:
 class EvalArguments:
     """Measure a run's model on all of its held-out text."""
 
-    run: tyro.conf.Positional[str]
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """A run directory."""
     json: bool = False
     """Print one JSON object instead of words."""
@@ -117,7 +118,7 @@ def evaluate(args: list[str]) -> int:
 class SampleArguments:
     """Write text with a run's model."""
 
-    run: tyro.conf.Positional[str]
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """A run directory."""
     prompt: str = ""
     """Text to continue. Empty: begin a new document."""
@@ -247,12 +248,29 @@ def _parse(kind: type[T], args: list[str], command: str, default: T | None = Non
     except SystemExit as stop:
         if not stop.code:
             raise
-    lines = [line.strip("│╭╮╰╯─ ") for line in complaint.getvalue().splitlines()]
+    except ValueError as error:  # of the configuration as a whole, which tyro passes on as it is
+        raise UsageError(str(error)) from None
+    lines = [line.strip("│╭╮╰╯─- ") for line in complaint.getvalue().splitlines()]
     text = " ".join(line for line in lines[1:] if line)
     message = re.split(r" (?:Perhaps you meant:|Argument helptext:|For full helptext)", text)[0]
     message = re.sub(r"^Error parsing [\w.]*: (?=\w+\.)", "", message)
-    near = re.search(r"Perhaps you meant:.*?(--[\w.-]+)", text)
-    raise UsageError(message + (f"; did you mean {near[1]}?" if near else f"; see pretrain {command} --help"))
+    unknown = re.match(r"Unrecognized options: (--[\w.-]+)", message)
+    if unknown:
+        message = f"no option {unknown[1]}{_did_you_mean(unknown[1], _options(kind))}"
+    raise UsageError(f"{message}; see pretrain {command} --help")
+
+
+def _options(kind: Any, prefix: str = "--") -> list[str]:
+    """The options of an arguments dataclass, as they are typed."""
+    names = []
+    for each in dataclasses.fields(kind):
+        if each.name == "config":
+            names += _options(Config)
+        elif prefix == "--" and kind is Config:
+            names += _options(each.default_factory, f"--{each.name}.")
+        else:
+            names.append(prefix + (each.name if "." in prefix else each.name.replace("_", "-")))
+    return names
 
 
 def _value_of(args: list[str], option: str) -> str:
@@ -266,5 +284,7 @@ def _value_of(args: list[str], option: str) -> str:
 
 
 def _did_you_mean(name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    return f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(names)}"
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean '{near[0]}'?"
+    return f"; there are {', '.join(names)}" if len(names) < 12 else ""

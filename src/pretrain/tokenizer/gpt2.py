@@ -96,10 +96,8 @@ def _build(vocab: dict[str, int], merges: list[tuple[str, str]], where: str) -> 
     try:
         hf = byte_level(models.BPE(vocab=vocab, merges=merges))
         hf.add_special_tokens([BOUNDARY])
-        tokenizer = Tokenizer(hf.to_str(), name=where)
-    except DataError:
-        raise
-    except Exception as error:  # the library's own, for merges whose tokens are not in the vocabulary
+        tokenizer = Tokenizer(hf.to_str())
+    except Exception as error:  # ours, or a bare one of the library's for merges whose tokens are not in the vocabulary
         raise DataError(f"{where}: not the GPT-2 vocabulary ({error}); replace it: {MEND}") from error
     if (len(vocab), tokenizer.boundary_id, tokenizer.encode("Hello, world!")) != (50257, 50256, [15496, 11, 995, 0]):
         raise DataError(f"{where}: not the GPT-2 vocabulary of 50,257 tokens ({len(vocab):,} here); replace it: {MEND}")

@@ -8,6 +8,7 @@ random state), so a run that is stopped after any step goes on exactly as if it 
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,7 +77,10 @@ def open_run(config: Config, folder: Path, console: Console) -> tuple[Run, Prepa
             )
         return Run.create(folder, config), open_prepared(run.data)
     Run.check_new(folder)
-    return Run.create(folder, config), prepare(config, folder / "data", console.say)
+    shutil.rmtree(folder / "data", ignore_errors=True)  # of an attempt that was stopped before it became a run
+    prepared = prepare(config, folder / "data", console.say)
+    prepared.tokenizer.save(folder / "tokenizer.json")
+    return Run.create(folder, config), prepared
 
 
 class Trainer:

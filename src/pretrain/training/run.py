@@ -51,7 +51,7 @@ class Run:
             what = "is not a folder" if not existing.is_dir() else "is not writable"
             raise UsageError(f"cannot make {folder}: {existing} {what}; choose another folder with --out")
         # What a run that was stopped while preparing leaves behind is made anew.
-        if existing == folder and {path.name for path in folder.iterdir()} - {"data", "data.tmp"}:
+        if existing == folder and {path.name for path in folder.iterdir()} - {"data", "data.tmp", "tokenizer.json"}:
             raise UsageError(f"{folder} has files but is not a run; choose another folder with --out")
 
     @staticmethod

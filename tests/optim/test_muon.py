@@ -1,0 +1,114 @@
+import copy
+import math
+
+import pytest
+import torch
+
+from pretrain.config import ModelConfig, OptimConfig
+from pretrain.model import GPT
+from pretrain.optim import Muon, build_optimizers
+from pretrain.optim.muon import NEWTON_SCHULZ, orthogonalize
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (16, 64), (64, 16)])
+def test_orthogonalize_brings_singular_values_near_one(shape: tuple[int, int]):
+    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    for matrix, result in zip(matrices, orthogonalize(matrices), strict=True):
+        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+        singular = torch.linalg.svdvals(result)
+        assert singular.max() < 1.3
+        assert singular.median() > 0.6
+        # Same singular vectors, the values mapped by the odd polynomial five times: the float64 reference.
+        values = (s / matrix.norm()).double()
+        a, b, c = NEWTON_SCHULZ
+        for _ in range(5):
+            values = a * values + b * values**3 + c * values**5
+        expected = u.double() @ values.diag() @ v.double()
+        torch.testing.assert_close(result.double(), expected, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_muon_equals_pytorchs(weight_decay: float):
+    """To the rounding of torch.optim.Muon, which runs Newton-Schulz in bfloat16; a step moves entries by about 7e-3."""
+    shapes = [(8, 8), (8, 8), (32, 8), (8, 32)]
+    generator = torch.Generator().manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    theirs = copy.deepcopy(ours)
+    settings = {"lr": 0.02, "momentum": 0.95, "weight_decay": weight_decay}
+    a = Muon(ours, **settings)
+    b = torch.optim.Muon(theirs, **settings, nesterov=True, adjust_lr_fn="original")
+    for _ in range(5):
+        for x, y in zip(ours, theirs, strict=True):
+            x.grad = torch.randn(x.shape, generator=generator)
+            y.grad = x.grad.clone()
+        a.step()
+        b.step()
+    for x, y in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-3, rtol=0)
+
+
+def small_model() -> GPT:
+    model = GPT(ModelConfig(layers=2, heads=2, width=16, context_length=8, norm_weight=True, bias=True), 30)
+    model.init_weights(torch.Generator().manual_seed(0))
+    return model
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_infinity_changes_nothing(kind: str):
+    """A step with found_inf set leaves parameters and moments bit for bit, whatever the gradients hold."""
+    model = small_model()
+    optimizers = build_optimizers(model, OptimConfig(kind=kind, weight_decay=0.1))
+    tokens, targets = torch.randint(0, 30, (2, 4, 8)).unbind()
+
+    def step(found_inf: float, poison: float = 0.0) -> None:
+        model(tokens, targets).backward()
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            parameter.grad.view(-1)[0] += poison
+        for optimizer in optimizers:
+            optimizer.found_inf = torch.tensor(found_inf)  # type: ignore[attr-defined]
+            optimizer.step()
+            optimizer.zero_grad()
+
+    step(0.0)
+    with torch.no_grad():
+        model.head.weight[0, 0] = -0.0
+        model.blocks[0].mlp.up.weight[0, 0] = -0.0  # type: ignore[union-attr,index]
+
+    def bits() -> list[bytes]:
+        states = [v for o in optimizers for state in o.state.values() for v in state.values()]
+        return [t.detach().numpy().tobytes() for t in (*model.parameters(), *states)]
+
+    before = bits()
+    for poison in (math.nan, math.inf):
+        step(1.0, poison)
+        assert bits() == before
+    step(0.0)
+    assert bits() != before
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_every_parameter_has_its_place(kind: str, tied: bool):
+    model = GPT(ModelConfig(layers=2, heads=2, width=16, bias=True, norm_weight=True, tied_head=tied), 30)
+    optimizers = build_optimizers(model, OptimConfig(kind=kind, lr=0.1, embedding_lr=0.2, head_lr=0.3, scalar_lr=0.4))
+    rates = {p: group["peak_lr"] for o in optimizers for group in o.param_groups for p in group["params"]}
+    assert len(rates) == len(list(model.parameters()))
+    expected = {"embedding": 0.2, "matrix": 0.1, "scalar": 0.4} if kind == "muon" else dict.fromkeys("ems", 0.1)
+    if kind == "muon":
+        assert rates[model.embedding.weight] == expected["embedding"]
+        assert rates[model.blocks[0].mlp.up.weight] == expected["matrix"]  # type: ignore[union-attr,index]
+        assert rates[model.norm.weight] == expected["scalar"]  # type: ignore[index]
+        assert tied or rates[model.head.weight] == 0.3
+    else:
+        assert set(rates.values()) == {0.1}
+
+
+def test_adamw_decays_matrices_only_unless_told():
+    model = small_model()
+    for decay_all in (False, True):
+        (optimizer,) = build_optimizers(model, OptimConfig(kind="adamw", weight_decay=0.1, decay_all=decay_all))
+        decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+        assert decay[model.embedding.weight] == 0.1
+        assert decay[model.norm.weight] == (0.1 if decay_all else 0.0)  # type: ignore[index]

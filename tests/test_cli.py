@@ -1,0 +1,171 @@
+import json
+import os
+import stat
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from tests.conftest import TINY
+
+from pretrain.cli import main
+
+
+def options(**changes: object) -> list[str]:
+    settings = {**TINY, **{name.replace("__", "."): value for name, value in changes.items()}}
+    return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def run(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, made by the command."""
+    out = tmp_path_factory.mktemp("cli") / "run"
+    assert main(["train", "--data", str(text_file), "--out", str(out), *options()]) == 0
+    return out
+
+
+def test_training_ends_with_words_and_files(run: Path, text_file: Path, capsys):
+    assert main(["train", "--out", str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert "is finished: 12 steps" in printed
+    assert "bits per byte" in printed
+    assert f"pretrain sample {run}" in printed
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    config = tomllib.loads((run / "config.toml").read_text())
+    assert config["data"]["paths"] == [str(text_file)]
+    assert config["train"]["steps"] == 12
+
+
+def test_eval_gives_the_number_of_training(run: Path, capsys):
+    assert main(["eval", str(run), "--json"]) == 0
+    numbers = json.loads(capsys.readouterr().out)
+    summary = json.loads((run / "summary.json").read_text())
+    assert numbers["val_loss"] == summary["val_loss"]
+    assert numbers["val_bpb"] == summary["val_bpb"]
+    assert main(["eval", str(run)]) == 0
+    assert f"{summary['val_bpb']:.4f}" in capsys.readouterr().out
+
+
+def test_sample_repeats_itself_with_a_seed(run: Path, capsys):
+    texts = []
+    for seed in ("1", "1", "2"):
+        assert main(["sample", str(run), "--prompt", "Ada", "--max-tokens", "30", "--seed", seed]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0].startswith("Ada")
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_recipes(capsys):
+    assert main(["recipes"]) == 0
+    assert "quickstart" in capsys.readouterr().out
+    assert main(["recipes", "quickstart"]) == 0
+    assert "tokenizer" in tomllib.loads(capsys.readouterr().out)
+
+
+WRONG_USE = {
+    "no such command": (["trian"], "did you mean 'train'?"),
+    "no such recipe": (["train", "quikstart"], "did you mean 'quickstart'?"),
+    "no such field": (["train", "--model.layrs", "3"], "did you mean '--model.layers'?"),
+    "no such option": (["sample", "RUN", "--promt", "x"], "did you mean '--prompt'?"),
+    "wrong type": (["train", "--model.layers", "many"], "--model.layers"),
+    "wrong choice": (["train", "--model.mlp", "relu"], "relu2"),
+    "no value": (["train", "--model.layers"], "--model.layers"),
+    "impossible heads": (["train", "--model.heads", "7"], "model.heads 7 does not divide model.width"),
+    "impossible batch": (["train", "--train.batch_tokens", "1000"], "train.batch_tokens 1000 is not a multiple"),
+    "no such device": (["train", "--train.device", "mps"], "train.device is mps, but"),
+    "no such tokenizer": (["train", "--tokenizer.kind", "bpee"], "bpe"),
+    "missing run": (["eval"], "RUN"),
+    "extra word": (["eval", "a", "b"], "b"),
+    "negative": (["sample", "RUN", "--top-k", "-3"], "--top-k must be 0 or more"),
+    "no such recipe to print": (["recipes", "quickstrat"], "did you mean 'quickstart'?"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_USE)
+def test_wrong_use_is_one_line_and_exit_code_2(name: str, capsys, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args, expected = WRONG_USE[name]
+    code = main(args)
+    captured = capsys.readouterr()
+    assert (code, captured.out) == (2, "")
+    assert expected in captured.err
+    assert captured.err.startswith("pretrain: ")
+    assert captured.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+BAD_TEXT = {
+    "empty": (b"", "empty"),
+    "blank": (b" \n\n ", "white space"),
+    "binary": (b"MZ\x00\x01\x02" * 50, "binary"),
+    "latin1": ("Noël ".encode("latin1") * 100, "UTF-8"),
+    "short": (b"too short", "shorter than one context"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TEXT)
+def test_bad_text_is_one_line_and_leaves_nothing(name: str, capsys, tmp_path: Path):
+    content, expected = BAD_TEXT[name]
+    file = tmp_path / "text.txt"
+    file.write_bytes(content)
+    assert main(["train", "--data", str(file), "--out", str(tmp_path / "run"), *options()]) == 1
+    error = capsys.readouterr().err
+    assert expected in error
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_a_vocabulary_larger_than_the_text_supports(capsys, tmp_path: Path):
+    file = tmp_path / "text.txt"
+    file.write_text("the same words again and again. " * 200)
+    args = options(tokenizer__kind="bpe", tokenizer__vocab_size="5000")
+    assert main(["train", "--data", str(file), "--out", str(tmp_path / "run"), *args]) in (1, 2)
+    error = capsys.readouterr().err
+    assert "vocab_size" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_and_unwritable_places(capsys, text_file: Path, tmp_path: Path):
+    assert main(["train", "--data", str(tmp_path / "absent.txt"), "--out", str(tmp_path / "run"), *options()]) == 1
+    assert "absent.txt" in capsys.readouterr().err
+    blocker = tmp_path / "file"
+    blocker.write_text("x")
+    assert main(["train", "--data", str(text_file), "--out", str(blocker / "run"), *options()]) == 2
+    assert "is not a folder" in capsys.readouterr().err
+    for command in ("eval", "sample"):
+        assert main([command, str(tmp_path / "nowhere")]) == 1
+        assert "does not exist" in capsys.readouterr().err
+        assert main([command, str(tmp_path)]) == 1
+        assert "is not a run directory" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder(capsys, text_file: Path, tmp_path: Path):
+    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    assert main(["train", "--data", str(text_file), "--out", str(tmp_path / "run"), *options()]) == 2
+    assert "not writable" in capsys.readouterr().err
+
+
+def test_help_imports_nothing_heavy():
+    for args in (["--help"], ["train", "--help"], ["sample", "--help"]):
+        code = (
+            "import sys\nfrom pretrain.cli import main\n"
+            f"try: main({args})\nexcept SystemExit: pass\n"
+            "assert not {'torch', 'numpy', 'matplotlib', 'tokenizers'} & set(sys.modules), sys.modules.keys()\n"
+        )
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert "usage: pretrain" in result.stdout
+
+
+def test_every_field_is_in_the_help():
+    import dataclasses
+
+    from pretrain.config import Config
+
+    result = subprocess.run([sys.executable, "-m", "pretrain", "train", "--help"], capture_output=True, text=True)
+    for section in dataclasses.fields(Config):
+        for field in dataclasses.fields(getattr(Config(), section.name)):
+            assert f"--{section.name}.{field.name.replace('_', '-')}" in result.stdout.replace("_", "-")

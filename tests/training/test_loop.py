@@ -1,0 +1,197 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pretrain.config import Config, load_config
+from pretrain.errors import CheckpointError, UsageError
+from pretrain.training import Run, Trainer, train
+from pretrain.training.checkpoint import Checkpoint, checkpoints
+from pretrain.training.metrics import read_jsonl
+
+
+def change(config: Config, **fields) -> Config:
+    for name, value in fields.items():
+        section, leaf = name.split("__")
+        config = dataclasses.replace(
+            config, **{section: dataclasses.replace(getattr(config, section), **{leaf: value})}
+        )  # fmt: skip
+    return config
+
+
+def weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    (file,) = checkpoint.folder.glob("*.safetensors")
+    return {name: tensor.clone() for name, tensor in load_file(file).items()}  # not a view of the file
+
+
+def learned(run: Run) -> list[dict]:
+    """The metrics without what depends on the clock."""
+    return [
+        {k: v for k, v in r.items() if k not in ("time", "train/tokens_per_second")} for r in read_jsonl(run.metrics)
+    ]
+
+
+def assert_same_run(one: Run, other: Run) -> None:
+    assert learned(one) == learned(other)
+    assert read_jsonl(one.samples) == read_jsonl(other.samples)
+    a, b = (weights(run.newest_checkpoint()) for run in (one, other))
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_a_run_leaves_what_it_promises(tiny: Config, tmp_path: Path):
+    run = train(tiny, tmp_path / "run")
+    records = read_jsonl(run.metrics)
+    assert [r["step"] for r in records] == list(range(1, 13))
+    assert [r["step"] for r in records if "val/bpb" in r] == [5, 10, 12]
+    assert records[-1]["train/loss"] < records[0]["train/loss"]
+    assert {"step", "tokens", "time", "train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second"} <= set(
+        records[0]
+    )
+    assert [c.step for c in checkpoints(run.checkpoints)] == [8, 12]
+    assert [r["step"] for r in read_jsonl(run.samples)] == [5, 10, 12]
+    summary = run.summary
+    assert summary is not None
+    assert summary["val_loss"] == records[-1]["val/loss"]
+    assert summary["steps"] == 12
+    assert summary["tokens"] == 12 * 256
+    assert Run.open(run.folder).config == tiny
+    assert run.tokenizer().vocab_size == 257
+    assert train(tiny, run.folder).summary == summary  # finished: nothing is done again
+
+
+RESUMED = {
+    "plain": {},
+    "accumulation and dropout": {"train__micro_batch": 2, "model__dropout": 0.2},
+    "adamw and random order": {"optim__kind": "adamw", "data__order": "random"},
+    "fp16": {"train__precision": "fp16"},
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_killed_run_ends_as_if_it_had_not_been(tiny: Config, tmp_path: Path, name: str, monkeypatch):
+    config = change(tiny, **RESUMED[name])
+    undisturbed = train(config, tmp_path / "undisturbed")
+
+    class Killed(Exception):
+        pass
+
+    def die_at_step_10(trainer: Trainer):
+        if trainer.done == 9:
+            raise Killed
+        return step(trainer)
+
+    step = Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", die_at_step_10)
+    with pytest.raises(Killed):
+        train(config, tmp_path / "killed")
+    monkeypatch.undo()
+    torch.manual_seed(999)
+    assert [r["step"] for r in learned(Run.open(tmp_path / "killed"))][-1] == 9  # one past the checkpoint of step 8
+    assert_same_run(train(config, tmp_path / "killed"), undisturbed)
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(tiny: Config, text_file: Path, tmp_path: Path):
+    """Real processes and a real SIGINT."""
+    from tests.conftest import TINY
+
+    overrides = {**TINY, "train.steps": 300, "eval.every": 50, "checkpoint.every": 0, "data.paths": str(text_file)}
+    options = [text for name, value in overrides.items() for text in (f"--{name}", str(value))]
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "pretrain", "train", "--out", str(out), *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while len(read_jsonl(out / "metrics.jsonl")) < 20 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    stopped_at = len(read_jsonl(out / "metrics.jsonl"))
+    assert f"stopped after step {stopped_at} of 300" in errors
+    assert f"pretrain train --out {out}" in errors
+    assert len(errors.strip().splitlines()) == 1
+
+    again = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+    assert f"resuming  after step {stopped_at}" in again.stdout
+    config = load_config("quickstart", **{**overrides, "data.paths": [str(text_file)]})
+    assert_same_run(Run.open(out), train(config, tmp_path / "undisturbed"))
+
+
+def test_the_micro_batch_changes_nothing_but_rounding(tiny: Config, tmp_path: Path):
+    whole = train(tiny, tmp_path / "whole")
+    parts = train(change(tiny, train__micro_batch=1), tmp_path / "parts")
+    for a, b in zip(learned(whole), learned(parts), strict=True):
+        assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-4)
+        assert a["train/grad_norm"] == pytest.approx(b["train/grad_norm"], rel=1e-3)
+
+
+def test_a_step_with_a_nan_changes_nothing(tiny: Config, tmp_path: Path, monkeypatch):
+    from pretrain.tokens import prepare
+    from pretrain.training import Console
+
+    run = Run.create(tmp_path, tiny)
+    trainer = Trainer(run, prepare(tiny, run.data), Console(quiet=True), time.monotonic())
+    trainer.train_step()
+    before = {name: tensor.clone() for name, tensor in trainer.tensors().items()}
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.loss_scale, "scaled", lambda loss: loss * torch.nan)
+        _, norm, _ = trainer.train_step()
+    assert not torch.isfinite(norm)
+    after = trainer.tensors()
+    for name, tensor in before.items():
+        assert tensor.numpy().tobytes() == after[name].numpy().tobytes(), name
+    trainer.train_step()
+    assert not torch.equal(trainer.tensors()["model.head.weight"], before["model.head.weight"])
+
+
+def test_listed_checkpoints_stay(tiny: Config, tmp_path: Path):
+    run = train(change(tiny, checkpoint__at=(3,), checkpoint__keep_last=1), tmp_path / "run")
+    assert [c.step for c in checkpoints(run.checkpoints)] == [3, 12]
+
+
+def test_another_configuration_is_refused_by_name(tiny: Config, tmp_path: Path):
+    train(change(tiny, train__steps=2), tmp_path / "run")
+    with pytest.raises(UsageError, match=r"another configuration \(train.steps 2 → 12\)"):
+        train(tiny, tmp_path / "run")
+    train(change(tiny, train__steps=2, eval__every=1), tmp_path / "run")
+
+
+def test_damaged_checkpoints_are_passed_over(tiny: Config, tmp_path: Path):
+    run = train(tiny, tmp_path / "run")
+    expected = weights(run.newest_checkpoint())
+    (run.folder / "summary.json").unlink()
+    for checkpoint in checkpoints(run.checkpoints)[1:]:
+        os.truncate(next(checkpoint.folder.glob("*.safetensors")), 100)
+    assert run.newest_checkpoint().step == 8
+    again = train(tiny, tmp_path / "run")
+    for name, tensor in weights(again.newest_checkpoint()).items():
+        assert torch.equal(tensor, expected[name]), name
+    for checkpoint in checkpoints(run.checkpoints):
+        (checkpoint.folder / "state.json").write_text("{}")
+    (run.folder / "summary.json").unlink()
+    with pytest.raises(CheckpointError, match="every checkpoint"):
+        train(tiny, tmp_path / "run")
+
+
+def test_a_folder_with_other_files_is_left_alone(tiny: Config, tmp_path: Path):
+    (tmp_path / "thesis.docx").write_text("years of work")
+    with pytest.raises(UsageError, match="has files but is not a run"):
+        train(tiny, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.docx"]
+
+
+def test_nothing_held_out(tiny: Config, tmp_path: Path):
+    run = train(change(tiny, data__val_fraction=0.0), tmp_path / "run")
+    assert run.summary is not None
+    assert run.summary["val_loss"] is None
+    assert json.loads((run.folder / "summary.json").read_text())["train_loss"] > 0
