@@ -95,7 +95,9 @@ def evaluate(args: list[str]) -> int:
     if not len(stream):
         raise UsageError(f"{run.folder} holds no text out (data.val_fraction is 0), so there is nothing to measure on")
     batches = validation_batches(stream, run.config.model.context_length, run.config.batch_rows)
-    result = evaluate_loss(run.load_model(device, checkpoint), batches, run.tokenizer().token_bytes(), precision)
+    model = run.load_model(device, checkpoint)
+    model.activation_dtype = precision.dtype
+    result = evaluate_loss(model, batches, run.tokenizer().token_bytes())
     numbers = {
         "step": checkpoint.step,
         "val_loss": result.loss,

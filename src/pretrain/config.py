@@ -89,6 +89,8 @@ class ModelConfig:
     """How the model knows where a token stands."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
+    rope_fraction: float = 1.0
+    """Share of each head's channels that rotate; the rest carry no position."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     """Normalisation before attention, before the MLP and at the end."""
     norm_weight: bool = False
@@ -99,14 +101,30 @@ class ModelConfig:
     """Normalise right after the embedding."""
     qk_norm: bool = True
     """Normalise queries and keys, so that attention cannot saturate."""
+    attention_scale: float = 0.0
+    """Factor of queries times keys before the softmax. 0: head width ** -0.5."""
+    window_pattern: str = "L"
+    """Attention of the layers in turn: L sees the whole context, S a sliding window. The last layer is always L."""
+    window: int = 0
+    """Tokens that an S layer sees, itself included. 0: a quarter of the context."""
+    document_mask: bool = False
+    """Let a token see only its own document in the packed row (from the boundary token on)."""
     bias: bool = False
     """Biases on the projections and the MLP (and on layernorm)."""
     qkv_bias: bool = False
     """Biases on queries, keys and values."""
+    value_embeddings: bool = False
+    """Add a learned vector of the token itself to the values, gated, in every other layer (ResFormer)."""
+    residual_scalars: bool = False
+    """Learned scalars in each layer: of the stream, and of the embedding added to it again."""
+    smear: bool = False
+    """Mix the embedding of the token before into each token's, by a learned weight for each channel."""
     tied_head: bool = False
     """Use the embedding as the output head."""
     logit_softcap: float = 15.0
     """Bound the logits smoothly: c * tanh(logits / c). 0: no bound."""
+    vocab_multiple: int = 1
+    """Round the rows of embedding and head up to a multiple; the added ones are never predicted."""
     dropout: float = 0.0
     """Dropout of the embedding, attention weights and residual branches."""
     init: Literal["zero", "gpt2", "torch"] = "zero"
@@ -116,7 +134,7 @@ class ModelConfig:
     def __post_init__(self):
         for name in ("layers", "heads", "width", "context_length"):
             _require(getattr(self, name) >= 1, f"model.{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("kv_heads", "head_width", "mlp_width"):
+        for name in ("kv_heads", "head_width", "mlp_width", "window", "attention_scale"):
             _require(getattr(self, name) >= 0, f"model.{name} must be 0 or more, not {getattr(self, name)}")
         if not self.head_width:
             near = _nearest_multiple(self.width, self.heads)
@@ -131,10 +149,17 @@ class ModelConfig:
             )
         if self.position == "rope":
             head_width = self.head_width or self.width // self.heads
+            rotated = head_width * self.rope_fraction
             _require(
-                head_width % 2 == 0,
-                f"rope needs an even head width, not {head_width} (model.width / model.heads)",
+                0 < self.rope_fraction <= 1 and rotated % 2 == 0,
+                f"model.rope_fraction {self.rope_fraction} of the head width {head_width} is not an even number of"
+                f" channels; rotary positions turn them in pairs",
             )
+        _require(
+            bool(self.window_pattern) and set(self.window_pattern) <= {"L", "S"},
+            f"model.window_pattern must be made of L and S, not '{self.window_pattern}'",
+        )
+        _require(self.vocab_multiple >= 1, f"model.vocab_multiple must be at least 1, not {self.vocab_multiple}")
         _require(0 <= self.dropout < 1, f"model.dropout must be in [0, 1), not {self.dropout}")
         _require(self.logit_softcap >= 0, f"model.logit_softcap must be 0 or more, not {self.logit_softcap}")
         _require(self.rope_theta > 0, f"model.rope_theta must be positive, not {self.rope_theta}")
@@ -158,6 +183,19 @@ class OptimConfig:
     """AdamW's epsilon."""
     momentum: float = 0.95
     """Muon's momentum."""
+    momentum_warmup_steps: int = 0
+    """Steps over which Muon's momentum rises to its value."""
+    momentum_from: float = 0.85
+    """Where Muon's momentum rises from."""
+    newton_schulz: Literal["classic", "polar_express"] = "classic"
+    """Polynomials that orthogonalise: one quintic repeated (Jordan), or a sequence of them (arXiv 2505.16932)."""
+    newton_schulz_steps: int = 5
+    """Rounds of them."""
+    update_scale: Literal["spectral", "rms"] = "spectral"
+    """Size of Muon's update. spectral: sqrt(max(1, rows / columns)), the original; rms: 0.2 sqrt(max(rows, columns)),
+    as large as AdamW's (Moonlight, arXiv 2502.16982), for rates like AdamW's."""
+    cautious: bool = False
+    """Decay a weight only where the update shrinks it too (muon only)."""
     embedding_lr: float = 0.02
     """Peak learning rate of the embeddings under muon."""
     head_lr: float = 0.02
@@ -169,8 +207,14 @@ class OptimConfig:
         for name in ("lr", "embedding_lr", "head_lr", "scalar_lr"):
             _require(getattr(self, name) > 0, f"optim.{name} must be positive, not {getattr(self, name)}")
         _require(self.weight_decay >= 0, f"optim.weight_decay must be 0 or more, not {self.weight_decay}")
-        for beta in (*self.betas, self.momentum):
-            _require(0 <= beta < 1, f"optim.betas and optim.momentum must be in [0, 1), not {beta}")
+        for beta in (*self.betas, self.momentum, self.momentum_from):
+            _require(0 <= beta < 1, f"optim.betas, momentum and momentum_from must be in [0, 1), not {beta}")
+        _require(self.momentum_warmup_steps >= 0, "optim.momentum_warmup_steps must be 0 or more")
+        limit = 5 if self.newton_schulz == "polar_express" else 20
+        _require(
+            2 <= self.newton_schulz_steps <= limit,
+            f"optim.newton_schulz_steps must be from 2 to {limit}, not {self.newton_schulz_steps}",
+        )
 
 
 @dataclass(frozen=True)

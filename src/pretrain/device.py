@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -28,14 +27,15 @@ def choose_device(name: str) -> torch.device:
 
 @dataclass(frozen=True)
 class Precision:
-    """The arithmetic of matrix products. Weights, optimizer state, loss and norms stay fp32."""
+    """The arithmetic of activations and matrix products. Weights, optimizer state, loss and statistics stay fp32."""
 
     name: str
     device: torch.device
 
-    def autocast(self) -> AbstractContextManager:
-        """The context of a forward pass."""
-        return nullcontext() if self.name == "fp32" else torch.autocast(self.device.type, DTYPES[self.name])
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of activations."""
+        return DTYPES[self.name]
 
 
 def choose_precision(name: str, device: torch.device) -> Precision:

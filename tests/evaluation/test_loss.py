@@ -6,22 +6,19 @@ import torch
 import torch.nn.functional as F
 
 from pretrain.config import Config
-from pretrain.device import Precision
 from pretrain.evaluation import evaluate_loss
 from pretrain.tokens import TokenStream, prepare, validation_batches
 from pretrain.training.run import empty_model
-
-FP32 = Precision("fp32", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 64])
 def test_loss_and_bits_per_byte_equal_a_float64_sum(tiny: Config, tmp_path: Path, rows: int):
     prepared = prepare(tiny, tmp_path / "data")
-    model = empty_model(tiny, prepared.tokenizer.vocab_size, torch.device("cpu"))
+    model = empty_model(tiny, prepared.tokenizer, torch.device("cpu"))
     model.init_weights(torch.Generator().manual_seed(5))
     stream = TokenStream(prepared.folder, "train")
     result = evaluate_loss(
-        model, validation_batches(stream, 32, rows, tokens=0), prepared.tokenizer.token_bytes(), FP32
+        model, validation_batches(stream, 32, rows, tokens=0), prepared.tokenizer.token_bytes()
     )  # fmt: skip
 
     tokens = torch.from_numpy(stream.windows([0], len(stream))[0])
@@ -42,14 +39,13 @@ def test_loss_and_bits_per_byte_equal_a_float64_sum(tiny: Config, tmp_path: Path
 
 def test_evaluation_leaves_training_as_it_was(tiny: Config, tmp_path: Path):
     prepared = prepare(tiny, tmp_path / "data")
-    model = empty_model(tiny, prepared.tokenizer.vocab_size, torch.device("cpu")).train()
+    model = empty_model(tiny, prepared.tokenizer, torch.device("cpu")).train()
     model.init_weights(torch.Generator().manual_seed(5))
     state = torch.get_rng_state()
     evaluate_loss(
         model,
         validation_batches(TokenStream(prepared.folder, "val"), 32, 4),
         prepared.tokenizer.token_bytes(),
-        FP32,
     )
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)

@@ -27,7 +27,7 @@ def case():
 def test_loss_and_gradients_equal_pytorch(case, cap: float, chunk: int, monkeypatch):
     monkeypatch.setitem(loss_module.CHUNK_ELEMENTS, "cpu", chunk)
     x, weight, targets = case
-    ours = linear_cross_entropy(x, weight, targets, cap, "sum")
+    ours = linear_cross_entropy(x, weight, targets, cap, "sum", 50)
     theirs = reference(x, weight, targets, cap, "sum")
     torch.testing.assert_close(ours, theirs)
     ours_gradients = torch.autograd.grad(3 * ours, (x, weight))
@@ -37,7 +37,7 @@ def test_loss_and_gradients_equal_pytorch(case, cap: float, chunk: int, monkeypa
 
 def test_one_loss_for_each_target(case):
     x, weight, targets = case
-    ours = linear_cross_entropy(x, weight, targets, 15.0, "none")
+    ours = linear_cross_entropy(x, weight, targets, 15.0, "none", 50)
     assert ours.shape == targets.shape
     torch.testing.assert_close(ours.flatten(), reference(x, weight, targets, 15.0, "none"))
     assert (ours[targets == IGNORE] == 0).all()
@@ -45,9 +45,19 @@ def test_one_loss_for_each_target(case):
 
 def test_bf16_keeps_the_softmax_in_fp32(case):
     x, weight, targets = case
-    with torch.autocast("cpu", torch.bfloat16):
-        ours = linear_cross_entropy(x, weight, targets, 15.0, "sum")
+    ours = linear_cross_entropy(x.bfloat16(), weight, targets, 15.0, "sum", 50)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, reference(x, weight, targets, 15.0, "sum"), rtol=1e-2, atol=0)
     gradient = torch.autograd.grad(ours, weight)[0]
     assert gradient.dtype == torch.float32
+
+
+@pytest.mark.parametrize("cap", [0.0, 15.0])
+def test_padding_rows_are_as_if_absent(case, cap: float):
+    x, weight, targets = case
+    padded = torch.cat((weight, 100 * torch.randn(14, 16)))
+    ours = linear_cross_entropy(x, padded, targets, cap, "sum", 50)
+    theirs = reference(x, weight, targets, cap, "sum")
+    torch.testing.assert_close(ours, theirs)
+    for a, b in zip(torch.autograd.grad(ours, (x, weight)), torch.autograd.grad(theirs, (x, weight)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)

@@ -10,14 +10,14 @@ from pretrain.model import GPT, KVCache
 
 def build(config: ModelConfig, vocab_size: int = 40, dtype: torch.dtype = torch.float32) -> GPT:
     with torch.device("meta"):
-        model = GPT(config, vocab_size)
+        model = GPT(config, vocab_size, boundary=0)
     model = model.to_empty(device="cpu")
-    if config.tied_head:
-        model.head.weight = model.embedding.weight
+    model.tie_head()
     model.init_weights(torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(2)
     for parameter in model.parameters():  # no zeros: every path must matter
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    model.activation_dtype = dtype
     return model.to(dtype).eval()
 
 
@@ -33,6 +33,11 @@ VARIANTS = {
     "llama": dict(SMALL, kv_heads=2, mlp="swiglu", norm_weight=True, qk_norm=False, logit_softcap=0.0),
     "one-kv-head": dict(kv_heads=1, mlp="gelu"),
     "wide-heads": dict(head_width=16, norm="layernorm"),
+    "windows": dict(layers=3, window_pattern="SL", window=3),
+    "documents": dict(document_mask=True),
+    "windows and documents": dict(layers=3, window_pattern="S", document_mask=True),
+    "nanochat": dict(value_embeddings=True, residual_scalars=True, smear=True, attention_scale=0.2, vocab_multiple=64),
+    "part of a head rotates": dict(rope_fraction=0.5),
     "no-position": dict(position="none", embedding_norm=False),
 }
 
@@ -129,7 +134,7 @@ def test_rope_sees_only_distances():
 
     def score(i: int, j: int) -> float:
         def turn(x: torch.Tensor, position: int) -> torch.Tensor:
-            return rotate(x, *rotary(config, torch.tensor([position]), 8, torch.float32))
+            return rotate(x, *rotary(config, torch.tensor([position]), torch.float32))
 
         return float((turn(q, i) * turn(k, j)).sum())
 

@@ -173,7 +173,7 @@ def test_half_a_surrogate_pair_is_refused(kind: str):
         tokenizer.encode("abc\udcff")  # what a shell makes of a prompt that is not UTF-8
 
 
-@pytest.mark.parametrize("character", ["é", "\x00", "🙂"])  # beyond the table, before it, far beyond
+@pytest.mark.parametrize("character", ["é", "Æ", "\x00", "🙂"])  # beyond those it knows, and before
 def test_char_names_a_character_it_does_not_know(character: str):
     tokenizer = build_tokenizer("char", 0, ["abc"])
     with pytest.raises(DataError, match=r"U\+0*" + f"{ord(character):X}"):
@@ -191,12 +191,14 @@ def test_cutting_a_long_text_changes_no_token():
 
 
 def test_cutting_changes_no_token_wherever_it_falls(monkeypatch: pytest.MonkeyPatch):
-    tokenizer = build_tokenizer("bpe", 330, TEXTS)
-    text = "\n".join(TEXTS)
+    runs = "x        y\n\n\n\n\n\t\t\tz!   \n" * 50  # so that it has tokens of several blanks, which a cut could break
+    tokenizer = build_tokenizer("bpe", 330, [*TEXTS, runs])
+    text = "\n".join([*TEXTS, runs])
     whole = tokenizer.hf.encode(text, add_special_tokens=False).ids
     for size in (1, 2, 3, 50):
         monkeypatch.setattr("pretrain.tokenizer.tokenizer.PIECE_CHARACTERS", size)
         assert "".join(split_text(text)) == text
+        assert len(list(tokenizer._pieces([text]))) > 20  # it is indeed cut
         assert tokenizer.encode(text) == whole
 
 

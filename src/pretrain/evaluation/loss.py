@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.device import Precision
 from pretrain.model import GPT
 from pretrain.tokens import IGNORE
 
@@ -45,21 +44,15 @@ class LossResult:
 
 
 @torch.no_grad()
-def evaluate_loss(
-    model: GPT,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    token_bytes: np.ndarray,
-    precision: Precision,
-) -> LossResult:
+def evaluate_loss(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: np.ndarray) -> LossResult:
     """Run the model over batches of inputs and targets (B, T) and sum up.
 
     Args:
         model: put in evaluation mode for the pass, and back as it was.
         batches: such as ``tokens.validation_batches``.
         token_bytes: UTF-8 bytes of each token (V), 0 for special ones.
-        precision: of the forward pass, on the device where the model is.
     """
-    device = precision.device
+    device = model.embedding.weight.device
     lengths = torch.from_numpy(token_bytes.astype(np.int64)).to(device)
     sums = torch.zeros(4, dtype=torch.float64)
     was_training = model.training
@@ -67,8 +60,7 @@ def evaluate_loss(
     try:
         for inputs, targets in batches:
             targets = targets.to(device)
-            with precision.autocast():
-                losses = model(inputs.to(device), targets, reduction="none")
+            losses = model(inputs.to(device), targets, reduction="none")
             counted = targets != IGNORE
             sizes = lengths[targets.clamp_min(0)] * counted
             # Summed in float64 on the CPU: MPS has no float64, and a sum in fp32 depends on the batch size.

@@ -21,31 +21,29 @@ def softcap(logits: Tensor, cap: float) -> Tensor:
     return logits if cap == 0 else cap * torch.tanh(logits / cap)
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, cap: float, reduction: str) -> Tensor:
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, cap: float, reduction: str, vocab_size: int
+) -> Tensor:
     """Cross-entropy in nats of ``softcap(x @ weight.T)`` against ``targets``, computed in chunks, softmax in fp32.
 
     Args:
         x: hidden states (..., C).
-        weight: the head (V, C), fp32.
+        weight: the head (V or more, C), fp32.
         targets: (...) token ids, or ``IGNORE``.
         cap: the softcap of the logits; 0 for none.
         reduction: ``sum`` (a scalar with gradients) or ``none`` (same shape as targets, without gradients).
+        vocab_size: V; rows of a padded head past it are never predicted.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    losses = _LinearCrossEntropy.apply(x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), cap, reduction)
+    losses = _LinearCrossEntropy.apply(
+        x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), cap, reduction, vocab_size
+    )  # fmt: skip
     return losses if reduction == "sum" else losses.view_as(targets)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, cap: float, reduction: str) -> Tensor:
-        """X (N, C), weight (V, C), targets (N) → the sum of losses, or one for each row (N)."""
-        with torch.autocast(x.device.type, enabled=False):
-            return _LinearCrossEntropy._forward(ctx, x, weight, targets, cap, reduction)
-
-    @staticmethod
-    def _forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, cap: float, reduction: str) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, cap: float, reduction: str, vocab_size: int) -> Tensor:
+        """X (N, C), weight (V or more, C), targets (N) → the sum of losses, or one for each row (N)."""
         want_gradient = reduction == "sum" and any(ctx.needs_input_grad[:2])
         w = weight.to(x.dtype)
         losses = torch.zeros(x.shape[0], dtype=torch.float32, device=x.device)
@@ -59,6 +57,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = (x[chunk] @ w.T).float()
             if cap:
                 logits = logits.div_(cap).tanh_().mul_(cap)
+            logits[:, vocab_size:] = -torch.inf
             log_total = torch.logsumexp(logits, dim=1, keepdim=True)
             loss = log_total - logits.gather(1, index)
             losses[chunk] = loss.squeeze(1) * counted
@@ -68,6 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad = torch.exp(logits - log_total)
             grad.scatter_add_(1, index, torch.full_like(loss, -1.0))
             if cap:
+                logits[:, vocab_size:] = 0
                 grad.mul_(logits.div_(cap).square_().neg_().add_(1))
             grad = grad.mul_(counted[:, None]).to(x.dtype)
             torch.mm(grad, w, out=grad_x[chunk])
@@ -81,4 +81,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_output: Tensor):  # type: ignore[override]
         """Scale the gradients that forward computed."""
         grad_x, grad_w = ctx.saved_tensors
-        return grad_x * grad_output.to(grad_x.dtype), grad_w * grad_output, None, None, None
+        return grad_x * grad_output.to(grad_x.dtype), grad_w * grad_output, None, None, None, None

@@ -2,9 +2,11 @@
 
     tokens (B, T) → embedding → [x + attention(norm(x)); x + mlp(norm(x))] × layers → norm → head → loss or logits
 
-It knows nothing of devices, precision, processes or checkpoints: ``training/`` applies those from outside.
+It knows nothing of devices, processes or checkpoints: ``training/`` applies those from outside. Weights are fp32;
+activations have ``GPT.activation_dtype``, to which every matrix product casts its weight.
 
-Shapes: B batch, T time (tokens), C channels (``model.width``), H heads, D head width, V vocabulary.
+Shapes: B batch, T time (tokens), S tokens seen (T and those in the cache), C channels (``model.width``), H heads,
+D head width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,19 +18,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.config import ModelConfig
+from pretrain.model.attention import attend
 from pretrain.model.loss import linear_cross_entropy, softcap
 
 
 class KVCache:
-    """Keys and values of the ``length`` tokens seen so far, for generation; there is room for ``limit``."""
+    """What a model remembers of the ``length`` tokens it has seen, for generation; there is room for ``limit``."""
 
     def __init__(self, limit: int):
         self.limit = limit
         self.length = 0
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.last_embedding: Tensor | None = None  # (B, 1, C) of the newest token, for smear
+        self.documents: Tensor | None = None  # (B, length) the document of each token, for document masks
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store keys and values (B, H, T, D) of the next T tokens; return those of all tokens so far."""
+        """Store keys and values (B, H, T, D) of the next T tokens; return those of all tokens so far (B, H, S, D)."""
         if layer not in self.layers:
             shape = (*k.shape[:2], self.limit, k.shape[3])
             self.layers[layer] = (k.new_empty(shape), v.new_empty(shape))
@@ -39,66 +44,88 @@ class KVCache:
         return keys[:, :, :end], values[:, :, :end]
 
 
-def make_norm(config: ModelConfig, channels: int) -> nn.Module:
-    """The configured norm over the last dimension of ``channels``."""
-    if config.norm == "layernorm":
-        return nn.LayerNorm(
-            channels, config.norm_eps, elementwise_affine=config.norm_weight, bias=config.norm_weight and config.bias
-        )
-    return nn.RMSNorm(channels, config.norm_eps, elementwise_affine=config.norm_weight)
+class Linear(nn.Linear):
+    """A linear layer that computes in the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X (..., in) → (..., out)."""
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
-def rotary(config: ModelConfig, positions: Tensor, head_width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (T, D/2) that turn each pair of channels by its frequency (RoFormer, arXiv 2104.09864)."""
-    exponents = torch.arange(0, head_width, 2, dtype=torch.float32, device=positions.device) / head_width
+class Norm(nn.Module):
+    """RMSNorm (arXiv 1910.07467) or LayerNorm over the last dimension, statistics in fp32, weights as configured."""
+
+    def __init__(self, config: ModelConfig, channels: int):
+        super().__init__()
+        self.channels, self.eps, self.rms = (channels,), config.norm_eps, config.norm == "rmsnorm"
+        self.weight = nn.Parameter(torch.empty(channels)) if config.norm_weight else None
+        has_bias = config.norm_weight and config.bias and not self.rms
+        self.bias = nn.Parameter(torch.empty(channels)) if has_bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X (..., channels), same shape out."""
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        if self.rms:
+            return F.rms_norm(x, self.channels, weight, self.eps)
+        return F.layer_norm(x, self.channels, weight, None if self.bias is None else self.bias.to(x.dtype), self.eps)
+
+
+def rotary(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (T, R/2) that turn R channels of a head, in pairs, by position (arXiv 2104.09864)."""
+    rotated = int((config.head_width or config.width // config.heads) * config.rope_fraction)
+    exponents = torch.arange(0, rotated, 2, dtype=torch.float32, device=positions.device) / rotated
     angles = positions.float()[:, None] * config.rope_theta**-exponents
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn channel i of x (B, H, T, D) against channel i + D/2 by the angle of its position."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    """Turn channel i of x (B, H, T, D) against channel i + R/2; channels from R on stay."""
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped key and value heads."""
+    """Causal self-attention; heads share keys and values in groups (GQA, arXiv 2305.13245)."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.layer = layer
+        self.layer, self.dropout = layer, config.dropout
         self.heads, self.kv_heads = config.heads, config.kv_heads or config.heads
         self.head_width = config.head_width or config.width // config.heads
-        self.dropout = config.dropout
-        self.q = nn.Linear(config.width, self.heads * self.head_width, bias=config.qkv_bias)
-        self.k = nn.Linear(config.width, self.kv_heads * self.head_width, bias=config.qkv_bias)
-        self.v = nn.Linear(config.width, self.kv_heads * self.head_width, bias=config.qkv_bias)
-        self.out = nn.Linear(self.heads * self.head_width, config.width, bias=config.bias)
-        self.q_norm = make_norm(config, self.head_width) if config.qk_norm else nn.Identity()
-        self.k_norm = make_norm(config, self.head_width) if config.qk_norm else nn.Identity()
+        self.scale = config.attention_scale or self.head_width**-0.5
+        self.q = Linear(config.width, self.heads * self.head_width, bias=config.qkv_bias)
+        self.k = Linear(config.width, self.kv_heads * self.head_width, bias=config.qkv_bias)
+        self.v = Linear(config.width, self.kv_heads * self.head_width, bias=config.qkv_bias)
+        self.out = Linear(self.heads * self.head_width, config.width, bias=config.bias)
+        self.q_norm = Norm(config, self.head_width) if config.qk_norm else nn.Identity()
+        self.k_norm = Norm(config, self.head_width) if config.qk_norm else nn.Identity()
+        self.value_gate = None
+        if has_value_embedding(config, layer):
+            self.value_gate = Linear(min(VALUE_GATE_CHANNELS, config.width), self.kv_heads, bias=False)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
-        """X (B, T, C) → (B, T, C). ``rope`` holds the cosines and sines of these T positions."""
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        value_embedding: Tensor | None,
+        cache: KVCache | None,
+    ) -> Tensor:
+        """X (B, T, C) → (B, T, C). ``mask`` (..., T, S) is True where attention is allowed; None is plain causal."""
         B, T, _ = x.shape
         q = self.q_norm(self.q(x).view(B, T, self.heads, self.head_width)).transpose(1, 2)
         k = self.k_norm(self.k(x).view(B, T, self.kv_heads, self.head_width)).transpose(1, 2)
-        v = self.v(x).view(B, T, self.kv_heads, self.head_width).transpose(1, 2)
+        v = self.v(x).view(B, T, self.kv_heads, self.head_width)
+        if self.value_gate is not None and value_embedding is not None:
+            gate = 2 * torch.sigmoid(self.value_gate(x[..., : self.value_gate.in_features]))  # (B, T, H), 1 at first
+            v = v + gate[..., None] * value_embedding.view_as(v)
+        v = v.transpose(1, 2)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        mask = None
         if cache is not None:
-            if cache.length and T > 1:  # a later chunk of several tokens sees all before it, and itself causally
-                mask = torch.ones(T, cache.length + T, dtype=torch.bool, device=x.device).tril(cache.length)
             k, v = cache.extend(self.layer, k, v)
-        y = F.scaled_dot_product_attention(
-            q,
-            k.to(q.dtype),
-            v.to(q.dtype),
-            attn_mask=mask,
-            is_causal=mask is None and T > 1,
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=self.kv_heads != self.heads,
-        )
+        y = attend(q, k, v, mask, self.scale, self.dropout if self.training else 0.0)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -110,9 +137,9 @@ class MLP(nn.Module):
         self.kind = config.mlp
         gated = config.mlp == "swiglu"
         hidden = config.mlp_width or (64 * math.ceil(config.width * 8 / 3 / 64) if gated else 4 * config.width)
-        self.up = nn.Linear(config.width, hidden, bias=config.bias)
-        self.gate = nn.Linear(config.width, hidden, bias=config.bias) if gated else None
-        self.down = nn.Linear(hidden, config.width, bias=config.bias)
+        self.up = Linear(config.width, hidden, bias=config.bias)
+        self.gate = Linear(config.width, hidden, bias=config.bias) if gated else None
+        self.down = Linear(hidden, config.width, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """X (B, T, C) → (B, T, C)."""
@@ -131,15 +158,22 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.attention_norm = make_norm(config, config.width)
+        self.attention_norm = Norm(config, config.width)
         self.attention = Attention(config, layer)
-        self.mlp_norm = make_norm(config, config.width)
+        self.mlp_norm = Norm(config, config.width)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        value_embedding: Tensor | None,
+        cache: KVCache | None,
+    ) -> Tensor:
         """X (B, T, C) → (B, T, C)."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), rope, cache))
+        x = x + self.dropout(self.attention(self.attention_norm(x), rope, mask, value_embedding, cache))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
@@ -147,21 +181,39 @@ class GPT(nn.Module):
     """A decoder-only Transformer over a vocabulary of ``vocab_size`` tokens.
 
     Build it under ``torch.device("meta")``, give it memory with ``to_empty`` and values with :meth:`init_weights`.
+    ``boundary`` is the token that begins a document, for ``model.document_mask``.
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int):
+    activation_dtype: torch.dtype = torch.float32
+    """The dtype of activations and matrix products, set from outside."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int, boundary: int | None = None):
         super().__init__()
-        self.config = config
-        self.vocab_size = vocab_size
-        self.embedding = nn.Embedding(vocab_size, config.width)
+        self.config, self.vocab_size, self.boundary = config, vocab_size, boundary
+        rows = math.ceil(vocab_size / config.vocab_multiple) * config.vocab_multiple
+        self.embedding = nn.Embedding(rows, config.width)
         if config.position == "learned":
             self.position_embedding = nn.Embedding(config.context_length, config.width)
-        self.embedding_norm = make_norm(config, config.width) if config.embedding_norm else nn.Identity()
+        self.embedding_norm = Norm(config, config.width) if config.embedding_norm else nn.Identity()
+        self.smear = nn.Parameter(torch.empty(config.width)) if config.smear else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
-        self.norm = make_norm(config, config.width)
-        self.head = nn.Linear(config.width, vocab_size, bias=False)
-        if config.tied_head:
+        self.stream_scale = nn.Parameter(torch.empty(config.layers)) if config.residual_scalars else None
+        self.embedding_scale = nn.Parameter(torch.empty(config.layers)) if config.residual_scalars else None
+        self.value_embeddings = nn.ModuleDict(
+            {
+                str(layer): nn.Embedding(rows, self.blocks[layer].attention.v.out_features)  # type: ignore[union-attr]
+                for layer in range(config.layers)
+                if has_value_embedding(config, layer)
+            }
+        )
+        self.norm = Norm(config, config.width)
+        self.head = Linear(config.width, rows, bias=False)
+        self.tie_head()
+
+    def tie_head(self) -> None:
+        """Share the embedding with the head if ``model.tied_head``; once more after ``to_empty``, which parts them."""
+        if self.config.tied_head:
             self.head.weight = self.embedding.weight
 
     def forward(
@@ -178,36 +230,73 @@ class GPT(nn.Module):
         scalar), or one for each target with ``reduction="none"`` (B, T; 0 where ignored; no gradient). Without: the
         logits (B, T, V) in fp32. With a ``cache``, ``tokens`` continue those it holds, and are added to it.
         """
+        config, T = self.config, tokens.shape[1]
         start = cache.length if cache is not None else 0
-        T = tokens.shape[1]
-        assert start + T <= self.config.context_length, "more tokens than the context length"
+        assert start + T <= config.context_length, "more tokens than the context length"
         positions = torch.arange(start, start + T, device=tokens.device)
         x = self.embedding(tokens)
-        if self.config.position == "learned":
+        if config.position == "learned":
             x = x + self.position_embedding(positions)
-        x = self.dropout(self.embedding_norm(x))
-        rope = None
-        if self.config.position == "rope":
-            head_width = self.config.head_width or self.config.width // self.config.heads
-            dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-            rope = rotary(self.config, positions, head_width, dtype)
-        for block in self.blocks:
-            x = block(x, rope, cache)
+        x = self.embedding_norm(x.to(self.activation_dtype))
+        if self.smear is not None:
+            before = x.new_zeros(x.shape[0], 1, x.shape[2])
+            if cache is not None:
+                before = before if cache.last_embedding is None else cache.last_embedding
+                cache.last_embedding = x[:, -1:]
+            x = x + self.smear.to(x.dtype) * torch.cat((before, x[:, :-1]), dim=1)
+        x = embedded = self.dropout(x)
+        rope = rotary(config, positions, x.dtype) if config.position == "rope" else None
+        documents = None
+        if config.document_mask and self.boundary is not None:
+            documents = (tokens == self.boundary).cumsum(1)
+            if cache is not None:
+                if cache.documents is not None:
+                    documents = torch.cat((cache.documents, cache.documents[:, -1:] + documents), dim=1)
+                cache.documents = documents
+        kinds = layer_kinds(config)
+        masks = {kind: self._mask(start, T, kind, documents, tokens.device) for kind in set(kinds)}
+        for layer, (block, kind) in enumerate(zip(self.blocks, kinds, strict=True)):
+            if self.stream_scale is not None and self.embedding_scale is not None:
+                stream, again = self.stream_scale[layer].to(x.dtype), self.embedding_scale[layer].to(x.dtype)
+                x = stream * x + again * embedded
+            value_embedding = None
+            if str(layer) in self.value_embeddings:
+                value_embedding = self.value_embeddings[str(layer)](tokens).to(x.dtype)
+            x = block(x, rope, masks[kind], value_embedding, cache)
         if cache is not None:
             cache.length += T
         x = self.norm(x)
-        if targets is None:
-            return softcap(self.head(x).float(), self.config.logit_softcap)
-        return linear_cross_entropy(x, self.head.weight, targets, self.config.logit_softcap, reduction)
+        if targets is not None:
+            return linear_cross_entropy(
+                x, self.head.weight, targets, config.logit_softcap, reduction, self.vocab_size
+            )  # fmt: skip
+        return softcap(self.head(x)[..., : self.vocab_size].float(), config.logit_softcap)
+
+    def _mask(self, start: int, T: int, kind: str, documents: Tensor | None, device: torch.device) -> Tensor | None:
+        """Where tokens ``start`` to ``start + T - 1`` may look among the S so far: (T, S), or (B, 1, T, S).
+
+        None stands for plain causal attention, which needs no mask. ``documents`` (B, S) numbers each token's document.
+        """
+        if kind == "L" and documents is None and (start == 0 or T == 1):
+            return None
+        queries = torch.arange(start, start + T, device=device)[:, None]
+        keys = torch.arange(start + T, device=device)
+        mask = keys <= queries
+        if kind == "S":
+            mask &= keys > queries - window_length(self.config)
+        if documents is None:
+            return mask
+        return mask & (documents[:, None, start:, None] == documents[:, None, None, :])
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
         """Give every parameter its initial value by ``model.init``; the generator must be on the parameters' device."""
         kind, width = self.config.init, self.config.width
         for module in self.modules():
-            if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and module.weight is not None:
-                module.weight.fill_(1.0)
-                if isinstance(module, nn.LayerNorm) and module.bias is not None:
+            if isinstance(module, Norm):
+                if module.weight is not None:
+                    module.weight.fill_(1.0)
+                if module.bias is not None:
                     module.bias.zero_()
             elif isinstance(module, nn.Linear):
                 bound = 1 / math.sqrt(module.in_features)  # of a uniform distribution, PyTorch's default
@@ -230,11 +319,42 @@ class GPT(nn.Module):
                     projection.weight.normal_(0, 0.02 / math.sqrt(2 * self.config.layers), generator=generator)
                 elif kind == "zero":
                     projection.weight.zero_()
+            if kind == "zero":
+                block.mlp.up.weight.mul_(0.5)
+            if block.attention.value_gate is not None:
+                block.attention.value_gate.weight.zero_()
+        if self.smear is not None:
+            self.smear.zero_()
+        if self.stream_scale is not None and self.embedding_scale is not None:
+            self.stream_scale.fill_(1.0)
+            self.embedding_scale.fill_(0.1)
+        if kind == "zero" and not self.config.tied_head:
+            self.head.weight.normal_(0, 0.001, generator=generator)
         for module in self.modules():  # last: a tied head takes the embedding's values
             if isinstance(module, nn.Embedding):
                 module.weight.normal_(0, 0.02 if kind == "gpt2" else 1.0, generator=generator)
         if kind == "zero":
             if self.config.tied_head:
-                self.head.weight.normal_(0, width**-0.5, generator=generator)
-            else:
-                self.head.weight.normal_(0, 0.001, generator=generator)
+                self.embedding.weight.mul_(width**-0.5)
+            for table in self.value_embeddings.values():
+                table.weight.mul_(width**-0.5)  # type: ignore[operator]
+
+
+VALUE_GATE_CHANNELS = 32
+"""Channels of the stream from which the gate of a value embedding is computed."""
+
+
+def has_value_embedding(config: ModelConfig, layer: int) -> bool:
+    """Every other layer, the last one included."""
+    return config.value_embeddings and (config.layers - 1 - layer) % 2 == 0
+
+
+def layer_kinds(config: ModelConfig) -> list[str]:
+    """L or S for each layer: the pattern repeated, but L for the last."""
+    kinds = [config.window_pattern[layer % len(config.window_pattern)] for layer in range(config.layers)]
+    return [*kinds[:-1], "L"]
+
+
+def window_length(config: ModelConfig) -> int:
+    """Tokens an S layer sees, itself included."""
+    return config.window or max(1, config.context_length // 4)

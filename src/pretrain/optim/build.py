@@ -26,7 +26,8 @@ def build_optimizers(model: GPT, config: OptimConfig) -> list[torch.optim.Optimi
         ]
         optimizers = [_adamw(groups, config)]
     else:
-        matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+        gates = [b.attention.value_gate.weight for b in model.blocks if b.attention.value_gate is not None]
+        matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and all(p is not gate for gate in gates)]
         head = [model.head.weight] if model.head.weight is not model.embedding.weight else []
         embeddings = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
         claimed = {id(p) for p in (*matrices, *head, *embeddings)}
@@ -36,7 +37,17 @@ def build_optimizers(model: GPT, config: OptimConfig) -> list[torch.optim.Optimi
             {"params": head, "lr": config.head_lr, "weight_decay": 0.0},
             {"params": scalars, "lr": config.scalar_lr, "weight_decay": 0.0},
         ]
-        optimizers = [Muon(matrices, config.lr, config.momentum, config.weight_decay), _adamw(groups, config)]
+        muon = Muon(
+            matrices,
+            config.lr,
+            config.momentum,
+            config.weight_decay,
+            config.cautious,
+            config.newton_schulz,
+            config.newton_schulz_steps,
+            config.update_scale,
+        )
+        optimizers = [muon, _adamw(groups, config)]
     _check_claims(model, optimizers)
     for optimizer in optimizers:
         for group in optimizer.param_groups:

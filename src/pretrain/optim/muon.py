@@ -12,42 +12,76 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-"""Coefficients of the quintic iteration: steep at 0, so that five rounds bring all singular values near 1."""
+CLASSIC = (3.4445, -4.7750, 2.0315)
+"""Jordan's quintic a x + b x^3 + c x^5: steep at 0, so that five rounds bring all singular values to about 0.7-1.2."""
+
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+"""Quintics that follow each other, each the best for what the ones before leave (Amsel et al., arXiv 2505.16932)."""
 
 
-def orthogonalize(matrices: Tensor, rounds: int = 5) -> Tensor:
-    """The orthogonal factor of each matrix in (N, R, C), to about 0.3 in its singular values, by Newton-Schulz."""
-    a, b, c = NEWTON_SCHULZ
-    x = matrices.to(torch.bfloat16) if matrices.is_cuda else matrices
-    tall = x.shape[-2] > x.shape[-1]
-    if tall:  # the products below are square in the first dimension: make it the smaller one
-        x = x.mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(rounds):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x).to(matrices.dtype)
+def quintics(kind: str, rounds: int) -> list[tuple[float, float, float]]:
+    """The coefficients of each round. Fewer than five of Polar Express are taken evenly: the first lifts, the last
+    settles."""
+    if kind == "classic":
+        return [CLASSIC] * rounds
+    return [POLAR_EXPRESS[round(i * (len(POLAR_EXPRESS) - 1) / (rounds - 1))] for i in range(rounds)]
+
+
+def orthogonalize(matrices: Tensor, coefficients: list[tuple[float, float, float]]) -> Tensor:
+    """The orthogonal factor of each matrix in (N, R, C), to about 0.3 in its singular values, by Newton-Schulz.
+
+    Computes in the dtype of the matrices; bfloat16 suffices, as the result is only a direction.
+    """
+    tall = matrices.shape[-2] > matrices.shape[-1]  # products with the smaller side are the cheaper ones
+    x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
+    for a, b, c in coefficients:
+        gram = x.mT @ x if tall else x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, x, polynomial, beta=a) if tall else torch.baddbmm(x, polynomial, x, beta=a)
+    return x
 
 
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised, for the hidden matrices of a network.
 
-    Updates are scaled by sqrt(max(1, rows / columns)), as in the original. ``found_inf``, when set to a positive
-    scalar tensor before :meth:`step`, leaves parameters and momentum bit for bit as they are (torch's fused AdamW reads
-    the same attribute).
+    ``found_inf``, when set to a positive scalar tensor before :meth:`step`, leaves parameters and momentum bit for bit
+    as they are (torch's fused AdamW reads the same attribute).
 
     Args:
         params: matrices (two dimensions each).
-        lr: learning rate; about 0.02 regardless of width.
+        lr: learning rate.
         momentum: decay of the running gradient.
         weight_decay: decoupled, times the learning rate.
+        cautious: decay only where the update shrinks the weight too (arXiv 2411.16085).
+        newton_schulz: ``classic`` or ``polar_express``.
+        newton_schulz_steps: rounds of it.
+        update_scale: ``spectral`` or ``rms``, see ``OptimConfig.update_scale``.
+        dtype: of the Newton-Schulz products.
     """
 
     found_inf: Tensor | None = None
 
-    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        cautious: bool = False,
+        newton_schulz: str = "classic",
+        newton_schulz_steps: int = 5,
+        update_scale: str = "spectral",
+        dtype: torch.dtype = torch.float32,
+    ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.cautious, self.update_scale, self.dtype = cautious, update_scale, dtype
+        self.coefficients = quintics(newton_schulz, newton_schulz_steps)
         for group in self.param_groups:
             assert all(p.ndim == 2 for p in group["params"]), "Muon is for matrices"
 
@@ -71,10 +105,13 @@ class Muon(torch.optim.Optimizer):
         gradient = torch.stack([p.grad for p in parameters if p.grad is not None])
         old = torch.stack(buffers)
         momentum = old.lerp(gradient, 1 - group["momentum"])
-        update = orthogonalize(gradient.lerp_(momentum, group["momentum"]))
-        change = update.mul_(-group["lr"] * max(1, shape[0] / shape[1]) ** 0.5)
+        update = orthogonalize(gradient.lerp_(momentum, group["momentum"]).to(self.dtype), self.coefficients).float()
+        rows, columns = shape
+        scale = max(1, rows / columns) ** 0.5 if self.update_scale == "spectral" else 0.2 * max(rows, columns) ** 0.5
+        change = update.mul_(-group["lr"] * scale)
         if group["weight_decay"]:
-            change.add_(torch.stack(parameters), alpha=-group["lr"] * group["weight_decay"])
+            decay = torch.stack(parameters).mul_(-group["lr"] * group["weight_decay"])
+            change.add_(torch.where(change * decay > 0, decay, 0) if self.cautious else decay)
         if self.found_inf is not None:  # select: a zero times NaN would still be NaN
             good = self.found_inf == 0
             momentum = torch.where(good, momentum, old)

@@ -2,7 +2,7 @@
 
 import math
 
-from pretrain.config import ScheduleConfig
+from pretrain.config import OptimConfig, ScheduleConfig
 
 
 def learning_rate_factor(schedule: ScheduleConfig, step: int, steps: int) -> float:
@@ -26,3 +26,9 @@ def learning_rate_factor(schedule: ScheduleConfig, step: int, steps: int) -> flo
         left = min(1.0, (steps - step) / decay_steps) if decay_steps else 1.0
         return schedule.final + (1 - schedule.final) * left
     return 1.0
+
+
+def muon_momentum(optim: OptimConfig, step: int) -> float:
+    """Muon's momentum at ``step``: from ``momentum_from`` to ``momentum`` over ``momentum_warmup_steps``."""
+    share = min(1.0, step / optim.momentum_warmup_steps) if optim.momentum_warmup_steps else 1.0
+    return optim.momentum_from + (optim.momentum - optim.momentum_from) * share

@@ -22,7 +22,7 @@ from pretrain.device import choose_device, choose_precision
 from pretrain.errors import CheckpointError, DataError, Interrupted, UsageError
 from pretrain.evaluation import evaluate_loss
 from pretrain.generation import sample_text
-from pretrain.optim import build_optimizers, learning_rate_factor
+from pretrain.optim import build_optimizers, learning_rate_factor, muon_momentum
 from pretrain.tokens import (
     DataOrder,
     Prepared,
@@ -109,7 +109,7 @@ class Trainer:
 
         self.device = choose_device(config.train.device)
         torch.manual_seed(config.train.seed)
-        self.model = empty_model(config, self.tokenizer.vocab_size, self.device)
+        self.model = empty_model(config, self.tokenizer, self.device)
         self.model.init_weights(torch.Generator(self.device).manual_seed(config.train.seed))
         self.optimizers = build_optimizers(self.model, config.optim)
 
@@ -120,7 +120,9 @@ class Trainer:
         if state.get("data", self.data_fingerprint) != self.data_fingerprint:
             raise DataError(f"{run.data} is not what this run was trained on; restore it, or start anew with --out")
         self.precision = choose_precision(state.get("precision", config.train.precision), self.device)
+        self.model.activation_dtype = self.precision.dtype
         self.loss_scale = LossScale(self.precision)
+        self.done: int = state.get("step", 0)
         self._make_optimizer_state()
         if checkpoint:
             tensors = self.tensors()
@@ -128,7 +130,6 @@ class Trainer:
             torch.set_rng_state(tensors["random.cpu"])
             if self.device.type == "cuda":
                 torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
-        self.done: int = state.get("step", 0)
         self.clock_start = started - state.get("seconds", 0.0)
         keep_steps(run.samples, self.done)
         self.metrics = Metrics(run.metrics, self.done, every=1 if self.device.type == "cpu" else 10)
@@ -186,8 +187,7 @@ class Trainer:
         micro_rows = config.train.micro_batch or len(inputs)
         loss = torch.zeros((), device=self.device)
         for x, y in zip(inputs.split(micro_rows), targets.split(micro_rows), strict=True):
-            with self.precision.autocast():
-                part = model(x.to(self.device), y.to(self.device)) / targets.numel()
+            part = model(x.to(self.device), y.to(self.device)) / targets.numel()
             self.loss_scale.scaled(part).backward()
             loss += part.detach()
 
@@ -206,6 +206,8 @@ class Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
+                if "momentum" in group:
+                    group["momentum"] = muon_momentum(self.config.optim, self.done)
             optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # Muon and torch's fused AdamW read it
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -215,7 +217,7 @@ class Trainer:
         """Validation loss and bits per byte; nothing when no text is held out."""
         if not len(self.val_stream):
             return {}
-        result = evaluate_loss(self.model, self.validation(all_tokens), self.token_bytes, self.precision)
+        result = evaluate_loss(self.model, self.validation(all_tokens), self.token_bytes)
         return {"val/loss": result.loss, "val/bpb": result.bits_per_byte}
 
     def sample(self) -> str | None:
@@ -223,12 +225,11 @@ class Trainer:
         settings = self.config.sample
         if not settings.max_tokens:
             return None
-        with self.precision.autocast():
-            pieces = sample_text(
-                self.model, self.tokenizer, settings.prompt, settings.max_tokens, settings.temperature, settings.top_k,
-                seed=self.config.train.seed,
-            )  # fmt: skip
-            text = settings.prompt + "".join(pieces)
+        pieces = sample_text(
+            self.model, self.tokenizer, settings.prompt, settings.max_tokens, settings.temperature, settings.top_k,
+            seed=self.config.train.seed,
+        )  # fmt: skip
+        text = settings.prompt + "".join(pieces)
         append_jsonl(self.run.samples, {"step": self.done, "prompt": settings.prompt, "text": text})
         return text
 

@@ -114,16 +114,15 @@ class Run:
     def load_model(self, device: torch.device | None = None, checkpoint: Checkpoint | None = None) -> GPT:
         """The model with the weights of a checkpoint, by default the newest, in evaluation mode."""
         checkpoint = checkpoint or self.newest_checkpoint()
-        model = empty_model(self.config, self.tokenizer().vocab_size, device or torch.device("cpu"))
+        model = empty_model(self.config, self.tokenizer(), device or torch.device("cpu"))
         checkpoint.load({f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()})
         return model.eval()
 
 
-def empty_model(config: Config, vocab_size: int, device: torch.device) -> GPT:
+def empty_model(config: Config, tokenizer: Tokenizer, device: torch.device) -> GPT:
     """The model with memory but no values, built on the meta device so that nothing is filled twice."""
     with torch.device("meta"):
-        model = GPT(config.model, vocab_size)
+        model = GPT(config.model, tokenizer.vocab_size, tokenizer.boundary_id)
     model = model.to_empty(device=device)
-    if config.model.tied_head:
-        model.head.weight = model.embedding.weight
+    model.tie_head()
     return model
