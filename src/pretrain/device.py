@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from dataclasses import dataclass
@@ -23,6 +24,21 @@ def choose_device(name: str) -> torch.device:
     if not available[name]():
         raise UsageError(f"train.device is {name}, but torch sees none on this machine; use --train.device auto")
     return torch.device(name)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the large blocks that tensors free, for the next tensors, instead of returning them to the system.
+
+    Each step on a CPU frees and takes the same blocks; fetching them anew costs a page fault for every 4 kB, together
+    more than the arithmetic on them. Does nothing where the C library is another.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 @dataclass(frozen=True)

@@ -7,24 +7,62 @@ import torch
 from pretrain.config import ModelConfig, OptimConfig
 from pretrain.model import GPT
 from pretrain.optim import Muon, build_optimizers
-from pretrain.optim.muon import NEWTON_SCHULZ, orthogonalize
+from pretrain.optim.muon import orthogonalize, quintics
 
 
+@pytest.mark.parametrize("kind", ["classic", "polar_express"])
 @pytest.mark.parametrize("shape", [(16, 16), (16, 64), (64, 16)])
-def test_orthogonalize_brings_singular_values_near_one(shape: tuple[int, int]):
+def test_orthogonalize_brings_singular_values_near_one(shape: tuple[int, int], kind: str):
     matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
-    for matrix, result in zip(matrices, orthogonalize(matrices), strict=True):
+    coefficients = quintics(kind, 5)
+    for matrix, result in zip(matrices, orthogonalize(matrices, coefficients), strict=True):
         u, s, v = torch.linalg.svd(matrix, full_matrices=False)
         singular = torch.linalg.svdvals(result)
         assert singular.max() < 1.3
         assert singular.median() > 0.6
-        # Same singular vectors, the values mapped by the odd polynomial five times: the float64 reference.
-        values = (s / matrix.norm()).double()
-        a, b, c = NEWTON_SCHULZ
-        for _ in range(5):
+        # Same singular vectors, the values mapped by the odd polynomials in turn: the float64 reference.
+        values = (s / matrix.norm() / 1.01).double()
+        for a, b, c in coefficients:
             values = a * values + b * values**3 + c * values**5
         expected = u.double() @ values.diag() @ v.double()
-        torch.testing.assert_close(result.double(), expected, atol=2e-4, rtol=2e-4)
+        torch.testing.assert_close(result.double(), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_fewer_rounds_of_polar_express_take_the_first_and_the_last():
+    five = quintics("polar_express", 5)
+    assert quintics("polar_express", 3) == [five[0], five[2], five[4]]
+    assert quintics("polar_express", 2) == [five[0], five[4]]
+
+
+def test_update_scales():
+    """spectral: sqrt(max(1, rows / columns)); rms: 0.2 sqrt(max(rows, columns)), against a step of both."""
+    for shape in ((64, 16), (16, 64)):
+        start = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        moved = {}
+        for scale in ("spectral", "rms"):
+            p = torch.nn.Parameter(start.clone())
+            p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+            Muon([p], lr=0.1, update_scale=scale).step()
+            moved[scale] = (p.detach() - start).norm()
+        ratio = 0.2 * 64**0.5 / max(1, shape[0] / shape[1]) ** 0.5
+        assert float(moved["rms"] / moved["spectral"]) == pytest.approx(ratio, rel=1e-4)
+
+
+def test_cautious_decay_acts_only_where_the_update_shrinks_the_weight():
+    generator = torch.Generator().manual_seed(0)
+    start, gradient = torch.randn(2, 8, 8, generator=generator).unbind()
+
+    def stepped(**settings) -> torch.Tensor:
+        p = torch.nn.Parameter(start.clone())
+        p.grad = gradient.clone()
+        Muon([p], lr=0.1, **settings).step()
+        return p.detach()
+
+    plain, decayed, cautious = stepped(), stepped(weight_decay=0.5), stepped(weight_decay=0.5, cautious=True)
+    shrinking = (plain - start) * start < 0
+    assert shrinking.any()
+    assert not shrinking.all()
+    torch.testing.assert_close(cautious, torch.where(shrinking, decayed, plain))
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
@@ -45,7 +83,7 @@ def test_muon_equals_pytorchs(weight_decay: float):
         a.step()
         b.step()
     for x, y in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(x, y, atol=1e-3, rtol=0)
+        torch.testing.assert_close(x, y, atol=2e-3, rtol=0)
 
 
 def small_model() -> GPT:

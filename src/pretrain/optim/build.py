@@ -10,11 +10,14 @@ from pretrain.model import GPT
 from pretrain.optim.muon import Muon
 
 
-def build_optimizers(model: GPT, config: OptimConfig) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    model: GPT, config: OptimConfig, dtype: torch.dtype = torch.float32
+) -> list[torch.optim.Optimizer]:
     """The optimizers of a run; each parameter group carries its peak rate as ``peak_lr``.
 
     adamw: one rate for all; decay on matrices only (``decay_all``: on everything). muon: the blocks' matrices by Muon;
-    embeddings, head, and norms, biases and scalars by AdamW, each with its own rate and no decay.
+    embeddings, head, and norms, biases and scalars by AdamW, each with its own rate and no decay. ``dtype`` is that of
+    Muon's matrix products.
     """
     optimizers: list[torch.optim.Optimizer]
     if config.kind == "adamw":
@@ -46,6 +49,7 @@ def build_optimizers(model: GPT, config: OptimConfig) -> list[torch.optim.Optimi
             config.newton_schulz,
             config.newton_schulz_steps,
             config.update_scale,
+            dtype,
         )
         optimizers = [muon, _adamw(groups, config)]
     _check_claims(model, optimizers)

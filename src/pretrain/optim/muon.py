@@ -27,7 +27,8 @@ POLAR_EXPRESS = (
 
 def quintics(kind: str, rounds: int) -> list[tuple[float, float, float]]:
     """The coefficients of each round. Fewer than five of Polar Express are taken evenly: the first lifts, the last
-    settles."""
+    settles.
+    """
     if kind == "classic":
         return [CLASSIC] * rounds
     return [POLAR_EXPRESS[round(i * (len(POLAR_EXPRESS) - 1) / (rounds - 1))] for i in range(rounds)]

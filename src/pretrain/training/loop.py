@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pretrain.config import Config, differences
-from pretrain.device import choose_device, choose_precision
+from pretrain.device import choose_device, choose_precision, keep_freed_memory
 from pretrain.errors import CheckpointError, DataError, Interrupted, UsageError
 from pretrain.evaluation import evaluate_loss
 from pretrain.generation import sample_text
@@ -57,7 +57,8 @@ def train(config: Config, out: str | Path, console: Console | None = None, start
     """
     started = time.monotonic() if started is None else started
     console = console or Console(quiet=True)
-    choose_device(config.train.device)  # an impossible one is said before any work
+    if choose_device(config.train.device).type == "cpu":  # an impossible device is said before any work
+        keep_freed_memory()
     run, prepared = open_run(config, Path(out), console)
     if run.summary is None:
         Trainer(run, prepared, console, started).fit()
@@ -111,7 +112,6 @@ class Trainer:
         torch.manual_seed(config.train.seed)
         self.model = empty_model(config, self.tokenizer, self.device)
         self.model.init_weights(torch.Generator(self.device).manual_seed(config.train.seed))
-        self.optimizers = build_optimizers(self.model, config.optim)
 
         checkpoint = newest(run.checkpoints, console.say)
         if checkpoint is None and checkpoints(run.checkpoints):
@@ -121,6 +121,8 @@ class Trainer:
             raise DataError(f"{run.data} is not what this run was trained on; restore it, or start anew with --out")
         self.precision = choose_precision(state.get("precision", config.train.precision), self.device)
         self.model.activation_dtype = self.precision.dtype
+        muon_dtype = torch.bfloat16 if self.precision.name == "bf16" else torch.float32
+        self.optimizers = build_optimizers(self.model, config.optim, muon_dtype)
         self.loss_scale = LossScale(self.precision)
         self.done: int = state.get("step", 0)
         self._make_optimizer_state()
