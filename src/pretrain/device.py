@@ -32,13 +32,14 @@ def keep_freed_memory() -> None:
     Each step on a CPU frees and takes the same blocks; fetching them anew costs a page fault for every 4 kB, together
     more than the arithmetic on them. Does nothing where the C library is another.
     """
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return
     mallopt(M_MMAP_MAX, 0)
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(M_TOP_PAD, 2**28)
 
 
 @dataclass(frozen=True)
