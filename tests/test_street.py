@@ -14,6 +14,7 @@ STREET = [
     "tokens",
     "model",
     "optim",
+    "plan",
     "evaluation",
     "generation",
     "training",

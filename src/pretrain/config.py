@@ -69,6 +69,9 @@ class TokenizerConfig:
 class ModelConfig:
     """The Transformer."""
 
+    depth: int = 0
+    """The dial: sets those of layers, width (64 a layer) and heads (128 wide) that are 0; and with train.steps = 0 and
+    train.batch_tokens = 0 also the horizon, batch and rates. 0: no dial."""
     layers: int = 4
     """Transformer blocks."""
     heads: int = 4
@@ -118,7 +121,9 @@ class ModelConfig:
     residual_scalars: bool = False
     """Learned scalars in each layer: of the stream, and of the embedding added to it again."""
     smear: bool = False
-    """Mix the embedding of the token before into each token's, by a learned weight for each channel."""
+    """Mix the embedding of the token before into each token's, by a learned gate."""
+    backout: bool = False
+    """Take a learned share of the stream half way up away from the last one (nanochat)."""
     tied_head: bool = False
     """Use the embedding as the output head."""
     logit_softcap: float = 15.0
@@ -132,10 +137,14 @@ class ModelConfig:
     PyTorch's default for each layer."""
 
     def __post_init__(self):
+        _require(self.depth >= 0, f"model.depth must be 0 or more, not {self.depth}")
         for name in ("layers", "heads", "width", "context_length"):
-            _require(getattr(self, name) >= 1, f"model.{name} must be at least 1, not {getattr(self, name)}")
+            least = 0 if self.depth and name != "context_length" else 1  # 0: the dial sets it
+            _require(getattr(self, name) >= least, f"model.{name} must be at least {least}, not {getattr(self, name)}")
         for name in ("kv_heads", "head_width", "mlp_width", "window", "attention_scale"):
             _require(getattr(self, name) >= 0, f"model.{name} must be 0 or more, not {getattr(self, name)}")
+        if not (self.layers and self.heads and self.width):
+            return  # checked when the dial has set them
         if not self.head_width:
             near = _nearest_multiple(self.width, self.heads)
             _require(
@@ -187,6 +196,10 @@ class OptimConfig:
     """Steps over which Muon's momentum rises to its value."""
     momentum_from: float = 0.85
     """Where Muon's momentum rises from."""
+    momentum_final: float = 0.0
+    """Where Muon's momentum falls to while a linear schedule decays. 0: it stays."""
+    decay_to_zero: bool = False
+    """Bring Muon's weight decay to 0 by a half cosine over the run."""
     newton_schulz: Literal["classic", "polar_express"] = "classic"
     """Polynomials that orthogonalise: one quintic repeated (Jordan), or a sequence of them (arXiv 2505.16932)."""
     newton_schulz_steps: int = 5
@@ -198,17 +211,24 @@ class OptimConfig:
     """Decay a weight only where the update shrinks it too (muon only)."""
     embedding_lr: float = 0.02
     """Peak learning rate of the embeddings under muon."""
+    value_embedding_lr: float = 0.0
+    """Peak learning rate of the value embeddings under muon. 0: that of the embeddings."""
     head_lr: float = 0.02
     """Peak learning rate of the output head under muon."""
     scalar_lr: float = 0.02
     """Peak learning rate of norms, biases and scalars under muon."""
+    width_scaling: bool = False
+    """Scale the rates of embeddings and head under muon by (width / 768) ** -0.5."""
 
     def __post_init__(self):
+        _require(self.value_embedding_lr >= 0, "optim.value_embedding_lr must be 0 or more")
         for name in ("lr", "embedding_lr", "head_lr", "scalar_lr"):
             _require(getattr(self, name) > 0, f"optim.{name} must be positive, not {getattr(self, name)}")
         _require(self.weight_decay >= 0, f"optim.weight_decay must be 0 or more, not {self.weight_decay}")
-        for beta in (*self.betas, self.momentum, self.momentum_from):
-            _require(0 <= beta < 1, f"optim.betas, momentum and momentum_from must be in [0, 1), not {beta}")
+        for beta in (*self.betas, self.momentum, self.momentum_from, self.momentum_final):
+            _require(
+                0 <= beta < 1, f"optim.betas, momentum, momentum_from and momentum_final must be in [0, 1), not {beta}"
+            )
         _require(self.momentum_warmup_steps >= 0, "optim.momentum_warmup_steps must be 0 or more")
         limit = 5 if self.newton_schulz == "polar_express" else 20
         _require(
@@ -222,7 +242,8 @@ class ScheduleConfig:
     """The learning rate over the steps, as a share of its peak."""
 
     kind: Literal["cosine", "linear", "constant"] = "linear"
-    """Decay after the warmup: cosine over all remaining steps, linear over the last decay_fraction, or none."""
+    """Decay after the warmup: cosine over all remaining steps, linear over the last decay_fraction (also called
+    warmup-stable-decay), or none."""
     warmup_steps: int = 20
     """Steps of linear rise from warmup_from to the peak."""
     warmup_from: float = 0.0
@@ -244,14 +265,25 @@ class TrainConfig:
     """The run."""
 
     steps: int = 420
-    """Optimizer steps."""
+    """Optimizer steps. 0: from tokens_per_parameter or target_flops."""
+    tokens_per_parameter: float = 20.0
+    """Horizon with steps = 0: training tokens for each parameter (Chinchilla, arXiv 2203.15556, found about 20)."""
+    target_flops: float = 0.0
+    """Horizon with steps = 0: operations to spend in training, instead of tokens_per_parameter. 0: not used."""
+    horizon_parameters: Literal["all", "matrices"] = "all"
+    """Parameters that the horizon counts: all, or those of the blocks and the head (nanochat since 2026)."""
     batch_tokens: int = 2048
-    """Tokens in the global batch of one step, over all machines and micro-batches."""
+    """Tokens in the global batch of one step, over all machines and micro-batches. 0: by the dial, a power of two that
+    grows with the horizon; the rates follow its square root."""
     micro_batch: int = 0
-    """Rows in one forward and backward pass on one device. 0: the whole batch at once. It changes speed and memory,
-    never what is learned."""
+    """Rows in one forward and backward pass on one device; it changes speed and memory, never what is learned. 0: the
+    whole batch, or the most that fits in memory."""
     grad_clip: float = 1.0
     """Largest global gradient norm. 0: no clipping."""
+    grad_clip_from: int = 0
+    """First step, counted from 0, at which gradients are clipped."""
+    activation_checkpointing: bool = False
+    """Compute each block again in the backward pass instead of keeping its activations: less memory, more time."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the matrix products; weights stay fp32. auto: what this machine does fastest, measured."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -262,8 +294,10 @@ class TrainConfig:
     """Fixes the initial weights, the data order, dropout and samples."""
 
     def __post_init__(self):
-        _require(self.steps >= 1, f"train.steps must be at least 1, not {self.steps}")
-        _require(self.batch_tokens >= 1, f"train.batch_tokens must be at least 1, not {self.batch_tokens}")
+        for name in ("steps", "batch_tokens", "grad_clip_from"):
+            _require(getattr(self, name) >= 0, f"train.{name} must be 0 or more, not {getattr(self, name)}")
+        _require(self.tokens_per_parameter > 0, "train.tokens_per_parameter must be positive")
+        _require(self.target_flops >= 0, "train.target_flops must be 0 or more")
         _require(self.micro_batch >= 0, f"train.micro_batch must be 0 or more rows, not {self.micro_batch}")
         _require(self.grad_clip >= 0, f"train.grad_clip must be 0 or more, not {self.grad_clip}")
         _require(0 <= self.seed < 2**63, f"train.seed must be in [0, 2**63), not {self.seed}")
@@ -335,13 +369,14 @@ class Config:
 
     def __post_init__(self):
         tokens, length = self.train.batch_tokens, self.model.context_length
+        _require(tokens > 0 or self.model.depth > 0, "train.batch_tokens must be at least 1 (0 needs model.depth)")
         _require(
             tokens % length == 0,
             f"train.batch_tokens {tokens} is not a multiple of model.context_length {length};"
             f" try --train.batch_tokens {_nearest_multiple(tokens, length)}",
         )
         rows = tokens // length
-        if self.train.micro_batch:
+        if self.train.micro_batch and rows:
             _require(
                 rows % self.train.micro_batch == 0,
                 f"train.micro_batch {self.train.micro_batch} does not divide the {rows} rows of the batch"
@@ -355,7 +390,7 @@ class Config:
 
 
 # Fields that do not change what is learned: a run may be resumed with other values of these.
-FREE_FIELDS = frozenset({"train.micro_batch", "train.compile", "train.device"})
+FREE_FIELDS = frozenset({"train.micro_batch", "train.compile", "train.device", "train.activation_checkpointing"})
 FREE_SECTIONS = frozenset({"eval", "checkpoint", "sample"})
 
 

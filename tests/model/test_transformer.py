@@ -36,7 +36,9 @@ VARIANTS = {
     "windows": dict(layers=3, window_pattern="SL", window=3),
     "documents": dict(document_mask=True),
     "windows and documents": dict(layers=3, window_pattern="S", document_mask=True),
-    "nanochat": dict(value_embeddings=True, residual_scalars=True, smear=True, attention_scale=0.2, vocab_multiple=64),
+    "nanochat": dict(
+        value_embeddings=True, residual_scalars=True, smear=True, backout=True, attention_scale=0.2, vocab_multiple=64
+    ),
     "part of a head rotates": dict(rope_fraction=0.5),
     "no-position": dict(position="none", embedding_norm=False),
 }

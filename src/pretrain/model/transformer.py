@@ -118,7 +118,7 @@ class Attention(nn.Module):
         k = self.k_norm(self.k(x).view(B, T, self.kv_heads, self.head_width)).transpose(1, 2)
         v = self.v(x).view(B, T, self.kv_heads, self.head_width)
         if self.value_gate is not None and value_embedding is not None:
-            gate = 2 * torch.sigmoid(self.value_gate(x[..., : self.value_gate.in_features]))  # (B, T, H), 1 at first
+            gate = 3 * torch.sigmoid(self.value_gate(x[..., : self.value_gate.in_features]))  # (B, T, H)
             v = v + gate[..., None] * value_embedding.view_as(v)
         v = v.transpose(1, 2)
         if rope is not None:
@@ -195,11 +195,13 @@ class GPT(nn.Module):
         if config.position == "learned":
             self.position_embedding = nn.Embedding(config.context_length, config.width)
         self.embedding_norm = Norm(config, config.width) if config.embedding_norm else nn.Identity()
-        self.smear = nn.Parameter(torch.empty(config.width)) if config.smear else None
+        self.smear = nn.Parameter(torch.empty(1)) if config.smear else None
+        self.smear_gate = Linear(min(SMEAR_GATE_CHANNELS, config.width), 1, bias=False) if config.smear else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.stream_scale = nn.Parameter(torch.empty(config.layers)) if config.residual_scalars else None
         self.embedding_scale = nn.Parameter(torch.empty(config.layers)) if config.residual_scalars else None
+        self.backout = nn.Parameter(torch.empty(1)) if config.backout else None
         self.value_embeddings = nn.ModuleDict(
             {
                 str(layer): nn.Embedding(rows, self.blocks[layer].attention.v.out_features)  # type: ignore[union-attr]
@@ -238,13 +240,14 @@ class GPT(nn.Module):
         if config.position == "learned":
             x = x + self.position_embedding(positions)
         x = self.embedding_norm(x.to(self.activation_dtype))
-        if self.smear is not None:
+        if self.smear is not None and self.smear_gate is not None:
             before = x.new_zeros(x.shape[0], 1, x.shape[2])
             if cache is not None:
                 before = before if cache.last_embedding is None else cache.last_embedding
                 cache.last_embedding = x[:, -1:]
-            x = x + self.smear.to(x.dtype) * torch.cat((before, x[:, :-1]), dim=1)
-        x = embedded = self.dropout(x)
+            gate = self.smear.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., : self.smear_gate.in_features]))
+            x = x + gate * torch.cat((before, x[:, :-1]), dim=1)
+        x = embedded = half_way = self.dropout(x)
         rope = rotary(config, positions, x.dtype) if config.position == "rope" else None
         documents = None
         if config.document_mask and self.boundary is not None:
@@ -263,6 +266,10 @@ class GPT(nn.Module):
             if str(layer) in self.value_embeddings:
                 value_embedding = self.value_embeddings[str(layer)](tokens).to(x.dtype)
             x = block(x, rope, masks[kind], value_embedding, cache)
+            if layer == config.layers // 2:
+                half_way = x
+        if self.backout is not None:
+            x = x - self.backout.to(x.dtype) * half_way
         if cache is not None:
             cache.length += T
         x = self.norm(x)
@@ -320,14 +327,18 @@ class GPT(nn.Module):
                 elif kind == "zero":
                     projection.weight.zero_()
             if kind == "zero":
-                block.mlp.up.weight.mul_(0.5)
+                block.mlp.up.weight.mul_(0.4)
             if block.attention.value_gate is not None:
-                block.attention.value_gate.weight.zero_()
-        if self.smear is not None:
+                block.attention.value_gate.weight.uniform_(0, 0.02, generator=generator)
+        if self.smear is not None and self.smear_gate is not None:
             self.smear.zero_()
+            self.smear_gate.weight.uniform_(0, 0.02, generator=generator)
+        if self.backout is not None:
+            self.backout.fill_(0.2)
         if self.stream_scale is not None and self.embedding_scale is not None:
-            self.stream_scale.fill_(1.0)
-            self.embedding_scale.fill_(0.1)
+            height = torch.linspace(0, 1, self.config.layers, device=self.stream_scale.device)
+            self.stream_scale.copy_(1.15 - 0.10 * height)  # early layers write more, and see more of the embedding
+            self.embedding_scale.copy_(0.20 - 0.15 * height)
         if kind == "zero" and not self.config.tied_head:
             self.head.weight.normal_(0, 0.001, generator=generator)
         for module in self.modules():  # last: a tied head takes the embedding's values
@@ -340,8 +351,8 @@ class GPT(nn.Module):
                 table.weight.mul_(width**-0.5)  # type: ignore[operator]
 
 
-VALUE_GATE_CHANNELS = 32
-"""Channels of the stream from which the gate of a value embedding is computed."""
+VALUE_GATE_CHANNELS, SMEAR_GATE_CHANNELS = 12, 24
+"""Channels of the stream from which the gates of value embeddings and of the smear are computed, as in nanochat."""
 
 
 def has_value_embedding(config: ModelConfig, layer: int) -> bool:

@@ -2,6 +2,6 @@
 
 from pretrain.optim.build import build_optimizers
 from pretrain.optim.muon import Muon
-from pretrain.optim.schedule import learning_rate_factor, muon_momentum
+from pretrain.optim.schedule import learning_rate_factor, muon_momentum, weight_decay_factor
 
-__all__ = ["Muon", "build_optimizers", "learning_rate_factor", "muon_momentum"]
+__all__ = ["Muon", "build_optimizers", "learning_rate_factor", "muon_momentum", "weight_decay_factor"]

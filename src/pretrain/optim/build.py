@@ -13,7 +13,7 @@ from pretrain.optim.muon import Muon
 def build_optimizers(
     model: GPT, config: OptimConfig, dtype: torch.dtype = torch.float32
 ) -> list[torch.optim.Optimizer]:
-    """The optimizers of a run; each parameter group carries its peak rate as ``peak_lr``.
+    """The optimizers of a run; each parameter group carries its peak rate and decay.
 
     adamw: one rate for all; decay on matrices only (``decay_all``: on everything). muon: the blocks' matrices by Muon;
     embeddings, head, and norms, biases and scalars by AdamW, each with its own rate and no decay. ``dtype`` is that of
@@ -29,15 +29,18 @@ def build_optimizers(
         ]
         optimizers = [_adamw(groups, config)]
     else:
-        gates = [b.attention.value_gate.weight for b in model.blocks if b.attention.value_gate is not None]
-        matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and all(p is not gate for gate in gates)]
+        matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
         head = [model.head.weight] if model.head.weight is not model.embedding.weight else []
-        embeddings = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
-        claimed = {id(p) for p in (*matrices, *head, *embeddings)}
+        embeddings = [module.weight for module in model.children() if isinstance(module, torch.nn.Embedding)]
+        value_embeddings = list(model.value_embeddings.parameters())
+        claimed = {id(p) for p in (*matrices, *head, *embeddings, *value_embeddings)}
         scalars = [p for p in model.parameters() if id(p) not in claimed]
+        width = (model.config.width / 768) ** -0.5 if config.width_scaling else 1.0
+        value_lr = config.value_embedding_lr or config.embedding_lr
         groups = [
-            {"params": embeddings, "lr": config.embedding_lr, "weight_decay": 0.0},
-            {"params": head, "lr": config.head_lr, "weight_decay": 0.0},
+            {"params": embeddings, "lr": config.embedding_lr * width, "weight_decay": 0.0},
+            {"params": value_embeddings, "lr": value_lr * width, "weight_decay": 0.0},
+            {"params": head, "lr": config.head_lr * width, "weight_decay": 0.0},
             {"params": scalars, "lr": config.scalar_lr, "weight_decay": 0.0},
         ]
         muon = Muon(
@@ -55,7 +58,7 @@ def build_optimizers(
     _check_claims(model, optimizers)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
+            group["peak_lr"], group["peak_decay"] = group["lr"], group["weight_decay"]
     return optimizers
 
 

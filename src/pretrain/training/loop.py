@@ -22,7 +22,8 @@ from pretrain.device import choose_device, choose_precision, keep_freed_memory
 from pretrain.errors import CheckpointError, DataError, Interrupted, UsageError
 from pretrain.evaluation import evaluate_loss
 from pretrain.generation import sample_text
-from pretrain.optim import build_optimizers, learning_rate_factor, muon_momentum
+from pretrain.optim import build_optimizers, learning_rate_factor, muon_momentum, weight_decay_factor
+from pretrain.plan import resolve
 from pretrain.tokens import (
     DataOrder,
     Prepared,
@@ -71,16 +72,21 @@ def open_run(config: Config, folder: Path, console: Console) -> tuple[Run, Prepa
     """The run in ``folder``, or a new one with its text prepared; nothing is left behind when that fails."""
     if (folder / "config.toml").is_file():
         run = Run.open(folder)
+        prepared = open_prepared(run.data)
+        config, _ = resolve(config, prepared.tokenizer.vocab_size)
         changed = differences(run.config, config)
         if changed:
             raise UsageError(
                 f"{folder} was made with another configuration ({'; '.join(changed)}); choose another --out"
             )
-        return Run.create(folder, config), open_prepared(run.data)
+        return Run.create(folder, config), prepared
     Run.check_new(folder)
     shutil.rmtree(folder / "data", ignore_errors=True)  # of an attempt that was stopped before it became a run
     prepared = prepare(config, folder / "data", console.say)
     prepared.tokenizer.save(folder / "tokenizer.json")
+    config, derived = resolve(config, prepared.tokenizer.vocab_size)
+    for line in derived:
+        console.say(f"derived   {line}")
     return Run.create(folder, config), prepared
 
 
@@ -196,7 +202,7 @@ class Trainer:
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         self.loss_scale.unscale(gradients)
         norm = torch.nn.utils.get_total_norm(gradients)
-        if config.train.grad_clip:
+        if config.train.grad_clip and self.done >= config.train.grad_clip_from:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.train.grad_clip, norm)
 
         factor = learning_rate_factor(config.schedule, self.done, config.train.steps)
@@ -205,11 +211,13 @@ class Trainer:
 
     def _step_optimizers(self, factor: float, found_inf: Tensor) -> None:
         """Step at ``factor`` of the peak rates, or change nothing where ``found_inf`` is 1; no wait for the device."""
+        config, steps = self.config, self.config.train.steps
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
                 if "momentum" in group:
-                    group["momentum"] = muon_momentum(self.config.optim, self.done)
+                    group["momentum"] = muon_momentum(config.optim, config.schedule, self.done, steps)
+                    group["weight_decay"] = group["peak_decay"] * weight_decay_factor(config.optim, self.done, steps)
             optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # Muon and torch's fused AdamW read it
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,118 @@
+"""What a configuration comes to before anything runs: parameters, FLOPs, and the numbers that the dial derives.
+
+The dial (``model.depth``) follows nanochat: one number from which width, heads, horizon, batch and rates follow. The
+laws for batch, rates and decay were measured there against its 12-layer model (2026; see docs/recipes.md).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+from pretrain.config import Config, ModelConfig
+from pretrain.errors import UsageError
+from pretrain.model import GPT
+from pretrain.model.transformer import Linear, layer_kinds, window_length
+
+WIDTH_PER_LAYER, HEAD_WIDTH = 64, 128
+REFERENCE_DEPTH, REFERENCE_BATCH = 12, 2**19
+"""The model and the batch, in tokens, against which the dial's laws were measured."""
+
+
+def count_parameters(config: ModelConfig, vocab_size: int) -> dict[str, int]:
+    """Parameters by part: ``embedding``, ``value_embeddings``, ``matrices`` (the blocks'), ``head`` and ``other``.
+
+    A tied head counts as the embedding it shares.
+    """
+    with torch.device("meta"):
+        model = GPT(config, vocab_size)
+    counts = {
+        "embedding": model.embedding.weight.numel(),
+        "value_embeddings": sum(p.numel() for p in model.value_embeddings.parameters()),
+        "matrices": sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2),
+        "head": 0 if config.tied_head else model.head.weight.numel(),
+    }
+    return {**counts, "other": sum(p.numel() for p in model.parameters()) - sum(counts.values())}
+
+
+def flops_per_token(config: ModelConfig, vocab_size: int) -> int:
+    """Operations of a forward and backward pass for one token (PaLM, arXiv 2204.02311, appendix B).
+
+    6 for each parameter of a matrix product, and 12 for each channel of queries and each token they see.
+    """
+    with torch.device("meta"):
+        model = GPT(config, vocab_size)
+    products = sum(module.weight.numel() for module in model.modules() if isinstance(module, Linear))
+    channels = config.heads * (config.head_width or config.width // config.heads)
+    seen = sum(
+        min(window_length(config), config.context_length) if kind == "S" else config.context_length
+        for kind in layer_kinds(config)
+    )
+    return 6 * products + 12 * channels * seen
+
+
+def resolve(config: Config, vocab_size: int) -> tuple[Config, list[str]]:
+    """Fill in the fields that are left to be derived (0), for a vocabulary; also says what was derived, line by line.
+
+    With ``model.depth``: layers, width, heads, and the batch with its rates. Always: the steps from the horizon. What
+    is not 0 stays, so any derived number can be overridden, and a resolved configuration resolves to itself.
+
+    Raises:
+        UsageError: a derived number contradicts one that was given.
+    """
+    said: list[str] = []
+
+    def derive(section: str, **fields: int | float) -> None:
+        nonlocal config
+        try:
+            part = dataclasses.replace(getattr(config, section), **fields)
+            config = dataclasses.replace(config, **{section: part})
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        said.extend(f"{section}.{name} = {value:.6g}" if isinstance(value, float) else f"{section}.{name} = {value:,}"
+                    for name, value in fields.items())  # fmt: skip
+
+    if config.model.depth:
+        shape = dial_shape(config.model)
+        missing = {name: value for name, value in shape.items() if not getattr(config.model, name)}
+        if missing:
+            derive("model", **missing)
+    horizon = horizon_tokens(config, config.model, vocab_size)
+    if not config.train.batch_tokens:
+        reference = dataclasses.replace(config.model, depth=REFERENCE_DEPTH, layers=0, width=0, heads=0, kv_heads=0)
+        reference = dataclasses.replace(reference, **dial_shape(reference))
+        reference_horizon = horizon_tokens(config, reference, vocab_size)
+        # The best batch grows with the horizon to the power 0.383; the rates with the root of the batch.
+        batch = 2 ** round(math.log2(REFERENCE_BATCH * (horizon / reference_horizon) ** 0.383))
+        batch = max(batch, config.model.context_length)
+        root = math.sqrt(batch / REFERENCE_BATCH)
+        derive("train", batch_tokens=batch)
+        rates = ("lr", "embedding_lr", "value_embedding_lr", "head_lr", "scalar_lr")
+        decay = config.optim.weight_decay * root * reference_horizon / horizon
+        derive("optim", **{name: getattr(config.optim, name) * root for name in rates}, weight_decay=decay)
+    if not config.train.steps:
+        if config.train.target_flops:
+            tokens = config.train.target_flops / flops_per_token(config.model, vocab_size)
+            steps = round(tokens / config.train.batch_tokens)
+        else:
+            steps = horizon // config.train.batch_tokens
+        derive("train", steps=max(1, steps))
+    return config, said
+
+
+def dial_shape(model: ModelConfig) -> dict[str, int]:
+    """Layers, width and heads of a depth."""
+    width = model.width or WIDTH_PER_LAYER * model.depth
+    return {"layers": model.depth, "width": width, "heads": max(1, math.ceil(width / HEAD_WIDTH))}
+
+
+def horizon_tokens(config: Config, model: ModelConfig, vocab_size: int) -> int:
+    """Training tokens by ``train.tokens_per_parameter`` for a model."""
+    counts = count_parameters(model, vocab_size)
+    if config.train.horizon_parameters == "matrices":
+        counted = counts["matrices"] + (counts["embedding"] if model.tied_head else counts["head"])
+    else:
+        counted = sum(counts.values())
+    return int(config.train.tokens_per_parameter * counted)
