@@ -4,7 +4,7 @@ import pytest
 
 from pretrain.config import ModelConfig, load_config
 from pretrain.errors import UsageError
-from pretrain.plan import count_parameters, flops_per_token, resolve
+from pretrain.plan import activation_bytes, count_parameters, flops_per_token, resolve, rows_that_fit
 
 
 def test_nanochat_of_2025_at_depth_20():
@@ -52,3 +52,33 @@ def test_flops_count_what_is_seen():
     assert full == 6 * (2 * 12 * 64 * 64 + 50 * 64) + 12 * 2 * 64 * 100
     windowed = flops_per_token(dataclasses.replace(config, window_pattern="S", window=10), 50)
     assert full - windowed == 12 * 64 * 90
+
+
+def test_rows_that_fit_divide_the_batch():
+    config = load_config("quickstart", **{"train.batch_tokens": 128 * 12})
+    row = activation_bytes(config, 2)
+    expected = {100: 12, 17.2: 12, 17: 6, 8.6: 6, 8.5: 4, 1.5: 1, 0.1: 1}
+    assert {rows: rows_that_fit(config, 2, int(rows * row) + 1) for rows in expected} == expected
+
+
+def test_the_activation_estimate_is_near_what_a_pass_keeps():
+    import torch
+
+    from pretrain.model import GPT
+
+    config = load_config("storybot", **{"model.layers": 3, "train.batch_tokens": 512})
+    model = GPT(config.model, 300)
+    model.init_weights(torch.Generator().manual_seed(0))
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens = torch.zeros(2, 256, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(tokens, tokens)
+    assert sum(kept.values()) / 2 == pytest.approx(activation_bytes(config, 4), rel=0.35)

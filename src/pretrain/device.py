@@ -6,6 +6,7 @@ import ctypes
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -24,6 +25,19 @@ def choose_device(name: str) -> torch.device:
     if not available[name]():
         raise UsageError(f"train.device is {name}, but torch sees none on this machine; use --train.device auto")
     return torch.device(name)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken on a device; on the CPU what the system says is available."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # not Linux: half of what is built in
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def keep_freed_memory() -> None:

@@ -26,6 +26,10 @@ class CheckpointError(PretrainError):
     """A run directory or checkpoint cannot be used: absent, torn, or of another configuration."""
 
 
+class DeviceMemoryError(PretrainError):
+    """Not even the smallest piece of work fits in the device's memory."""
+
+
 class Interrupted(PretrainError):
     """The user or the system asked to stop; everything is saved. The text names the command that goes on."""
 

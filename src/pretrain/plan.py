@@ -16,6 +16,8 @@ from pretrain.errors import UsageError
 from pretrain.model import GPT
 from pretrain.model.transformer import Linear, layer_kinds, window_length
 
+ACTIVATIONS_PER_CHANNEL = 36
+"""Values that a block keeps for its backward pass, for each token and channel: 17 to 34 measured, 47 with dropout."""
 WIDTH_PER_LAYER, HEAD_WIDTH = 64, 128
 REFERENCE_DEPTH, REFERENCE_BATCH = 12, 2**19
 """The model and the batch, in tokens, against which the dial's laws were measured."""
@@ -79,8 +81,8 @@ def resolve(config: Config, vocab_size: int) -> tuple[Config, list[str]]:
         missing = {name: value for name, value in shape.items() if not getattr(config.model, name)}
         if missing:
             derive("model", **missing)
-    horizon = horizon_tokens(config, config.model, vocab_size)
     if not config.train.batch_tokens:
+        horizon = horizon_tokens(config, config.model, vocab_size)
         reference = dataclasses.replace(config.model, depth=REFERENCE_DEPTH, layers=0, width=0, heads=0, kv_heads=0)
         reference = dataclasses.replace(reference, **dial_shape(reference))
         reference_horizon = horizon_tokens(config, reference, vocab_size)
@@ -97,7 +99,7 @@ def resolve(config: Config, vocab_size: int) -> tuple[Config, list[str]]:
             tokens = config.train.target_flops / flops_per_token(config.model, vocab_size)
             steps = round(tokens / config.train.batch_tokens)
         else:
-            steps = horizon // config.train.batch_tokens
+            steps = horizon_tokens(config, config.model, vocab_size) // config.train.batch_tokens
         derive("train", steps=max(1, steps))
     return config, said
 
@@ -116,3 +118,17 @@ def horizon_tokens(config: Config, model: ModelConfig, vocab_size: int) -> int:
     else:
         counted = sum(counts.values())
     return int(config.train.tokens_per_parameter * counted)
+
+
+def activation_bytes(config: Config, bytes_per_value: int) -> int:
+    """About how much memory the forward pass of one row of the context length keeps for its backward pass."""
+    model = config.model
+    blocks = 1 + model.layers / ACTIVATIONS_PER_CHANNEL if config.train.activation_checkpointing else model.layers
+    kept = ACTIVATIONS_PER_CHANNEL * (1.5 if model.dropout else 1.0)
+    return int(model.context_length * model.width * blocks * kept * bytes_per_value)
+
+
+def rows_that_fit(config: Config, bytes_per_value: int, free_bytes: int) -> int:
+    """The most rows of the batch, dividing it evenly, whose activations fit in 70 % of the free memory; at least 1."""
+    fit = int(0.7 * free_bytes / activation_bytes(config, bytes_per_value))
+    return next((n for n in range(min(fit, config.batch_rows), 0, -1) if config.batch_rows % n == 0), 1)

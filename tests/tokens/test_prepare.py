@@ -54,3 +54,11 @@ def test_preparing_is_deterministic(tiny: Config, tmp_path: Path):
     first, second = prepare(tiny, tmp_path / "a"), prepare(tiny, tmp_path / "b")
     assert first.manifest.fingerprint == second.manifest.fingerprint
     assert isinstance(Manifest.load(tmp_path / "a"), Manifest)
+
+
+def test_characters_of_a_single_text_are_nanogpts(tiny: Config, shared_data: Path, tmp_path: Path):
+    data = dataclasses.replace(tiny.data, paths=(str(shared_data / "tinyshakespeare.txt"),), val_fraction=0.1)
+    config = dataclasses.replace(tiny, data=data, tokenizer=dataclasses.replace(tiny.tokenizer, kind="char"))
+    prepared = prepare(config, tmp_path / "data")
+    assert prepared.tokenizer.vocab_size == 65
+    assert (prepared.manifest.tokens("train"), prepared.manifest.tokens("val")) == (1_003_854, 111_540)

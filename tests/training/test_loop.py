@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from pretrain.config import Config, load_config
-from pretrain.errors import CheckpointError, UsageError
-from pretrain.training import Run, Trainer, train
+from pretrain.errors import CheckpointError, DeviceMemoryError, UsageError
+from pretrain.model import GPT
+from pretrain.training import Console, Run, Trainer, train
 from pretrain.training.checkpoint import Checkpoint, checkpoints
 from pretrain.training.metrics import read_jsonl
 
@@ -137,7 +138,6 @@ def test_the_micro_batch_changes_nothing_but_rounding(tiny: Config, tmp_path: Pa
 
 def test_a_step_with_a_nan_changes_nothing(tiny: Config, tmp_path: Path, monkeypatch):
     from pretrain.tokens import prepare
-    from pretrain.training import Console
 
     run = Run.create(tmp_path, tiny)
     trainer = Trainer(run, prepare(tiny, run.data), Console(quiet=True), time.monotonic())
@@ -195,3 +195,59 @@ def test_nothing_held_out(tiny: Config, tmp_path: Path):
     assert run.summary is not None
     assert run.summary["val_loss"] is None
     assert json.loads((run.folder / "summary.json").read_text())["train_loss"] > 0
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_out_of_memory_halves_the_micro_batch(tiny: Config, tmp_path: Path, monkeypatch, dropout: float):
+    """The same global batch and the same draws, so the same result as with that micro-batch from the start."""
+    config = change(tiny, model__dropout=dropout)
+    expected = train(change(config, train__micro_batch=2), tmp_path / "expected")
+    forward = GPT.forward
+
+    def forward_of_few_rows(model, tokens, *args, **kwargs):
+        result = forward(model, tokens, *args, **kwargs)
+        if model.training and len(tokens) > 2:
+            raise torch.OutOfMemoryError
+        return result
+
+    monkeypatch.setattr(GPT, "forward", forward_of_few_rows)
+    assert_same_run(train(config, tmp_path / "run"), expected)
+
+    monkeypatch.setattr(GPT, "forward", lambda *_args, **_kwargs: raise_out_of_memory())
+    with pytest.raises(DeviceMemoryError, match="one row of 32 tokens does not fit"):
+        train(config, tmp_path / "none")
+
+
+def raise_out_of_memory():
+    raise torch.OutOfMemoryError
+
+
+def test_activation_checkpointing_changes_no_bit(tiny: Config, tmp_path: Path):
+    config = change(tiny, model__dropout=0.1)
+    kept = train(config, tmp_path / "kept")
+    again = train(change(config, train__activation_checkpointing=True), tmp_path / "again")
+    assert_same_run(kept, again)
+
+
+def test_without_a_compiler_training_goes_on(tiny: Config, tmp_path: Path, monkeypatch):
+    def no_compiler(*_args, **_kwargs):
+        raise RuntimeError("no C++ compiler found\nlong story")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    said: list[str] = []
+    console = Console(quiet=True)
+    monkeypatch.setattr(console, "say", said.append)
+    run = train(change(tiny, train__compile="on"), tmp_path / "run", console)
+    assert run.summary is not None
+    assert "torch.compile does not work here (no C++ compiler found); going on without it" in said
+
+
+def test_clipping_begins_where_it_should(tiny: Config, tmp_path: Path):
+    """The book clips after the warmup only."""
+    always = train(change(tiny, train__grad_clip=1e-3), tmp_path / "always")
+    late = train(change(tiny, train__grad_clip=1e-3, train__grad_clip_from=6), tmp_path / "late")
+    never = train(change(tiny, train__grad_clip=0.0), tmp_path / "never")
+    norms = [[r["train/grad_norm"] for r in learned(run)] for run in (always, late, never)]
+    assert norms[1][:7] == norms[2][:7]
+    assert norms[1][7:] != norms[2][7:]
+    assert norms[0][1:7] != norms[2][1:7]

@@ -34,15 +34,16 @@ def prepare(config: Config, folder: Path, say: Callable[[str], None] = lambda _:
     Raises:
         DataError: the text is missing, unreadable or too short for one context; the vocabulary does not fit it.
     """
-    train, val = split_documents(read_documents(config.data.paths), config.data.val_fraction)
+    documents = list(read_documents(config.data.paths))
+    train, val = split_documents(documents, config.data.val_fraction)
     needed = config.model.context_length + 1
     for name, part in (("training", train), ("validation", val)):
         # A token stands for at least one byte in every tokenizer, so fewer bytes can never make a window.
         size = sum(len(document.text.encode()) for document in part) + len(part)
         if size < needed and (part or name == "training"):
             raise DataError(too_short(name, size, "bytes", config))
-    every = [*train, *val]
-    learn_from = every if config.tokenizer.kind == "char" else train
+    # Characters of all the text are known, as in nanoGPT; a trained vocabulary must not see what is held out.
+    learn_from = documents if config.tokenizer.kind == "char" else train
     tokenizer = build_tokenizer(
         config.tokenizer.kind, config.tokenizer.vocab_size, [document.text for document in learn_from]
     )

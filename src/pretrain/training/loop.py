@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from pretrain.config import Config, differences
-from pretrain.device import choose_device, choose_precision, keep_freed_memory
-from pretrain.errors import CheckpointError, DataError, Interrupted, UsageError
+from pretrain.device import choose_device, choose_precision, free_memory, keep_freed_memory
+from pretrain.errors import CheckpointError, DataError, DeviceMemoryError, Interrupted, UsageError
 from pretrain.evaluation import evaluate_loss
 from pretrain.generation import sample_text
 from pretrain.optim import build_optimizers, learning_rate_factor, muon_momentum, weight_decay_factor
-from pretrain.plan import resolve
+from pretrain.plan import resolve, rows_that_fit
 from pretrain.tokens import (
     DataOrder,
     Prepared,
@@ -35,11 +35,15 @@ from pretrain.tokens import (
 )
 from pretrain.training.checkpoint import checkpoints, newest, retire, run_tensors, save_checkpoint
 from pretrain.training.console import Console
+from pretrain.training.init_from import load_initial, resolve_init
 from pretrain.training.loss_scale import LossScale
 from pretrain.training.metrics import Metrics, append_jsonl, keep_steps, read_jsonl
-from pretrain.training.parallel import maybe_compile
+from pretrain.training.parallel import prepare_model
 from pretrain.training.run import Run, empty_model
 from pretrain.training.signals import StopRequest
+
+EVALUATION_TOKENS = 8192
+"""Tokens in a validation batch at least: without a backward pass it may be larger than a micro-batch."""
 
 
 def train(config: Config, out: str | Path, console: Console | None = None, started: float | None = None) -> Run:
@@ -75,12 +79,16 @@ def open_run(config: Config, folder: Path, console: Console) -> tuple[Run, Prepa
         prepared = open_prepared(run.data)
         config, _ = resolve(config, prepared.tokenizer.vocab_size)
         changed = differences(run.config, config)
+        if changed and config.train.init_from:  # it may be as it was given at first, before it was resolved
+            config, _ = resolve(resolve_init(config), prepared.tokenizer.vocab_size)
+            changed = differences(run.config, config)
         if changed:
             raise UsageError(
                 f"{folder} was made with another configuration ({'; '.join(changed)}); choose another --out"
             )
         return Run.create(folder, config), prepared
     Run.check_new(folder)
+    config = resolve_init(config)
     shutil.rmtree(folder / "data", ignore_errors=True)  # of an attempt that was stopped before it became a run
     prepared = prepare(config, folder / "data", console.say)
     prepared.tokenizer.save(folder / "tokenizer.json")
@@ -122,10 +130,15 @@ class Trainer:
         checkpoint = newest(run.checkpoints, console.say)
         if checkpoint is None and checkpoints(run.checkpoints):
             raise CheckpointError(f"every checkpoint in {run.checkpoints} is damaged; start anew with another --out")
+        if checkpoint is None and config.train.init_from:
+            load_initial(self.model, config, self.tokenizer)
+            console.say(f"weights   of {config.train.init_from}")
         state: dict[str, Any] = checkpoint.state if checkpoint else {}
         if state.get("data", self.data_fingerprint) != self.data_fingerprint:
             raise DataError(f"{run.data} is not what this run was trained on; restore it, or start anew with --out")
         self.precision = choose_precision(state.get("precision", config.train.precision), self.device)
+        value_bytes = self.precision.dtype.itemsize
+        self.micro_rows = config.train.micro_batch or rows_that_fit(config, value_bytes, free_memory(self.device))
         self.model.activation_dtype = self.precision.dtype
         muon_dtype = torch.bfloat16 if self.precision.name == "bf16" else torch.float32
         self.optimizers = build_optimizers(self.model, config.optim, muon_dtype)
@@ -135,13 +148,11 @@ class Trainer:
         if checkpoint:
             tensors = self.tensors()
             checkpoint.load(tensors)
-            torch.set_rng_state(tensors["random.cpu"])
-            if self.device.type == "cuda":
-                torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
+            self.set_random_state(tensors)
         self.clock_start = started - state.get("seconds", 0.0)
         keep_steps(run.samples, self.done)
         self.metrics = Metrics(run.metrics, self.done, every=1 if self.device.type == "cpu" else 10)
-        maybe_compile(self.model, config.train.compile, self.device, console.say)
+        prepare_model(self.model, config.train, self.device, console.say)
         console.describe(run, prepared, self.model, self.batches, self.precision, self.done)
 
     def fit(self) -> None:
@@ -150,7 +161,7 @@ class Trainer:
         with StopRequest() as stop, self.console.progress(self.done, steps):
             while self.done < steps:
                 begin = time.monotonic()
-                loss, norm, rate = self.train_step()
+                loss, norm, rate = self.step_that_fits()
                 self.done += 1
                 end = time.monotonic()
                 record: dict[str, Any] = {
@@ -192,9 +203,8 @@ class Trainer:
         """
         config, model = self.config, self.model
         inputs, targets = self.batches.batch(self.done)
-        micro_rows = config.train.micro_batch or len(inputs)
         loss = torch.zeros((), device=self.device)
-        for x, y in zip(inputs.split(micro_rows), targets.split(micro_rows), strict=True):
+        for x, y in zip(inputs.split(self.micro_rows), targets.split(self.micro_rows), strict=True):
             part = model(x.to(self.device), y.to(self.device)) / targets.numel()
             self.loss_scale.scaled(part).backward()
             loss += part.detach()
@@ -208,6 +218,29 @@ class Trainer:
         factor = learning_rate_factor(config.schedule, self.done, config.train.steps)
         self._step_optimizers(factor, found_inf=(~torch.isfinite(norm)).float())
         return loss, norm, config.optim.lr * factor
+
+    def step_that_fits(self) -> tuple[Tensor, Tensor, float]:
+        """:meth:`train_step`; out of memory, again with half the rows at once, as often as that can help.
+
+        The batch is a function of the step and nothing was updated yet, so only dropout's random state is set back.
+        """
+        while True:
+            random_state = self.random_state() if self.config.model.dropout else {}
+            try:
+                return self.train_step()
+            except torch.OutOfMemoryError:
+                if self.micro_rows == 1:
+                    raise DeviceMemoryError(
+                        f"one row of {self.config.model.context_length} tokens does not fit in this device's memory;"
+                        f" try --train.activation_checkpointing, or a smaller model or context"
+                    ) from None
+            # Outside the handler, whose traceback would keep the tensors of the failed pass alive.
+            self.model.zero_grad(set_to_none=True)
+            self.set_random_state(random_state)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.micro_rows = next(n for n in range(self.micro_rows // 2, 0, -1) if self.config.batch_rows % n == 0)
+            self.console.say(f"out of memory: going on with {self.micro_rows} rows at once, the same global batch")
 
     def _step_optimizers(self, factor: float, found_inf: Tensor) -> None:
         """Step at ``factor`` of the peak rates, or change nothing where ``found_inf`` is 1; no wait for the device."""
@@ -236,9 +269,14 @@ class Trainer:
         if not settings.max_tokens:
             return None
         pieces = sample_text(
-            self.model, self.tokenizer, settings.prompt, settings.max_tokens, settings.temperature, settings.top_k,
+            self.model,
+            self.tokenizer,
+            settings.prompt,
+            max_tokens=settings.max_tokens,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
             seed=self.config.train.seed,
-        )  # fmt: skip
+        )
         text = settings.prompt + "".join(pieces)
         append_jsonl(self.run.samples, {"step": self.done, "prompt": settings.prompt, "text": text})
         return text
@@ -249,12 +287,23 @@ class Trainer:
             parameter.grad = torch.zeros_like(parameter)
         self._step_optimizers(factor=0.0, found_inf=torch.ones((), device=self.device))
 
+    def random_state(self) -> dict[str, Tensor]:
+        """The random states that training draws from (dropout)."""
+        state = {"random.cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def set_random_state(self, state: dict[str, Tensor]) -> None:
+        """Set back what :meth:`random_state` gave."""
+        if "random.cpu" in state:
+            torch.set_rng_state(state["random.cpu"])
+        if "random.cuda" in state:
+            torch.cuda.set_rng_state(state["random.cuda"], self.device)
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that a checkpoint holds, by name."""
-        random_state = {"random.cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            random_state["random.cuda"] = torch.cuda.get_rng_state(self.device)
-        return run_tensors(self.model, self.optimizers, self.loss_scale.tensors | random_state)
+        return run_tensors(self.model, self.optimizers, self.loss_scale.tensors | self.random_state())
 
     def save(self) -> None:
         """Commit a checkpoint of this step, then retire those no longer wanted."""
@@ -268,9 +317,10 @@ class Trainer:
 
     def validation(self, all_tokens: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of the held-out tokens: all of them, or as many as ``eval.tokens``."""
-        rows = self.config.train.micro_batch or self.config.batch_rows
+        length = self.config.model.context_length
+        rows = max(self.micro_rows, EVALUATION_TOKENS // length)
         limit = 0 if all_tokens else self.config.eval.tokens
-        return validation_batches(self.val_stream, self.config.model.context_length, rows, limit)
+        return validation_batches(self.val_stream, length, rows, limit)
 
     def summarize(self) -> None:
         """Write ``summary.json``: what the run came to."""

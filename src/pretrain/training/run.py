@@ -19,7 +19,7 @@ from pretrain.config import Config, config_from_dict, config_to_dict
 from pretrain.errors import CheckpointError, UsageError
 from pretrain.model import GPT
 from pretrain.tokenizer import Tokenizer
-from pretrain.training.checkpoint import Checkpoint, newest
+from pretrain.training.checkpoint import Checkpoint, checkpoints, newest
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,16 @@ class Run:
             detail = f" ({'; '.join(problems)})" if problems else ""
             raise CheckpointError(f"{self.folder} has no whole checkpoint yet{detail}; train it further first")
         return checkpoint
+
+    def checkpoint(self, step: int) -> Checkpoint:
+        """The checkpoint of a step. A CheckpointError when there is none, or it is damaged."""
+        there = {checkpoint.step: checkpoint for checkpoint in checkpoints(self.checkpoints)}
+        if step not in there:
+            steps = ", ".join(map(str, there)) or "none"
+            raise CheckpointError(f"{self.folder} has no checkpoint of step {step}; there are: {steps}")
+        if problem := there[step].broken():
+            raise CheckpointError(f"{there[step].folder} is damaged: {problem}; use another step")
+        return there[step]
 
     def load_model(self, device: torch.device | None = None, checkpoint: Checkpoint | None = None) -> GPT:
         """The model with the weights of a checkpoint, by default the newest, in evaluation mode."""

