@@ -76,8 +76,9 @@ WRONG_USE = {
     "no such device": (["train", "--train.device", "mps"], "train.device is mps, but"),
     "no such tokenizer": (["train", "--tokenizer.kind", "bpee"], "bpe"),
     "missing run": (["eval"], "RUN"),
-    "extra word": (["eval", "a", "b"], "b"),
-    "negative": (["sample", "RUN", "--top-k", "-3"], "--top-k must be 0 or more"),
+    "extra word": (["recipes", "a", "b"], "b"),
+    "estimate of other text": (["eval", "RUN", "--batches", "2", "--data", "x.txt"], "leave out --data"),
+    "negative": (["sample", "RUN", "--top-k", "-3"], "top_k must be 0 or more"),
     "no such recipe to print": (["recipes", "quickstrat"], "did you mean 'quickstart'?"),
 }
 

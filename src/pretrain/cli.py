@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -22,6 +22,7 @@ import tyro
 
 from pretrain.config import Config, load_config, recipe_names, recipe_summary, recipe_text
 from pretrain.errors import PretrainError, UsageError
+from pretrain.generation.options import SamplingOptions
 
 T = TypeVar("T")
 STARTED = time.monotonic()
@@ -67,96 +68,180 @@ def train(args: list[str]) -> int:
 
 @dataclass
 class EvalArguments:
-    """Measure a run's model on all of its held-out text."""
+    """Measure models: loss, perplexity and bits per byte on all held-out text; CORE; several side by side.
 
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """A run directory."""
+    What the numbers mean: docs/evaluation.md.
+    """
+
+    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """Run directories, or hf:DIR for a Hugging Face model (with --data or --core)."""
+    data: tuple[str, ...] = ()
+    """Measure on this text instead: files, folders or patterns."""
+    split: Literal["val", "train"] = "val"
+    """Which of the run's own text: the held-out part, or what it was trained on."""
+    batches: int = 0
+    """Only estimate: the mean over this many random batches of both splits. 0: measure on all."""
+    core: Annotated[str, tyro.conf.arg(metavar="[BUNDLE]")] = ""
+    """Also measure CORE, accuracy on up to 22 tasks, from a folder, .zip file or URL; without one, nanochat's."""
+    max_per_task: int = 0
+    """Ask only this many questions of each task of CORE. 0: all."""
     json: bool = False
-    """Print one JSON object instead of words."""
+    """Print one JSON object a model, a line each."""
+    csv: str = ""
+    """Write the numbers to this file too."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute."""
 
+    def __post_init__(self):
+        for name in ("batches", "max_per_task"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(self, name)}")
+        if self.batches and (self.data or self.split != "val"):
+            raise ValueError("--batches estimates on both of the run's own splits; leave out --data and --split")
+        if self.data and self.split != "val":
+            raise ValueError("--split is of the run's own text; leave it out with --data")
+        if not self.runs:
+            raise ValueError("RUN is missing: give a run directory, or hf:DIR; see pretrain eval --help")
+
+
+DEFAULT = "default"
+"""The value of --core given without one."""
+
 
 def evaluate(args: list[str]) -> int:
-    """Validation loss, perplexity and bits per byte of a run."""
-    arguments = _parse(EvalArguments, args, "eval")
-    import json
+    """Loss, perplexity, bits per byte and CORE of runs, side by side."""
+    for i, argument in enumerate(args):
+        if argument == "--core" and (i + 1 == len(args) or args[i + 1].startswith("--")):
+            args = [*args[: i + 1], DEFAULT, *args[i + 1 :]]
+    a = _parse(EvalArguments, args, "eval")
 
-    from pretrain.device import choose_device, choose_precision
-    from pretrain.evaluation import evaluate_loss
-    from pretrain.tokens import TokenStream, validation_batches
-    from pretrain.training import Run
+    from pretrain.evaluation import open_bundle, read_tasks
+    from pretrain.report.measure import What, json_line, measure, tables, write_csv
 
-    run = Run.open(arguments.run)
-    checkpoint = run.newest_checkpoint()
-    device = choose_device(arguments.device)
-    precision = choose_precision(checkpoint.state["precision"] if device.type == "cpu" else "auto", device)
-    stream = TokenStream(run.data, "val")
-    if not len(stream):
-        raise UsageError(f"{run.folder} holds no text out (data.val_fraction is 0), so there is nothing to measure on")
-    batches = validation_batches(stream, run.config.model.context_length, run.config.batch_rows)
-    model = run.load_model(device, checkpoint)
-    model.activation_dtype = precision.dtype
-    result = evaluate_loss(model, batches, run.tokenizer().token_bytes())
-    numbers = {
-        "step": checkpoint.step,
-        "val_loss": result.loss,
-        "perplexity": result.perplexity,
-        "val_bpb": result.bits_per_byte,
-        "tokens": result.tokens,
-        "bytes": result.text_bytes,
-    }
-    if arguments.json:
-        print(json.dumps(numbers))
-    else:
-        print(f"{run.folder} after step {checkpoint.step:,}, on {result.tokens:,} held-out tokens")
-        print(f"  loss            {result.loss:.4f} nats per token")
-        print(f"  perplexity      {result.perplexity:.2f}")
-        print(f"  bits per byte   {result.bits_per_byte:.4f}  ({result.text_bytes:,} bytes of text)")
+    tasks = read_tasks(open_bundle("" if a.core == DEFAULT else a.core)) if a.core else []
+    what = What(a.split, a.data, a.batches, tasks, a.max_per_task)
+    measured = []
+    for run in a.runs:
+        measured.append(measure(run, what, a.device, lambda line: print(line, file=sys.stderr, flush=True)))
+        if a.json:
+            print(json_line(measured[-1]), flush=True)
+    if not a.json:
+        print(tables(measured))
+    if a.csv:
+        write_csv(Path(a.csv), measured)
     return 0
 
 
 @dataclass
 class SampleArguments:
-    """Write text with a run's model."""
+    """Write text with a run's model.
+
+    One text is printed as it is made; of several (--num-samples, --prompt given again, --prompts-file) each follows a
+    line that tells its prompt, sample and seed. Every text is the one that its prompt and seed give alone.
+    """
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """A run directory."""
-    prompt: str = ""
-    """Text to continue. Empty: begin a new document."""
-    max_tokens: int = 200
-    """Tokens to write at most; the text may end earlier by itself."""
-    temperature: float = 0.8
-    """Randomness: 0 always takes the likeliest token."""
-    top_k: int = 50
-    """Choose among the k likeliest tokens. 0: among all."""
-    seed: int = 0
-    """The same seed gives the same text."""
+    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Text to continue; may be given several times. -: what standard input holds. None: begin a new document."""
+    prompts_file: str = ""
+    """A file of prompts, one a line; or .jsonl, the field 'prompt' of each object."""
+    num_samples: int = 1
+    """Texts for each prompt."""
+    interactive: bool = False
+    """Read prompts from the terminal, a line each, until Ctrl-D or 'quit'. Ctrl-C stops an answer."""
+    json: bool = False
+    """Print one JSON object a text: prompt, text, tokens (how many), seed."""
+    options: Annotated[SamplingOptions, tyro.conf.arg(name="")] = field(default_factory=SamplingOptions)
+    step: int = 0
+    """Use the checkpoint of this step. 0: the newest."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute."""
 
     def __post_init__(self):
-        for name in ("max_tokens", "temperature", "top_k", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(self, name)}")
+        if self.num_samples < 1:
+            raise ValueError(f"--num-samples must be at least 1, not {self.num_samples}")
+        if self.interactive and (self.prompt or self.prompts_file or self.json or self.num_samples > 1):
+            raise ValueError("--interactive reads its prompts and prints one text for each; give it no other")
 
 
 def sample(args: list[str]) -> int:
     """Text from a run's model, as it is made."""
     a = _parse(SampleArguments, args, "sample")
 
-    from pretrain.device import choose_device
-    from pretrain.generation import sample_text
+    import json
+
+    from pretrain.device import choose_device, choose_precision
+    from pretrain.generation import encode_prompt, sample_text, sample_texts
+    from pretrain.generation.terminal import converse, print_as_it_comes, read_prompts
     from pretrain.training import Run
 
     run = Run.open(a.run)
-    model, tokenizer = run.load_model(choose_device(a.device)), run.tokenizer()
-    pieces = sample_text(model, tokenizer, a.prompt, a.max_tokens, a.temperature, a.top_k, a.seed)
-    first = next(pieces, "")  # a prompt that cannot be encoded is refused before anything is printed
-    print(a.prompt + first, end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
+    prompts = [sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt for prompt in a.prompt]
+    prompts += read_prompts(a.prompts_file) if a.prompts_file else []
+    device = choose_device(a.device)
+    model, tokenizer = run.load_model(device, run.checkpoint(a.step) if a.step else None), run.tokenizer()
+    # On a CPU fp32, in which a text is the same in any batch; elsewhere bf16 for its speed.
+    model.activation_dtype = choose_precision("fp32" if device.type == "cpu" else "auto", device).dtype
+    options = vars(a.options)
+
+    def say_if_long(prompt: str) -> None:
+        tokens, context = len(encode_prompt(tokenizer, prompt)), model.config.context_length
+        if tokens > context:
+            print(f"pretrain: the prompt has {tokens:,} tokens; the model sees the last {context:,}", file=sys.stderr)
+
+    def answer(prompt: str, number: int) -> Iterator[str]:
+        say_if_long(prompt)
+        return sample_text(model, tokenizer, prompt, **{**options, "seed": a.options.seed + number})
+
+    if a.interactive:
+        converse(answer)
+        return 0
+    prompts = prompts or [""]
+    if len(prompts) * a.num_samples == 1 and not a.json:
+        pieces = answer(prompts[0], 0)  # a prompt that cannot be encoded is refused before anything is printed
+        print_as_it_comes(prompts[0], pieces)
+        return 0
+    for prompt in prompts:
+        say_if_long(prompt)
+    for number, text in enumerate(sample_texts(model, tokenizer, prompts, a.num_samples, **options)):
+        if a.json:
+            print(json.dumps(dataclasses.asdict(text), ensure_ascii=False), flush=True)
+        else:
+            of = f"prompt {number // a.num_samples + 1}, sample {number % a.num_samples + 1}, seed {text.seed}"
+            print(f"--- {of} ---\n{text.prompt}{text.text}", flush=True)
+    return 0
+
+
+@dataclass
+class ExportArguments:
+    """Write a run's model into a folder for others.
+
+    As hf, transformers loads it with AutoModelForCausalLM and AutoTokenizer: as GPT-2, Llama or Qwen3 if the model
+    computes exactly that, else with a model file of ours that is written along. As safetensors: tensors by our names,
+    and config.json.
+    """
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """A run directory."""
+    out: str
+    """The folder to write; it must not exist, or be empty."""
+    format: Literal["hf", "safetensors"] = "hf"
+    """What to write."""
+    step: int = 0
+    """Use the checkpoint of this step. 0: the newest."""
+
+
+def export(args: list[str]) -> int:
+    """A run's model as a folder that Hugging Face transformers loads."""
+    a = _parse(ExportArguments, args, "export")
+
+    from pretrain.report.export import export_run
+    from pretrain.training import Run
+
+    run = Run.open(a.run)
+    how = export_run(run, a.format, Path(a.out), run.checkpoint(a.step) if a.step else None)
+    print(f"Wrote {a.out}. In Python:  {how}")
     return 0
 
 
@@ -187,6 +272,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "eval": evaluate,
     "sample": sample,
+    "export": export,
     "recipes": recipes,
 }
 
@@ -266,8 +352,8 @@ def _options(kind: Any, prefix: str = "--") -> list[str]:
     """The options of an arguments dataclass, as they are typed."""
     names = []
     for each in dataclasses.fields(kind):
-        if each.name == "config":
-            names += _options(Config)
+        if each.name in ("config", "options"):  # dataclasses whose fields stand beside the others
+            names += _options(each.default_factory)
         elif prefix == "--" and kind is Config:
             names += _options(each.default_factory, f"--{each.name}.")
         else:

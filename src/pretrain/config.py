@@ -286,12 +286,17 @@ class TrainConfig:
     """Compute each block again in the backward pass instead of keeping its activations: less memory, more time."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the matrix products; weights stay fp32. auto: what this machine does fastest, measured."""
+    fp8: bool = False
+    """Matrix products of the blocks in fp8 (Hopper and later GPUs; needs the extra 'fp8')."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile. auto: on a GPU."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train. auto: cuda, else mps, else cpu."""
     seed: int = 1337
     """Fixes the initial weights, the data order, dropout and samples."""
+    init_from: Annotated[str, tyro.conf.arg(aliases=["--init-from"])] = ""
+    """Begin with the weights, not the optimizer, of a run directory, or of a Hugging Face checkpoint: hf:FOLDER, whose
+    architecture and tokenizer are taken over. Empty: begin with random weights."""
 
     def __post_init__(self):
         for name in ("steps", "batch_tokens", "grad_clip_from"):
@@ -311,10 +316,18 @@ class EvalConfig:
     """Steps between validations; always at the end. 0: only at the end."""
     tokens: int = 0
     """Validation tokens each time. 0: all that are held out. The last validation always takes all."""
+    core_every: int = 0
+    """Steps between measurements of CORE (docs/evaluation.md), and at the end. 0: never."""
+    core_bundle: str = ""
+    """CORE's tasks: a folder, a .zip file or a URL. Empty: nanochat's, downloaded once."""
+    core_max_per_task: int = 0
+    """Questions of each task. 0: all."""
 
     def __post_init__(self):
         _require(self.every >= 0, f"eval.every must be 0 or more steps, not {self.every}")
         _require(self.tokens >= 0, f"eval.tokens must be 0 or more, not {self.tokens}")
+        _require(self.core_every >= 0, f"eval.core_every must be 0 or more steps, not {self.core_every}")
+        _require(self.core_max_per_task >= 0, f"eval.core_max_per_task must be 0 or more, not {self.core_max_per_task}")
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,19 @@
+import json
 import math
+import random
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.conftest import TINY
 
-from pretrain.config import Config
+from pretrain.config import Config, load_config
 from pretrain.evaluation import evaluate_loss
+from pretrain.report.measure import What, measure
+from pretrain.tokenizer import Tokenizer
 from pretrain.tokens import TokenStream, prepare, validation_batches
+from pretrain.training import train
 from pretrain.training.run import empty_model
 
 
@@ -49,3 +55,70 @@ def test_evaluation_leaves_training_as_it_was(tiny: Config, tmp_path: Path):
     )
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
+
+
+TEXTS = ["Zoë sah 王さん. ¿Qué? 🙂 naïve", "a\n\nb  c é", "Привет, мир! 漢字 and plain words again and again"]
+
+
+def gpt2_like(folder: Path) -> str:
+    """A tokenizer.json in GPT-2's layout: bytes, merges (one across the bytes of a character), a special token."""
+    from pretrain.tokenizer.tokenizer import BOUNDARY, byte_alphabet, byte_level
+
+    alphabet = byte_alphabet()
+    special, first, second = alphabet[ord(" ")], alphabet[0xC3], alphabet[0xA9]  # blank, and the two bytes of é
+    merges = [(special, "a"), (first, second), ("n", "d"), (special + "a", "nd")]
+    vocab = {token: i for i, token in enumerate([*alphabet, *("".join(pair) for pair in merges)])}
+    from tokenizers import models
+
+    hf = byte_level(models.BPE(vocab=vocab, merges=merges))
+    hf.add_special_tokens([BOUNDARY])
+    Tokenizer(hf.to_str()).save(folder / "tokenizer.json")
+    return str(folder / "tokenizer.json")
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe", "gpt2-like"])
+def test_bits_per_byte_of_every_tokenizer(kind: str, tmp_path: Path):
+    """The bytes are those of the text itself, whatever the tokens; special tokens are in neither sum."""
+    draw = random.Random(1)
+    texts = [" ".join(draw.choices(TEXTS, k=9)) for _ in range(6)]
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_text(text, encoding="utf-8")
+    name = gpt2_like(tmp_path) if kind == "gpt2-like" else kind
+    size = {"tokenizer.vocab_size": 300} if kind == "bpe" else {}
+    paths = [str(tmp_path / "*.txt")]
+    overrides = {"tokenizer.kind": name, **size, "data.paths": paths, "data.val_fraction": 0.3, "train.steps": 1}
+    config = load_config("quickstart", **{**TINY, **overrides})
+    run = train(config, tmp_path / "run")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "1.md").write_text(texts[0][5:77] + "🙂", encoding="utf-8")
+    (other / "2.txt").write_text("é", encoding="utf-8")
+
+    model, tokenizer = run.load_model(), run.tokenizer()
+    ids = [i for text in (texts[0][5:77] + "🙂", "é") for i in [tokenizer.boundary_id, *tokenizer.encode(text)]]
+    nats = text_nats = 0.0
+    for start in range(0, len(ids) - 1, 32):
+        window = torch.tensor(ids[start : start + 33])
+        scores = model(window[None, :-1])[0].double().log_softmax(-1)
+        for position, target in enumerate(window[1:].tolist()):
+            nats -= scores[position, target].item()
+            text_nats -= scores[position, target].item() * (target != tokenizer.boundary_id)
+    size = len((texts[0][5:77] + "🙂é").encode())
+    numbers = measure(str(run.folder), What(data=[str(other)])).numbers
+    assert numbers["bytes"] == size
+    assert numbers["tokens"] == len(ids) - 1
+    assert numbers["data_loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-6)
+    assert numbers["data_bpb"] == pytest.approx(text_nats / math.log(2) / size, rel=1e-6)
+
+
+def test_both_splits_and_estimates(tiny: Config, tmp_path: Path):
+    run = train(tiny, tmp_path / "run")
+    place = str(run.folder)
+    whole = measure(place, What(split="train")).numbers
+    estimate = measure(place, What(batches=40)).numbers
+    assert estimate == measure(place, What(batches=40)).numbers
+    assert whole["tokens"] == len(TokenStream(run.data, "train")) - 1
+    assert estimate["train_loss_estimate"] == pytest.approx(whole["train_loss"], rel=0.02)
+    assert estimate["val_loss_estimate"] != estimate["train_loss_estimate"]
+    assert run.summary is not None
+    assert measure(place, What()).numbers["val_loss"] == json.loads(json.dumps(run.summary["val_loss"]))

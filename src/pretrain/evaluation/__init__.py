@@ -1,5 +1,21 @@
 """The evaluation room: how good a model is, in numbers that others can compare."""
 
+from pretrain.evaluation.bundle import DEFAULT_BUNDLE, Task, open_bundle, read_tasks
+from pretrain.evaluation.core import CoreResult, TaskResult, answer_task, evaluate_core
 from pretrain.evaluation.loss import LossResult, evaluate_loss
+from pretrain.evaluation.scorer import GPTScorer, Scorer
 
-__all__ = ["LossResult", "evaluate_loss"]
+__all__ = [
+    "DEFAULT_BUNDLE",
+    "CoreResult",
+    "GPTScorer",
+    "LossResult",
+    "Scorer",
+    "Task",
+    "TaskResult",
+    "answer_task",
+    "evaluate_core",
+    "evaluate_loss",
+    "open_bundle",
+    "read_tasks",
+]

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pretrain.model import GPT
+from pretrain.evaluation.scorer import evaluating
 from pretrain.tokens import IGNORE
 
 
@@ -43,21 +43,18 @@ class LossResult:
         return self.text_nats / (math.log(2) * self.text_bytes) if self.text_bytes else math.nan
 
 
-@torch.no_grad()
-def evaluate_loss(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: np.ndarray) -> LossResult:
+def evaluate_loss(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: np.ndarray) -> LossResult:
     """Run the model over batches of inputs and targets (B, T) and sum up.
 
     Args:
-        model: put in evaluation mode for the pass, and back as it was.
+        model: a GPT, or anything called like one; put in evaluation mode for the pass, and back as it was.
         batches: such as ``tokens.validation_batches``.
         token_bytes: UTF-8 bytes of each token (V), 0 for special ones.
     """
-    device = model.embedding.weight.device
+    device = next(model.parameters()).device
     lengths = torch.from_numpy(token_bytes.astype(np.int64)).to(device)
     sums = torch.zeros(4, dtype=torch.float64)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for inputs, targets in batches:
             targets = targets.to(device)
             losses = model(inputs.to(device), targets, reduction="none")
@@ -67,7 +64,5 @@ def evaluate_loss(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], token_by
             nats = losses.cpu().double()
             text = (sizes > 0).cpu()
             sums += torch.stack([nats.sum(), counted.cpu().sum(), nats[text].sum(), sizes.cpu().sum()]).double()
-    finally:
-        model.train(was_training)
     nats, tokens, text_nats, text_bytes = sums.tolist()
     return LossResult(nats, int(tokens), text_nats, int(text_bytes))

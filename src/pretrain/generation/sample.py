@@ -1,91 +1,100 @@
-"""Text from a model: one token at a time, with the keys and values of earlier tokens kept."""
+"""Text from a model: one text as it comes, or many at once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-import torch
-from torch import Tensor
+from pretrain.generation.decode import generate
+from pretrain.generation.options import SamplingOptions
+from pretrain.generation.text import TextWriter
+from pretrain.model import GPT
+from pretrain.tokenizer import Tokenizer
 
-from pretrain.model import GPT, KVCache
-from pretrain.tokenizer import TextStream, Tokenizer
-
-
-@torch.no_grad()
-def generate(
-    model: GPT,
-    prompt: list[int],
-    max_tokens: int,
-    temperature: float = 0.8,
-    top_k: int = 50,
-    seed: int = 0,
-    stop: int | None = None,
-) -> Iterator[int]:
-    """Continue ``prompt`` (token ids, at least one) by up to ``max_tokens`` tokens, yielding each as it comes.
-
-    When the context is full, generation goes on from its newest half. The same seed gives the same tokens; the global
-    random state is not touched.
-
-    Args:
-        model: put in evaluation mode while generating, and back as it was.
-        prompt: token ids; only the last ``context_length`` of them can be seen.
-        max_tokens: how many to make.
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: sample among the k likeliest; 0 among all.
-        seed: of the draws.
-        stop: a token that ends the text; it is not yielded.
-    """
-    device = model.embedding.weight.device
-    generator = torch.Generator("cpu").manual_seed(seed)  # draws on the CPU, so that every device gives the same
-    limit = model.config.context_length
-    context = list(prompt)[-limit:]
-    was_training = model.training
-    model.eval()
-    try:
-        cache = KVCache(limit)
-        new = context
-        for _ in range(max_tokens):
-            if cache.length + len(new) > limit:
-                cache, new = KVCache(limit), context[-max(1, limit // 2) :]
-            logits = model(torch.tensor([new], device=device), cache=cache)[0, -1]
-            token = pick(logits.float().cpu(), temperature, top_k, generator)
-            if token == stop:
-                return
-            yield token
-            new = [token]
-            context = [*context[-limit:], token]
-    finally:
-        model.train(was_training)
+ROWS_AT_ONCE = 32
+"""Texts made in one batch: beyond it memory grows, and speed hardly."""
 
 
-def pick(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
-    """Draw a token from logits (V)."""
-    if temperature == 0:
-        return int(logits.argmax())
-    logits = logits / temperature
-    if 0 < top_k < len(logits):
-        logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
-    return int(torch.multinomial(logits.softmax(0), 1, generator=generator))
+@dataclass(frozen=True)
+class Sample:
+    """A text that continues a prompt."""
+
+    prompt: str
+    """What it continues."""
+    text: str
+    """What the model wrote, without the prompt."""
+    tokens: int
+    """How many tokens the model made for it."""
+    seed: int
+    """With it, the same prompt and options give the same text."""
 
 
-def sample_text(
-    model: GPT,
-    tokenizer: Tokenizer,
-    prompt: str,
-    max_tokens: int,
-    temperature: float = 0.8,
-    top_k: int = 50,
-    seed: int = 0,
-) -> Iterator[str]:
-    """Continue a text, yielding pieces of whole characters as they come; ends at the document's end.
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The tokens of a prompt, at least one: the boundary token, if there is one, and those of its text.
 
-    An empty prompt begins a new document. See :func:`generate`.
+    Raises DataError for a character that the tokenizer does not know.
     """
     boundary = tokenizer.boundary_id
     ids = ([] if boundary is None else [boundary]) + tokenizer.encode(prompt)
     # Without a boundary token there is nothing to begin a document with; a line break comes closest.
-    ids = ids or tokenizer.encode("\n")
-    stream = TextStream(tokenizer)
-    for token in generate(model, ids, max_tokens, temperature, top_k, seed, stop=boundary):
-        yield stream.push(token)
-    yield stream.finish()
+    return ids or tokenizer.encode("\n")
+
+
+def sample_text(model: GPT, tokenizer: Tokenizer, prompt: str, **options: Any) -> Iterator[str]:
+    """Continue a text, yielding pieces of whole characters as they come; ends at the document's end.
+
+    An empty prompt begins a new document. ``options`` are those of :class:`SamplingOptions`. What happens past the
+    context length is told at :func:`generate`. Raises ValueError for an option and DataError for a prompt that cannot
+    be, at once.
+    """
+    settings, ids = SamplingOptions(**options), encode_prompt(tokenizer, prompt)
+    writer = TextWriter(tokenizer, settings.stop)
+    return (piece for _, piece in _write(model, [ids], settings, [settings.seed], [writer], tokenizer.boundary_id))
+
+
+def sample_texts(
+    model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], samples: int = 1, **options: Any
+) -> Iterator[Sample]:
+    """Continue each of many prompts in ``samples`` ways, in batches; yields them in order, prompt by prompt.
+
+    Sample i of a prompt is drawn with ``seed`` + i, and is the text that the prompt gives alone with that seed,
+    whatever the other prompts are. Raises as :func:`sample_text`.
+    """
+    settings = SamplingOptions(**options)
+    ids = {prompt: encode_prompt(tokenizer, prompt) for prompt in prompts}
+    rows = [(prompt, settings.seed + i) for prompt in prompts for i in range(samples)]
+
+    def batches() -> Iterator[Sample]:
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            batch = rows[start : start + ROWS_AT_ONCE]
+            writers = [TextWriter(tokenizer, settings.stop) for _ in batch]
+            tokens, seeds = [ids[prompt] for prompt, _ in batch], [seed for _, seed in batch]
+            texts = [""] * len(batch)
+            for row, piece in _write(model, tokens, settings, seeds, writers, tokenizer.boundary_id):
+                texts[row] += piece
+            for (prompt, seed), text, writer in zip(batch, texts, writers, strict=True):
+                yield Sample(prompt, text, writer.tokens, seed)
+
+    return batches()
+
+
+def _write(
+    model: GPT,
+    prompts: list[list[int]],
+    options: SamplingOptions,
+    seeds: Sequence[int],
+    writers: list[TextWriter],
+    boundary: int | None,
+) -> Iterator[tuple[int, str]]:
+    """Continue prompts, each by its writer, yielding (row, piece of text) as text comes."""
+    ended: set[int] = set()
+    for row, token in generate(model, prompts, options, end=boundary, seeds=seeds, ended=ended):
+        piece = writers[row].push(token)
+        if writers[row].stopped:
+            ended.add(row)
+        if piece:
+            yield row, piece
+    for row, writer in enumerate(writers):
+        if piece := writer.finish():
+            yield row, piece

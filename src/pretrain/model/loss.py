@@ -15,6 +15,9 @@ from pretrain.tokens.batches import IGNORE
 CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
 """Logits held at once, by device: a CPU chunk stays in its cache, a GPU chunk keeps its matrix units busy."""
 
+CHUNK_ROWS = 512
+"""Rows in a chunk at least: each chunk adds to the whole gradient of the head once."""
+
 
 def softcap(logits: Tensor, cap: float) -> Tensor:
     """Bound logits smoothly to (-cap, cap): ``cap * tanh(logits / cap)`` (Gemma 2, arXiv 2408.00118). 0: unbounded."""
@@ -49,7 +52,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses = torch.zeros(x.shape[0], dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x) if want_gradient else None
         grad_w = torch.zeros_like(weight, dtype=torch.float32) if want_gradient else None
-        rows = max(1, CHUNK_ELEMENTS.get(x.device.type, 2**24) // weight.shape[0])
+        rows = max(CHUNK_ROWS, CHUNK_ELEMENTS.get(x.device.type, 2**24) // weight.shape[0])
         for start in range(0, x.shape[0], rows):
             chunk = slice(start, start + rows)
             counted = targets[chunk] != IGNORE

@@ -23,33 +23,118 @@ from pretrain.model.loss import linear_cross_entropy, softcap
 
 
 class KVCache:
-    """What a model remembers of the ``length`` tokens it has seen, for generation; there is room for ``limit``."""
+    """What a model remembers of the tokens it has seen, for generation; every row has room for ``limit`` tokens.
+
+    The token at position p of a row lies in slot p, so rows of different lengths stand side by side without padding:
+    ``lengths[b]`` says how many slots of row b count. Slots beyond are zeros or leftovers, and are masked.
+    """
 
     def __init__(self, limit: int):
         self.limit = limit
-        self.length = 0
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-        self.last_embedding: Tensor | None = None  # (B, 1, C) of the newest token, for smear
-        self.documents: Tensor | None = None  # (B, length) the document of each token, for document masks
+        self.lengths: list[int] = []  # of each row; none before the first tokens
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values (B, H, limit, D)
+        self.rope: tuple[Tensor, Tensor] | None = None  # cosines and sines of all positions
+        self.last_embedding: Tensor | None = None  # (B, 1, C) of each row's newest token, for smear
+        self.documents: Tensor | None = None  # (B, limit) the document of each token, for document masks
+        self.last_document: Tensor | None = None  # (B, 1) of each row's newest token
+        self.slots: slice | tuple[Tensor, slice, Tensor] = slice(0)  # where the newest tokens go
+
+    @property
+    def length(self) -> int:
+        """Tokens in the longest row."""
+        return max(self.lengths, default=0)
+
+    def advance(self, B: int, T: int, device: torch.device) -> Tensor:
+        """Make room for T more tokens in each of B rows; give their positions: (T,), or (B, T) if rows differ."""
+        before = self.lengths or [0] * B
+        assert len(before) == B, f"{B} rows of tokens for a cache of {len(before)}"
+        self.lengths = [length + T for length in before]
+        assert self.length <= self.limit, f"{self.length} tokens for a cache of {self.limit}"
+        if min(before) == max(before):
+            self.slots = slice(before[0], before[0] + T)
+            return torch.arange(before[0], before[0] + T, device=device)
+        positions = torch.tensor(before, device=device)[:, None] + torch.arange(T, device=device)
+        self.slots = (torch.arange(B, device=device)[:, None], slice(None), positions)
+        return positions
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store keys and values (B, H, T, D) of the next T tokens; return those of all tokens so far (B, H, S, D)."""
+        """Store keys and values (B, H, T, D) of the newest T tokens; return those of all tokens so far (B, H, S, D)."""
         if layer not in self.layers:
             shape = (*k.shape[:2], self.limit, k.shape[3])
-            self.layers[layer] = (k.new_empty(shape), v.new_empty(shape))
+            self.layers[layer] = (k.new_zeros(shape), v.new_zeros(shape))  # masked, but NaN times 0 would show
         keys, values = self.layers[layer]
-        end = self.length + k.shape[2]
-        keys[:, :, self.length : end] = k
-        values[:, :, self.length : end] = v
+        if isinstance(self.slots, slice):
+            keys[:, :, self.slots] = k
+            values[:, :, self.slots] = v
+        else:
+            keys[self.slots] = k.transpose(1, 2)
+            values[self.slots] = v.transpose(1, 2)
+        end = self.length
         return keys[:, :, :end], values[:, :, :end]
+
+    def extend_documents(self, starts: Tensor) -> Tensor:
+        """Number the documents of the newest tokens from ``starts`` (B, T), which are where one begins.
+
+        Gives the document of every token so far (B, S).
+        """
+        new = starts.cumsum(1)
+        if self.documents is None or self.last_document is None:
+            self.documents = new.new_zeros(len(new), self.limit)
+        else:
+            new = new + self.last_document
+        self.last_document = new[:, -1:]
+        if isinstance(self.slots, slice):
+            self.documents[:, self.slots] = new
+        else:
+            self.documents[self.slots[0], self.slots[2]] = new
+        return self.documents[:, : self.length]
+
+    def select(self, rows: list[int]) -> KVCache:
+        """A cache of these rows, in this order; a row may be taken several times, to go on in several ways."""
+        chosen = KVCache(self.limit)
+        chosen.lengths = [self.lengths[row] for row in rows]
+        chosen.rope = self.rope
+        chosen.layers = {layer: (k[rows], v[rows]) for layer, (k, v) in self.layers.items()}
+        for name in ROW_STATE:
+            kept = getattr(self, name)
+            setattr(chosen, name, None if kept is None else kept[rows])
+        return chosen
+
+    @staticmethod
+    def join(parts: list[KVCache]) -> KVCache:
+        """A cache of the rows of all ``parts``, one after the other; they have equal limits and are of one model."""
+        whole, first = KVCache(parts[0].limit), parts[0]
+        whole.lengths = [length for part in parts for length in part.lengths]
+        whole.rope = first.rope
+        for layer in first.layers:
+            keys, values = zip(*(part.layers[layer] for part in parts), strict=True)
+            whole.layers[layer] = (torch.cat(keys), torch.cat(values))
+        for name in ROW_STATE:
+            if getattr(first, name) is not None:
+                setattr(whole, name, torch.cat([getattr(part, name) for part in parts]))
+        return whole
+
+
+ROW_STATE = ("last_embedding", "documents", "last_document")
+"""What a cache keeps for each row, or None, besides keys and values."""
 
 
 class Linear(nn.Linear):
-    """A linear layer that computes in the dtype of its input."""
+    """A linear layer that computes in the dtype of its input; ``GPT.init_weights`` gives it values."""
+
+    def reset_parameters(self) -> None:
+        """Leave the values to init_weights: PyTorch's own would be computed in vain."""
 
     def forward(self, x: Tensor) -> Tensor:
         """X (..., in) → (..., out)."""
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class Embedding(nn.Embedding):
+    """A table of vectors; ``GPT.init_weights`` gives it values."""
+
+    def reset_parameters(self) -> None:
+        """Leave the values to init_weights."""
 
 
 class Norm(nn.Module):
@@ -191,9 +276,9 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.vocab_size, self.boundary = config, vocab_size, boundary
         rows = math.ceil(vocab_size / config.vocab_multiple) * config.vocab_multiple
-        self.embedding = nn.Embedding(rows, config.width)
+        self.embedding = Embedding(rows, config.width)
         if config.position == "learned":
-            self.position_embedding = nn.Embedding(config.context_length, config.width)
+            self.position_embedding = Embedding(config.context_length, config.width)
         self.embedding_norm = Norm(config, config.width) if config.embedding_norm else nn.Identity()
         self.smear = nn.Parameter(torch.empty(1)) if config.smear else None
         self.smear_gate = Linear(min(SMEAR_GATE_CHANNELS, config.width), 1, bias=False) if config.smear else None
@@ -204,7 +289,7 @@ class GPT(nn.Module):
         self.backout = nn.Parameter(torch.empty(1)) if config.backout else None
         self.value_embeddings = nn.ModuleDict(
             {
-                str(layer): nn.Embedding(rows, self.blocks[layer].attention.v.out_features)  # type: ignore[union-attr]
+                str(layer): Embedding(rows, self.blocks[layer].attention.v.out_features)  # type: ignore[union-attr]
                 for layer in range(config.layers)
                 if has_value_embedding(config, layer)
             }
@@ -225,17 +310,27 @@ class GPT(nn.Module):
         *,
         reduction: str = "sum",
         cache: KVCache | None = None,
+        last_only: bool = False,
     ) -> Tensor:
         """Predict the token after each of ``tokens`` (B, T).
 
         With ``targets`` (B, T): the cross-entropy in nats, fp32, summed over targets that are not ``IGNORE`` (a
         scalar), or one for each target with ``reduction="none"`` (B, T; 0 where ignored; no gradient). Without: the
-        logits (B, T, V) in fp32. With a ``cache``, ``tokens`` continue those it holds, and are added to it.
+        logits (B, T, V) in fp32, or with ``last_only`` those after the last token (B, 1, V). With a ``cache``,
+        ``tokens`` continue those it holds, and are added to it.
         """
-        config, T = self.config, tokens.shape[1]
-        start = cache.length if cache is not None else 0
-        assert start + T <= config.context_length, "more tokens than the context length"
-        positions = torch.arange(start, start + T, device=tokens.device)
+        x = self.stream(tokens, cache)
+        if targets is None:
+            return self.logits(x[:, -1:] if last_only else x)
+        cap = self.config.logit_softcap
+        return linear_cross_entropy(self.norm(x), self.head.weight, targets, cap, reduction, self.vocab_size)
+
+    def stream(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """The residual stream (B, T, C) of ``tokens`` (B, T) after the last layer; for ``cache`` see :meth:`forward`."""
+        config, (B, T) = self.config, tokens.shape
+        positions = torch.arange(T, device=tokens.device) if cache is None else cache.advance(B, T, tokens.device)
+        seen = T if cache is None else cache.length
+        assert seen <= config.context_length, "more tokens than the context length"
         x = self.embedding(tokens)
         if config.position == "learned":
             x = x + self.position_embedding(positions)
@@ -248,16 +343,13 @@ class GPT(nn.Module):
             gate = self.smear.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., : self.smear_gate.in_features]))
             x = x + gate * torch.cat((before, x[:, :-1]), dim=1)
         x = embedded = half_way = self.dropout(x)
-        rope = rotary(config, positions, x.dtype) if config.position == "rope" else None
+        rope = self._rope(positions, x.dtype, cache) if config.position == "rope" else None
         documents = None
         if config.document_mask and self.boundary is not None:
-            documents = (tokens == self.boundary).cumsum(1)
-            if cache is not None:
-                if cache.documents is not None:
-                    documents = torch.cat((cache.documents, cache.documents[:, -1:] + documents), dim=1)
-                cache.documents = documents
+            starts = tokens == self.boundary
+            documents = starts.cumsum(1) if cache is None else cache.extend_documents(starts)
         kinds = layer_kinds(config)
-        masks = {kind: self._mask(start, T, kind, documents, tokens.device) for kind in set(kinds)}
+        masks = {kind: self._mask(positions, seen, kind, documents) for kind in set(kinds)}
         for layer, (block, kind) in enumerate(zip(self.blocks, kinds, strict=True)):
             if self.stream_scale is not None and self.embedding_scale is not None:
                 stream, again = self.stream_scale[layer].to(x.dtype), self.embedding_scale[layer].to(x.dtype)
@@ -270,30 +362,37 @@ class GPT(nn.Module):
                 half_way = x
         if self.backout is not None:
             x = x - self.backout.to(x.dtype) * half_way
-        if cache is not None:
-            cache.length += T
-        x = self.norm(x)
-        if targets is not None:
-            return linear_cross_entropy(
-                x, self.head.weight, targets, config.logit_softcap, reduction, self.vocab_size
-            )  # fmt: skip
-        return softcap(self.head(x)[..., : self.vocab_size].float(), config.logit_softcap)
+        return x
 
-    def _mask(self, start: int, T: int, kind: str, documents: Tensor | None, device: torch.device) -> Tensor | None:
-        """Where tokens ``start`` to ``start + T - 1`` may look among the S so far: (T, S), or (B, 1, T, S).
+    def logits(self, x: Tensor) -> Tensor:
+        """Scores of the next token (..., V), fp32, from what :meth:`stream` gives (..., C), or some of it."""
+        return softcap(self.head(self.norm(x))[..., : self.vocab_size].float(), self.config.logit_softcap)
+
+    def _rope(self, positions: Tensor, dtype: torch.dtype, cache: KVCache | None) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of these positions, (T, R/2) or (B, 1, T, R/2); a cache keeps those of all positions."""
+        if cache is None:
+            return rotary(self.config, positions, dtype)
+        if cache.rope is None:
+            cache.rope = rotary(self.config, torch.arange(cache.limit, device=positions.device), dtype)
+        cos, sin = cache.rope[0][positions], cache.rope[1][positions]
+        return (cos, sin) if positions.dim() == 1 else (cos[:, None], sin[:, None])
+
+    def _mask(self, positions: Tensor, S: int, kind: str, documents: Tensor | None) -> Tensor | None:
+        """Where the tokens at ``positions``, (T,) or (B, T), may look among the S so far: (T, S), or (B, 1, T, S).
 
         None stands for plain causal attention, which needs no mask. ``documents`` (B, S) numbers each token's document.
         """
-        if kind == "L" and documents is None and (start == 0 or T == 1):
+        T, same = positions.shape[-1], positions.dim() == 1
+        if kind == "L" and documents is None and same and T in (1, S):
             return None
-        queries = torch.arange(start, start + T, device=device)[:, None]
-        keys = torch.arange(start + T, device=device)
-        mask = keys <= queries
+        keys = torch.arange(S, device=positions.device)
+        mask = keys <= positions[..., None]
         if kind == "S":
-            mask &= keys > queries - window_length(self.config)
-        if documents is None:
-            return mask
-        return mask & (documents[:, None, start:, None] == documents[:, None, None, :])
+            mask &= keys > positions[..., None] - window_length(self.config)
+        if documents is not None:
+            own = documents[:, S - T :] if same else documents.gather(1, positions)
+            mask = mask & (own[..., None] == documents[:, None])
+        return mask if mask.dim() == 2 else mask[:, None]
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:

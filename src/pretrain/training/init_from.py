@@ -67,7 +67,7 @@ def resolve_init(config: Config) -> Config:
 
 
 def load_initial(model: GPT, config: Config, tokenizer: Tokenizer) -> None:
-    """Fill ``model`` in place with the weights that ``train.init_from`` names: of a run, those of its newest checkpoint.
+    """Fill ``model`` in place with the weights that ``train.init_from`` names; a run's are of its newest checkpoint.
 
     Raises:
         UsageError: the run has another tokenizer.

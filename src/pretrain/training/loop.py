@@ -20,7 +20,7 @@ from torch import Tensor
 from pretrain.config import Config, differences
 from pretrain.device import choose_device, choose_precision, free_memory, keep_freed_memory
 from pretrain.errors import CheckpointError, DataError, DeviceMemoryError, Interrupted, UsageError
-from pretrain.evaluation import evaluate_loss
+from pretrain.evaluation import GPTScorer, evaluate_core, evaluate_loss, open_bundle, read_tasks
 from pretrain.generation import sample_text
 from pretrain.optim import build_optimizers, learning_rate_factor, muon_momentum, weight_decay_factor
 from pretrain.plan import resolve, rows_that_fit
@@ -121,6 +121,7 @@ class Trainer:
             len(train_stream), config.model.context_length, config.data.order, config.data.stride, config.train.seed
         )
         self.batches = TrainingBatches(train_stream, order, config.batch_rows)
+        self.core_tasks = read_tasks(open_bundle(config.eval.core_bundle)) if config.eval.core_every else []
 
         self.device = choose_device(config.train.device)
         torch.manual_seed(config.train.seed)
@@ -177,6 +178,8 @@ class Trainer:
                 evaluate = last or _due(self.done, config.eval.every)
                 if evaluate:
                     record |= self.evaluate(all_tokens=last)
+                if self.core_tasks and (last or _due(self.done, config.eval.core_every)):
+                    record["val/core"] = self.evaluate_core()
                 self.metrics.add(record)
                 if evaluate:
                     self.metrics.write()
@@ -262,6 +265,13 @@ class Trainer:
             return {}
         result = evaluate_loss(self.model, self.validation(all_tokens), self.token_bytes)
         return {"val/loss": result.loss, "val/bpb": result.bits_per_byte}
+
+    def evaluate_core(self) -> float:
+        """CORE, or the mean over as many of its tasks as the bundle has."""
+        scorer = GPTScorer(self.model, self.tokenizer)
+        result = evaluate_core(scorer, self.core_tasks, self.config.eval.core_max_per_task)
+        self.console.say(f"step {self.done:5d}   {result.name} {result.core:.4f}")
+        return result.core
 
     def sample(self) -> str | None:
         """Continue the prompt of ``config.sample``, and append the text to ``samples.jsonl``."""

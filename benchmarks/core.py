@@ -1,0 +1,146 @@
+"""CORE beside nanochat's evaluator: the same model, the same questions, one run; seconds and answers compared.
+
+    python benchmarks/core.py --bundle BUNDLE [--run RUN | --tokenizer gpt2 --layers 4 --width 256 --context 1024]
+                              [--nanochat DIR] [--examples 50]
+
+``--nanochat`` is a checkout of github.com/karpathy/nanochat, whose evaluator is then imported; without it a plain loop
+of ours does what it does: the options of one question a forward, all logits of all positions. Everything in fp32. The
+last line weighs each task by how many questions it has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pretrain.config import ModelConfig
+from pretrain.device import keep_freed_memory
+from pretrain.evaluation import GPTScorer, Task, answer_task, open_bundle, read_tasks
+from pretrain.evaluation.core import prepare_questions
+from pretrain.model import GPT
+from pretrain.tokenizer import Tokenizer, build_tokenizer
+from pretrain.training import Run
+
+Rival = Callable[[Task, int], bool]
+
+
+def build(args: argparse.Namespace) -> tuple[GPT, Tokenizer]:
+    if args.run:
+        run = Run.open(args.run)
+        return run.load_model(), run.tokenizer()
+    tokenizer = build_tokenizer(args.tokenizer, 0, [])
+    config = ModelConfig(
+        layers=args.layers, heads=args.width // 64, width=args.width, context_length=args.context, init="gpt2"
+    )
+    model = GPT(config, tokenizer.vocab_size, tokenizer.boundary_id)
+    model.init_weights(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model.head.weight.mul_(20)  # so that options differ clearly, as they do for a trained model
+    return model.eval(), tokenizer
+
+
+def nanochat(folder: str, model: GPT, tokenizer: Tokenizer) -> Rival:
+    """Nanochat's own function, with our model and tokenizer behind its interfaces."""
+    sys.path.insert(0, folder)
+    evaluator = importlib.import_module("nanochat.core_eval")
+
+    class Theirs:
+        def get_bos_token_id(self) -> int | None:
+            return tokenizer.boundary_id
+
+        def __call__(self, texts: list[str], prepend: int) -> list[list[int]]:
+            return [[prepend, *ids.tolist()] for ids in tokenizer.encode_documents(texts)]
+
+    class Model:
+        max_seq_len = model.config.context_length
+
+        def __call__(self, tokens: Tensor) -> Tensor:
+            return model(tokens)
+
+    def ask(task: Task, index: int) -> bool:
+        meta = {"task_type": task.kind, "num_fewshot": task.shots, "continuation_delimiter": task.delimiter}
+        data = items.setdefault(task.label, [as_item(task, i) for i in range(len(task.examples))])
+        return bool(evaluator.evaluate_example(index, Model(), Theirs(), data, torch.device("cpu"), meta))
+
+    items: dict[str, list[dict[str, Any]]] = {}
+    return ask
+
+
+def as_item(task: Task, index: int) -> dict[str, Any]:
+    """An example as its line in the bundle."""
+    example = task.examples[index]
+    if task.kind == "multiple_choice":
+        return {"query": example.contexts[0], "choices": list(example.continuations), "gold": example.gold}
+    if task.kind == "schema":
+        return {
+            "context_options": list(example.contexts),
+            "continuation": example.continuations[0],
+            "gold": example.gold,
+        }
+    return {"context": example.contexts[0], "continuation": example.continuations[0]}
+
+
+def plain(model: GPT, scorer: GPTScorer) -> Rival:
+    """The options of one question in one forward pass, every logit computed."""
+
+    @torch.no_grad()
+    def ask(task: Task, index: int) -> bool:
+        (options,) = prepare_questions(scorer, task, [index])
+        tokens = torch.zeros(len(options), max(len(option.tokens) for option in options), dtype=torch.long)
+        for row, option in zip(tokens, options, strict=True):
+            row[: len(option.tokens)] = torch.tensor(option.tokens)
+        logits = model(tokens)
+        losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+        losses, hits = losses.view(len(options), -1), logits.argmax(-1)[:, :-1] == tokens[:, 1:]
+        spans = [slice(option.start - 1, len(option.tokens) - 1) for option in options]
+        if task.kind == "language_modeling":
+            return options[0].whole and bool(hits[0, spans[0]].all())
+        means = [row[span].mean().item() for row, span in zip(losses, spans, strict=True)]
+        return means.index(min(means)) == task.examples[index].gold
+
+    return ask
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle", required=True)
+    parser.add_argument("--run", default="")
+    parser.add_argument("--nanochat", default="")
+    parser.add_argument("--examples", type=int, default=50, help="questions of each task; 0 for all")
+    parser.add_argument("--tokenizer", default="gpt2")
+    for name, value in (("layers", 4), ("width", 256), ("context", 1024)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    args = parser.parse_args()
+    keep_freed_memory()
+    model, tokenizer = build(args)
+    scorer = GPTScorer(model, tokenizer)
+    rival = nanochat(args.nanochat, model, tokenizer) if args.nanochat else plain(model, scorer)
+    print(f"{torch.get_num_threads()} threads, {tokenizer.vocab_size:,} tokens, context {model.config.context_length}")
+    print(f"{'ms a question':<28} {'pretrain':>9} {'nanochat' if args.nanochat else 'plain':>9}   ratio  other answers")
+    ours_all = theirs_all = 0.0
+    for task in read_tasks(open_bundle(args.bundle)):
+        rival(task, 0)  # warm
+        start = time.perf_counter()
+        answers = answer_task(scorer, task, args.examples)
+        ours = (time.perf_counter() - start) / len(answers)
+        start = time.perf_counter()
+        others = [rival(task, index) for index in range(len(answers))]
+        theirs = (time.perf_counter() - start) / len(answers)
+        differ = sum(answer.correct != other for answer, other in zip(answers, others, strict=True))
+        numbers = f"{ours * 1e3:9.2f} {theirs * 1e3:9.2f} {theirs / ours:7.2f}  {differ} of {len(answers)}"
+        print(f"{task.label:<28} {numbers}", flush=True)
+        ours_all += ours * len(task.examples)
+        theirs_all += theirs * len(task.examples)
+    print(f"{'all questions, seconds':<28} {ours_all:9.1f} {theirs_all:9.1f} {theirs_all / ours_all:7.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Models of Hugging Face transformers, from a local directory, measured like ours: ``hf:DIR``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain.errors import DataError, UsageError
+from pretrain.evaluation.scorer import CHUNK_ELEMENTS, compare
+from pretrain.tokenizer import Tokenizer
+from pretrain.tokens import IGNORE
+
+PREFIX = "hf:"
+"""What marks the directory of a transformers model where a run directory may stand."""
+
+
+class HFScorer(nn.Module):
+    """A causal language model of transformers with its tokenizer: a Scorer, and a model for ``evaluate_loss``.
+
+    Args:
+        place: ``hf:DIR`` or the directory, with config.json, weights and tokenizer.
+        device: where to compute.
+        dtype: of its weights and arithmetic.
+
+    Raises:
+        UsageError: transformers is not installed.
+        DataError: the directory is absent or cannot be loaded without running code from it.
+    """
+
+    def __init__(self, place: str, device: torch.device, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.folder = Path(place.removeprefix(PREFIX)).expanduser()
+        if not (self.folder / "config.json").is_file():
+            raise DataError(
+                f"{place}: no model there (no config.json); give hf: and a directory that transformers saved"
+            )
+        try:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+        except ImportError:
+            raise UsageError(f"{place} needs transformers, which is not installed; pip install transformers") from None
+        try:
+            options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+            self.hf_tokenizer: Any = AutoTokenizer.from_pretrained(str(self.folder), **options)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(str(self.folder), **options)
+        except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+            raise DataError(f"{place} cannot be loaded by transformers: {' '.join(str(error).split())[:300]}") from None
+        self.hf: Any = loaded.to(device, dtype).eval()
+        self.model: nn.Module = self.hf
+        self.device = device
+        text_config = self.hf.config.get_text_config()
+        self.context_length: int | None = getattr(text_config, "max_position_embeddings", None)
+        self.vocab_size: int = self.hf.get_output_embeddings().weight.shape[0]
+
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer as ours, which knows the bytes of every token. A DataError where they cannot be known."""
+        return Tokenizer.load(self.folder / "tokenizer.json")
+
+    def forward(self, tokens: Tensor, targets: Tensor, reduction: str = "none") -> Tensor:
+        """Cross-entropy of each target (B, T) in nats, 0 where it is ``IGNORE``; a row at a time, for memory."""
+        assert reduction == "none", "this model is only measured"
+        losses = torch.zeros(tokens.shape, device=tokens.device)
+        for loss, row, target in zip(losses, tokens, targets, strict=True):
+            logits = self.hf(row[None], use_cache=False).logits[0].float()
+            loss[:] = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="none")
+        return losses
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """See :class:`pretrain.evaluation.Scorer`."""
+        first = self.hf_tokenizer.bos_token_id
+        boundary = [] if first is None else [first]
+        return [boundary + ids for ids in self.hf_tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+
+    def remember(self, tokens: Tensor, room: int) -> Any:
+        """See :class:`pretrain.evaluation.Scorer`."""
+        return self.hf(tokens.to(self.device), use_cache=True, logits_to_keep=1).past_key_values
+
+    def score(
+        self, tokens: Tensor, wanted: Tensor, memory: Any = None, rows: list[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`pretrain.evaluation.Scorer`."""
+        if len(tokens) > 1 and len(wanted) * self.vocab_size > 16 * CHUNK_ELEMENTS:
+            return self._score_halves(tokens, wanted, memory, rows)
+        cache = None
+        if memory is not None:
+            cache = copy.deepcopy(memory)
+            cache.batch_select_indices(torch.tensor(rows, device=self.device))
+        places, which = torch.unique(wanted[:, 0] * tokens.shape[1] + wanted[:, 1], return_inverse=True)
+        places = places.to(self.device)
+
+        # Whatever a model does around its head, the head itself need only see the positions that count.
+        def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (inputs[0].flatten(0, 1)[places][None], *inputs[1:])
+
+        hook = self.hf.get_output_embeddings().register_forward_pre_hook(keep)
+        try:
+            output = self.hf(tokens.to(self.device), past_key_values=cache, use_cache=cache is not None)
+        finally:
+            hook.remove()
+        return compare(output.logits[0].float(), which, wanted[:, 2])
+
+    def _score_halves(
+        self, tokens: Tensor, wanted: Tensor, memory: Any, rows: list[int] | None
+    ) -> tuple[Tensor, Tensor]:
+        half = len(tokens) // 2
+        losses, hits = torch.empty(len(wanted)), torch.empty(len(wanted), dtype=torch.bool)
+        for begin, end in ((0, half), (half, len(tokens))):
+            mine = (wanted[:, 0] >= begin) & (wanted[:, 0] < end)
+            part = wanted[mine] - torch.tensor([begin, 0, 0])
+            if len(part):
+                losses[mine], hits[mine] = self.score(tokens[begin:end], part, memory, rows and rows[begin:end])
+        return losses, hits

@@ -1,0 +1,122 @@
+"""What an evaluation needs of a model and its tokenizer, and how a GPT of ours gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.model import GPT, KVCache
+from pretrain.tokenizer import Tokenizer
+
+CHUNK_ELEMENTS = 2**22
+"""Logits held at once while scoring."""
+
+
+class Scorer(Protocol):
+    """A model and its tokenizer, as the evaluation sees them. Tokens are int64 on the CPU and may be padded behind."""
+
+    @property
+    def model(self) -> nn.Module:
+        """Put in evaluation mode while it is measured."""
+        ...
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens that the model can see at once; None: any number."""
+        ...
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of each text, after the boundary token if the vocabulary has one."""
+        ...
+
+    def remember(self, tokens: Tensor, room: int) -> Any:
+        """A memory of ``tokens`` (B, T), which up to ``room`` tokens can follow."""
+        ...
+
+    def score(
+        self, tokens: Tensor, wanted: Tensor, memory: Any = None, rows: list[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """How well the model predicts some tokens.
+
+        Args:
+            tokens: (B, T) what the model reads.
+            wanted: (K, 3) row, position and target: after reading the row up to the position, the target is next.
+            memory: of :meth:`remember`, what the model has read before ``tokens``; it stays as it is.
+            rows: (B) which row of the memory each row of ``tokens`` continues.
+
+        Gives, on the CPU, the cross-entropy of each target in nats, fp32 (K), and whether it is the likeliest (K).
+        """
+        ...
+
+
+class GPTScorer:
+    """Scores with a GPT of ours: on a CPU in fp32, in which a loss is the same in any batch, elsewhere as it is set.
+
+    Args:
+        model: on any device.
+        tokenizer: its own.
+    """
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer):
+        self.model, self.tokenizer = model, tokenizer
+        self.context_length = model.config.context_length
+        self.device = model.embedding.weight.device
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """See :class:`Scorer`."""
+        boundary = [] if self.tokenizer.boundary_id is None else [self.tokenizer.boundary_id]
+        return [boundary + ids.tolist() for ids in self.tokenizer.encode_documents(texts)]
+
+    def remember(self, tokens: Tensor, room: int) -> KVCache:
+        """See :class:`Scorer`."""
+        cache = KVCache(tokens.shape[1] + room)
+        self._stream(tokens, cache)
+        return cache
+
+    def score(
+        self, tokens: Tensor, wanted: Tensor, memory: Any = None, rows: list[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`Scorer`."""
+        cache = None if memory is None else memory.select(rows)
+        stream = self._stream(tokens, cache)
+        # Choices of one token each share their position, so its logits are made once.
+        places, which = torch.unique(wanted[:, 0] * tokens.shape[1] + wanted[:, 1], return_inverse=True)
+        needed = stream.flatten(0, 1)[places.to(self.device)]
+        losses, hits = torch.empty(len(wanted)), torch.empty(len(wanted), dtype=torch.bool)
+        size = max(1, CHUNK_ELEMENTS // self.model.vocab_size)
+        for start in range(0, len(places), size):
+            mine = ((which >= start) & (which < start + size)).nonzero()[:, 0]
+            logits = self.model.logits(needed[start : start + size])
+            losses[mine], hits[mine] = compare(logits, which[mine] - start, wanted[mine, 2])
+        return losses, hits
+
+    def _stream(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
+        dtype = self.model.activation_dtype
+        self.model.activation_dtype = torch.float32 if self.device.type == "cpu" else dtype
+        try:
+            return self.model.stream(tokens.to(self.device), cache)
+        finally:
+            self.model.activation_dtype = dtype
+
+
+def compare(logits: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and whether it is the likeliest, for each of ``targets`` (K) by the row of ``logits`` (N, V)."""
+    rows, targets = rows.to(logits.device), targets.to(logits.device)
+    losses = logits.logsumexp(1)[rows] - logits[rows, targets]
+    return losses.cpu(), (logits.argmax(1)[rows] == targets).cpu()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without gradients and dropout while entered; the model is left in the mode in which it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

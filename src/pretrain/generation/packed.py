@@ -1,0 +1,58 @@
+"""A model made ready for generation: its weights in the dtype and the layout in which one token is made fastest."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.model import GPT
+from pretrain.model.transformer import Linear
+
+
+def for_generation(model: GPT) -> GPT:
+    """A copy of a model for generation: in evaluation mode, not compiled, sharing all weights that stay as they are.
+
+    The weights of matrix products are cast to ``activation_dtype`` once instead of at every step. On a CPU they are
+    also packed in oneDNN's blocked layout, in which products with few rows take half the time or less
+    (benchmarks/generate.py), at the price of a copy.
+    """
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    light = copy.deepcopy(model, shared).eval()
+    for module in list(light.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, Linear):  # embeddings are only looked up in, and norms computed in fp32
+                setattr(module, name, _ready(child, model.activation_dtype))
+    return light
+
+
+class PackedLinear(nn.Module):
+    """A linear layer on a CPU by the kernels that torch.compile uses for frozen weights."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.packed, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight), bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X (..., in) → (..., out)."""
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+def _ready(linear: Linear, dtype: torch.dtype) -> nn.Module:
+    weight = linear.weight.detach().to(dtype)
+    bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+    if weight.is_cpu and _can_pack(dtype):
+        return PackedLinear(weight, bias)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear
+
+
+def _can_pack(dtype: torch.dtype) -> bool:
+    """Whether this build of PyTorch and this processor have the kernels."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())

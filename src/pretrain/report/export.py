@@ -1,0 +1,185 @@
+"""A run's model for others: a folder that transformers loads, or just tensors.
+
+hf            model.safetensors, config.json, tokenizer.json and its settings, README.md; where transformers has no
+              such architecture, also the two Python files of ours that it then loads with trust_remote_code
+safetensors   model.safetensors by our parameter names, config.json, tokenizer.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors.torch import save_file
+
+from pretrain.config import FREE_SECTIONS, config_to_dict
+from pretrain.errors import UsageError
+from pretrain.model.huggingface import OWN, hf_type, obstacles, to_hf
+from pretrain.report.standalone import standalone
+from pretrain.tokenizer import Tokenizer
+from pretrain.tokens.shards import Manifest
+from pretrain.training import Run
+from pretrain.training.checkpoint import Checkpoint
+from pretrain.training.metrics import read_jsonl
+
+CONFIGURATION, MODELING = "configuration_pretrain", "modeling_pretrain"
+
+
+def export_run(run: Run, format: Literal["hf", "safetensors"], out: Path, checkpoint: Checkpoint | None = None) -> str:
+    """Write the model of ``run`` into the folder ``out``, which appears whole or not at all; says how to load it.
+
+    Args:
+        run: the run directory.
+        format: ``hf`` or ``safetensors``.
+        out: a folder that does not exist or is empty.
+        checkpoint: of which step; by default the newest.
+
+    Raises:
+        UsageError: ``out`` has files, or cannot be written.
+        CheckpointError: the run has no whole checkpoint.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} exists and is not an empty folder; choose another --out")
+    checkpoint = checkpoint or run.newest_checkpoint()
+    model, tokenizer = run.load_model(checkpoint=checkpoint), run.tokenizer()
+    tree, tensors = to_hf(model, OWN if format == "safetensors" else "")
+    own = tree["model_type"] == OWN
+    if format == "safetensors":
+        tensors = {name.removeprefix("gpt."): tensor for name, tensor in tensors.items()}
+    files: dict[str, str] = {}
+    if format == "hf":
+        if boundary := _boundary(tokenizer):
+            tree |= {"bos_token_id": tokenizer.boundary_id, "eos_token_id": tokenizer.boundary_id}
+        if own:
+            tree["auto_map"] = {
+                "AutoConfig": f"{CONFIGURATION}.PretrainConfig",
+                "AutoModelForCausalLM": f"{MODELING}.PretrainForCausalLM",
+            }
+            source = resources.files("pretrain.model.hub").joinpath(f"{CONFIGURATION}.py")
+            files[f"{CONFIGURATION}.py"] = source.read_text(encoding="utf-8")
+            files[f"{MODELING}.py"] = standalone(f"pretrain.model.hub.{MODELING}")
+        files["tokenizer_config.json"] = _json(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "model_max_length": run.config.model.context_length,
+                "clean_up_tokenization_spaces": False,
+                "split_special_tokens": True,  # the name of a special token in a text is text
+                **({"bos_token": boundary, "eos_token": boundary} if boundary else {}),
+            }
+        )
+        ids = {name: tree[name] for name in ("bos_token_id", "eos_token_id") if name in tree}
+        files["generation_config.json"] = _json({**ids, **({"use_cache": False} if own else {})})
+        files["README.md"] = model_card(run, checkpoint, out.resolve().name)
+    files["config.json"] = _json(tree)
+
+    final = out.resolve()
+    temporary = final.with_name(f".{final.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        (temporary / "model.safetensors").chmod(0o644)  # safetensors lets only its owner read it
+        tokenizer.save(temporary / "tokenizer.json")
+        for name, text in files.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        os.replace(temporary, final)  # an empty folder gives way
+    except OSError as error:
+        raise UsageError(f"cannot write {out}: {error.strerror}; choose another --out") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    if format == "safetensors":
+        return f'from pretrain.model.huggingface import load_hf; model = load_hf("{out}")'
+    return f'model = AutoModelForCausalLM.from_pretrained("{out}"{", trust_remote_code=True" if own else ""})'
+
+
+def model_card(run: Run, checkpoint: Checkpoint, name: str) -> str:
+    """README.md of an export: what the model is, what it learned from, how good it is, how to load it."""
+    config, summary = run.config, run.summary
+    kind = hf_type(config.model)
+    own = kind == OWN
+    trust = ", trust_remote_code=True" if own else ""
+    tokens = checkpoint.step * config.train.batch_tokens
+    manifest = Manifest.load(run.data)
+    documents = {split: sum(s.documents for s in manifest.shards if s.split == split) for split in ("train", "val")}
+    facts = [
+        f"Text: {', '.join(config.data.paths) or 'the King James Bible (public domain)'}",
+        *(
+            f"{title}: {manifest.tokens(split):,} tokens in {documents[split]:,} documents"
+            for title, split in (("Training text", "train"), ("Held-out text", "val"))
+        ),
+        f"Trained on {tokens:,} tokens in {checkpoint.step:,} steps"
+        + (f", beginning with the weights of {config.train.init_from}" if config.train.init_from else ""),
+        f"Tokenizer: {Path(config.tokenizer.kind).name}, {run.tokenizer().vocab_size:,} tokens",
+        f"Context: {config.model.context_length} tokens",
+    ]
+    if summary and summary["steps"] == checkpoint.step:
+        facts.insert(0, f"Parameters: {summary['parameters']:,}")
+    validated = [r for r in read_jsonl(run.metrics) if r.get("val/loss") is not None and r["step"] <= checkpoint.step]
+    if validated:
+        last = validated[-1]
+        facts.append(
+            f"Held-out loss: {last['val/loss']:.4f} nats per token"
+            + (f", {last['val/bpb']:.4f} bits per byte" if last.get("val/bpb") is not None else "")
+            + f" (after step {last['step']:,})"
+        )
+    if own:
+        reasons = ", ".join(min(obstacles(config.model).values(), key=len))
+        how = (
+            f"transformers has no such architecture (because of: {reasons}), so it is loaded with `{MODELING}.py` in"
+            f" this folder, which `trust_remote_code=True` allows to run. Its `generate` keeps no cache, so it is"
+            f" slow for long texts."
+        )
+    else:
+        how = f"It computes what transformers' `{kind}` does, and is loaded as that."
+    settings = {section: table for section, table in config_to_dict(config).items() if section not in FREE_SECTIONS}
+    bos = (
+        f" Every document began with `{_boundary(run.tokenizer())}`; the tokenizer does not add it by itself."
+        if _boundary(run.tokenizer())
+        else ""
+    )
+    first = "[tokenizer.bos_token_id] + " if bos else ""
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {name}
+
+A language model trained with `pretrain`. It continues text; it was not taught to follow instructions, and was not
+checked for harmful or wrong statements.
+
+{chr(10).join(f"- {fact}" for fact in facts)}
+
+## Loading
+
+{how}{bos}
+
+```python
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}"{trust})
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+ids = torch.tensor([{first}tokenizer.encode("And ")])
+print(tokenizer.decode(model.generate(ids, max_new_tokens=50, do_sample=True)[0]))
+```
+
+## Configuration
+
+```json
+{_json(settings).strip()}
+```
+"""
+
+
+def _boundary(tokenizer: Tokenizer) -> str:
+    """The name of the token that begins a document; empty if there is none."""
+    return "" if tokenizer.boundary_id is None else tokenizer.decode([tokenizer.boundary_id], show_special=True)
+
+
+def _json(tree: dict[str, Any]) -> str:
+    return json.dumps(tree, indent=2, ensure_ascii=False) + "\n"
