@@ -1,8 +1,8 @@
 """Training speed and memory beside rivals, in one run on one machine, as ratios.
 
-    python benchmarks/train.py step        [--nanogpt DIR] [--threads N]     GPT-2 124M, B=4, T=256, one optimizer step
-    python benchmarks/train.py memory                                        peak memory of the loss, V=50304, B=8, T=1024
-    python benchmarks/train.py shakespeare --nanogpt DIR --data FILE         time to validation loss 1.88, whole processes
+    python benchmarks/train.py step [--nanogpt DIR]                    GPT-2 124M, B=4, T=256, one optimizer step
+    python benchmarks/train.py memory                                  peak memory of the loss, V=50304, B=8, T=1024
+    python benchmarks/train.py shakespeare --nanogpt DIR --data FILE   time to validation loss 1.88, whole processes
 
 ``--nanogpt`` is a checkout of github.com/karpathy/nanoGPT; LLMs-from-scratch takes part when ``pip install --no-deps
 llms-from-scratch`` is there. Contenders run in processes of their own, in turn, ``--rounds`` times; medians are shown.
@@ -227,8 +227,8 @@ def compare_shakespeare(nanogpt: str, data: str, rounds: int) -> None:
                 continue
             prepare_nanogpt(Path(nanogpt) / "data" / "shakespeare_char", data)
             arguments = (
-                "--device=cpu --compile=False --eval_iters=20 --log_interval=500 --block_size=64 --batch_size=12 --n_layer=4"
-                " --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
+                "--device=cpu --compile=False --eval_iters=20 --log_interval=500 --block_size=64 --batch_size=12"
+                " --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
                 f" --out_dir={folder}/nanogpt --eval_interval=2000 --always_save_checkpoint=True"
             ).split()
             begin = time.perf_counter()

@@ -461,7 +461,46 @@ def test_training_goes_on_from_a_run(make_run, tmp_path: Path, tiny: Config):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_lm_eval_runs_on_an_export(make_run, tmp_path: Path):
-    """The harness, with its own loader, on a task made here, gives the likelihoods of our model."""
-    pytest.importorskip("lm_eval")
-    pytest.skip("to be written")
+TASK = """task: verbs
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{context}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: 0
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+@pytest.mark.parametrize("name", ["own file, tied, byte", "llama, byte"])
+def test_lm_eval_runs_on_an_export(name: str, make_run, tmp_path: Path, monkeypatch):
+    """EleutherAI's harness, with its own loader, on a task made here, gives the likelihoods of our model."""
+    pytest.importorskip("accelerate")
+    lm_eval = pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    docs = [{"context": who, "choices": ["sees", "zqxj"]} for who in ("Ada", "Noël", "the fox")]
+    (tmp_path / "docs.jsonl").write_text("\n".join(map(json.dumps, docs)))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "verbs.yaml").write_text(TASK.format(file=tmp_path / "docs.jsonl"))
+    run = make_run(name)
+    assert main(["export", str(run.folder), "--out", str(tmp_path / "out")]) == 0
+    result = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(tmp_path / "out"), "trust_remote_code": True, "dtype": "float32"},
+        tasks=["verbs"],
+        task_manager=lm_eval.tasks.TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False),
+        device="cpu",
+        batch_size=4,
+        bootstrap_iters=0,
+    )
+    mine, tokenizer = run.load_model(), run.tokenizer()
+    assert len(result["samples"]["verbs"]) == len(docs)
+    for sample in result["samples"]["verbs"]:
+        context = tokenizer.encode(sample["doc"]["context"])
+        for choice, ((likelihood, _),) in zip(sample["doc"]["choices"], sample["resps"], strict=True):
+            targets = tokenizer.encode(f" {choice}")
+            losses = mine(torch.tensor([context + targets]))[0, len(context) - 1 : -1].log_softmax(-1)
+            expected = losses.gather(1, torch.tensor(targets)[:, None]).sum().detach()
+            assert abs(float(likelihood) - float(expected)) < 1e-4

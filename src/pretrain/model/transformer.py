@@ -125,9 +125,10 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         """Leave the values to init_weights: PyTorch's own would be computed in vain."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """X (..., in) → (..., out)."""
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+    def forward(self, input: Tensor) -> Tensor:
+        """Input (..., in) → (..., out)."""
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, self.weight.to(input.dtype), bias)
 
 
 class Embedding(nn.Embedding):
@@ -326,7 +327,7 @@ class GPT(nn.Module):
         return linear_cross_entropy(self.norm(x), self.head.weight, targets, cap, reduction, self.vocab_size)
 
     def stream(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """The residual stream (B, T, C) of ``tokens`` (B, T) after the last layer; for ``cache`` see :meth:`forward`."""
+        """The residual stream (B, T, C) of ``tokens`` (B, T) after the last layer; ``cache`` as in :meth:`forward`."""
         config, (B, T) = self.config, tokens.shape
         positions = torch.arange(T, device=tokens.device) if cache is None else cache.advance(B, T, tokens.device)
         seen = T if cache is None else cache.length

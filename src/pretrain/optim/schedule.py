@@ -33,7 +33,7 @@ def stable_share(schedule: ScheduleConfig, step: int, steps: int) -> float:
 
 
 def muon_momentum(optim: OptimConfig, schedule: ScheduleConfig, step: int, steps: int) -> float:
-    """Muon's momentum at ``step``: up from ``momentum_from``; down to ``momentum_final`` as a linear schedule decays."""
+    """Muon's momentum at ``step``: up from ``momentum_from``, down to ``momentum_final`` with a linear schedule."""
     if step < optim.momentum_warmup_steps:
         return optim.momentum_from + (optim.momentum - optim.momentum_from) * step / optim.momentum_warmup_steps
     if optim.momentum_final and schedule.kind == "linear":

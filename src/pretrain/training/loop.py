@@ -139,7 +139,8 @@ class Trainer:
             raise DataError(f"{run.data} is not what this run was trained on; restore it, or start anew with --out")
         self.precision = choose_precision(state.get("precision", config.train.precision), self.device)
         value_bytes = self.precision.dtype.itemsize
-        self.micro_rows = config.train.micro_batch or rows_that_fit(config, value_bytes, free_memory(self.device))
+        fit = state.get("micro_rows") or rows_that_fit(config, value_bytes, free_memory(self.device))
+        self.micro_rows = config.train.micro_batch or fit  # as before a resume, for the same rounding
         self.model.activation_dtype = self.precision.dtype
         muon_dtype = torch.bfloat16 if self.precision.name == "bf16" else torch.float32
         self.optimizers = build_optimizers(self.model, config.optim, muon_dtype)
@@ -320,6 +321,7 @@ class Trainer:
         state = {
             "seconds": time.monotonic() - self.clock_start,
             "precision": self.precision.name,
+            "micro_rows": self.micro_rows,
             "data": self.data_fingerprint,
         }
         save_checkpoint(self.run.checkpoints, self.done, self.tensors(), state)

@@ -1,7 +1,7 @@
 """What is applied to the model from outside, in one linear function.
 
-The order matters: fp8 exchanges layers, so it comes first; then activation checkpointing, so that the compiler sees what
-is computed again; then torch.compile.
+The order matters: fp8 exchanges layers, so it comes first; then activation checkpointing, so that the compiler sees
+what is computed again; then torch.compile.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def use_fp8(model: GPT, emulate: bool = False) -> None:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError:
         raise UsageError("train.fp8 needs torchao; install it with: pip install 'pretrain[fp8]'") from None
-    convert_to_float8_training(
-        model.blocks,
-        config=Float8LinearConfig(emulate=emulate),
+
+    def in_tiles(layer: torch.nn.Module, _name: str) -> bool:
         # The hardware multiplies in tiles of 16, which leaves out the small gates.
-        module_filter_fn=lambda module, _name: module.in_features % 16 == 0 and module.out_features % 16 == 0,
-    )
+        return isinstance(layer, torch.nn.Linear) and layer.in_features % 16 == layer.out_features % 16 == 0
+
+    convert_to_float8_training(model.blocks, config=Float8LinearConfig(emulate=emulate), module_filter_fn=in_tiles)
 
 
 def _compiler_problem(device: torch.device) -> str:
