@@ -10,6 +10,7 @@ import pytest
 from tests.conftest import TINY
 
 from pretrain.cli import main
+from pretrain.config import load_config
 
 
 def options(**changes: object) -> list[str]:
@@ -61,6 +62,29 @@ def test_recipes(capsys):
     assert "quickstart" in capsys.readouterr().out
     assert main(["recipes", "quickstart"]) == 0
     assert "tokenizer" in tomllib.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("args", [[], ["shakespeare"], ["--train.steps", "3"]])
+def test_where_a_run_goes_by_default(args: list[str], monkeypatch, tmp_path: Path):
+    """A bare `pretrain train` is the quickstart in runs/quickstart."""
+    import pretrain.report
+    import pretrain.training
+
+    seen = []
+
+    def train(config, out, console, started):
+        seen.append((config, out, console.command))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pretrain.training, "train", train)
+    monkeypatch.setattr(pretrain.report, "plot_run", lambda _run: None)
+    monkeypatch.setattr(pretrain.report, "explain", lambda _run: "")
+    assert main(["train", *args]) == 0
+    ((config, out, command),) = seen
+    recipe = "shakespeare" if "shakespeare" in args else "quickstart"
+    assert (out, command) == (f"runs/{recipe}", f"pretrain train --out runs/{recipe}")
+    changed = {"train.steps": 3} if "--train.steps" in args else {}
+    assert config == load_config(recipe, **changed)
 
 
 WRONG_USE = {

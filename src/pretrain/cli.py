@@ -363,7 +363,7 @@ def _options(kind: Any, prefix: str = "--") -> list[str]:
 
 def _value_of(args: list[str], option: str) -> str:
     """The value given to an option, before the arguments are parsed in earnest."""
-    for argument, following in zip(args, [*args[1:], ""], strict=True):
+    for argument, following in zip(args, [*args[1:], ""], strict=False):
         if argument == option:
             return following
         if argument.startswith(f"{option}="):
