@@ -32,7 +32,7 @@ def explain(run: Run) -> str:
         )
     lines += [
         f"  Plot: {run.folder / 'loss.png'}   Numbers of every step: {run.metrics}",
-        f'Next, let it write:  pretrain sample {folder} --prompt "{run.config.sample.prompt or "And "}"',
+        f'Next, let it write:  pretrain sample {folder} --prompt "{run.config.sample.prompt.strip() or "And"}"',
     ]
     return "\n".join(lines)
 
