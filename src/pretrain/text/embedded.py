@@ -34,10 +34,8 @@ def embedded_documents() -> Iterator[Document]:
 
 
 def embedded_name() -> str:
-    """Say in a few words which corpus ``embedded_documents`` gives, measured: 'the King James Bible (4.2 MB, ...)'."""
-    name, unit = ("the King James Bible", "paragraphs") if _kjv_folder() else ("the help texts of Python", "topics")
-    sizes = [len(document.text.encode()) for document in embedded_documents()]
-    return f"{name} ({sum(sizes) / 1e6:.1f} MB, {len(sizes):,} {unit})"
+    """Which corpus ``embedded_documents`` gives, in a few words."""
+    return "the King James Bible" if _kjv_folder() else "the help texts of Python"
 
 
 def _kjv_folder() -> Path | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pretrain.config import Config
 from pretrain.errors import DataError
-from pretrain.text import read_documents, split_documents
+from pretrain.text import embedded_name, read_documents, split_documents
 from pretrain.tokenizer import Tokenizer, build_tokenizer
 from pretrain.tokens.shards import Manifest, write_shard
 
@@ -42,6 +42,9 @@ def prepare(config: Config, folder: Path, say: Callable[[str], None] = lambda _:
         size = sum(len(document.text.encode()) for document in part) + len(part)
         if size < needed and (part or name == "training"):
             raise DataError(too_short(name, size, "bytes", config))
+    size = sum(len(document.text.encode()) for document in documents)
+    name = embedded_name() if not config.data.paths else ", ".join(config.data.paths)
+    say(f"text      {name}: {size / 1e6:.1f} MB in {len(documents):,} {'document' + 's' * (len(documents) != 1)}")
     # Characters of all the text are known, as in nanoGPT; a trained vocabulary must not see what is held out.
     learn_from = documents if config.tokenizer.kind == "char" else train
     tokenizer = build_tokenizer(
