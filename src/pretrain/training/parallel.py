@@ -41,7 +41,7 @@ def use_fp8(model: GPT, emulate: bool = False) -> None:
     ``emulate`` computes the same numbers without the hardware. The head stays in bf16.
     """
     try:
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # type: ignore[import-not-found]
     except ImportError:
         raise UsageError("train.fp8 needs torchao; install it with: pip install 'pretrain[fp8]'") from None
 
