@@ -42,14 +42,14 @@ def prepare(config: Config, folder: Path, say: Callable[[str], None] = lambda _:
         size = sum(len(document.text.encode()) for document in part) + len(part)
         if size < needed and (part or name == "training"):
             raise DataError(too_short(name, size, "bytes", config))
-    size = sum(len(document.text.encode()) for document in documents)
-    name = embedded_name() if not config.data.paths else ", ".join(config.data.paths)
-    say(f"text      {name}: {size / 1e6:.1f} MB in {len(documents):,} {'document' + 's' * (len(documents) != 1)}")
     # Characters of all the text are known, as in nanoGPT; a trained vocabulary must not see what is held out.
     learn_from = documents if config.tokenizer.kind == "char" else train
     tokenizer = build_tokenizer(
         config.tokenizer.kind, config.tokenizer.vocab_size, [document.text for document in learn_from]
     )
+    size = sum(len(document.text.encode()) for document in documents)
+    name = embedded_name() if not config.data.paths else ", ".join(config.data.paths)
+    say(f"text      {name}: {size / 1e6:.1f} MB in {len(documents):,} {'document' + 's' * (len(documents) != 1)}")
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     made_parent = not folder.parent.exists()
