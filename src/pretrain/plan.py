@@ -130,5 +130,9 @@ def activation_bytes(config: Config, bytes_per_value: int) -> int:
 
 def rows_that_fit(config: Config, bytes_per_value: int, free_bytes: int) -> int:
     """The most rows of the batch, dividing it evenly, whose activations fit in 70 % of the free memory; at least 1."""
-    fit = int(0.7 * free_bytes / activation_bytes(config, bytes_per_value))
-    return next((n for n in range(min(fit, config.batch_rows), 0, -1) if config.batch_rows % n == 0), 1)
+    return rows_up_to(config, int(0.7 * free_bytes / activation_bytes(config, bytes_per_value)))
+
+
+def rows_up_to(config: Config, limit: int) -> int:
+    """The largest micro-batch of at most ``limit`` rows that divides the batch; at least 1."""
+    return next((n for n in range(min(limit, config.batch_rows), 0, -1) if config.batch_rows % n == 0), 1)

@@ -251,3 +251,22 @@ def test_clipping_begins_where_it_should(tiny: Config, tmp_path: Path):
     assert norms[1][:7] == norms[2][:7]
     assert norms[1][7:] != norms[2][7:]
     assert norms[0][1:7] != norms[2][1:7]
+
+
+def test_a_run_killed_before_its_summary_still_gets_it(tiny: Config, tmp_path: Path):
+    run = train(tiny, tmp_path / "run")
+    before = run.summary
+    assert before is not None
+    (run.folder / "summary.json").unlink()
+    after = train(tiny, run.folder).summary
+    assert after is not None
+    clock = ("seconds", "tokens_per_second")
+    assert {k: v for k, v in after.items() if k not in clock} == {k: v for k, v in before.items() if k not in clock}
+
+
+def test_making_room_for_moments_leaves_the_loss_scale(tiny: Config, tmp_path: Path):
+    from pretrain.tokens import prepare
+
+    run = Run.create(tmp_path, change(tiny, train__precision="fp16"))
+    trainer = Trainer(run, prepare(tiny, run.data), Console(quiet=True), time.monotonic())
+    assert float(trainer.loss_scale.scale) == 2.0**16

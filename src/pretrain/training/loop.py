@@ -23,7 +23,7 @@ from pretrain.errors import CheckpointError, DataError, DeviceMemoryError, Inter
 from pretrain.evaluation import GPTScorer, evaluate_core, evaluate_loss, open_bundle, read_tasks
 from pretrain.generation import sample_text
 from pretrain.optim import build_optimizers, learning_rate_factor, muon_momentum, weight_decay_factor
-from pretrain.plan import resolve, rows_that_fit
+from pretrain.plan import resolve, rows_that_fit, rows_up_to
 from pretrain.tokens import (
     DataOrder,
     Prepared,
@@ -220,7 +220,9 @@ class Trainer:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.train.grad_clip, norm)
 
         factor = learning_rate_factor(config.schedule, self.done, config.train.steps)
-        self._step_optimizers(factor, found_inf=(~torch.isfinite(norm)).float())
+        found_inf = (~torch.isfinite(norm)).float()
+        self._step_optimizers(factor, found_inf)
+        self.loss_scale.update(found_inf)
         return loss, norm, config.optim.lr * factor
 
     def step_that_fits(self) -> tuple[Tensor, Tensor, float]:
@@ -243,7 +245,7 @@ class Trainer:
             self.set_random_state(random_state)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            self.micro_rows = next(n for n in range(self.micro_rows // 2, 0, -1) if self.config.batch_rows % n == 0)
+            self.micro_rows = rows_up_to(self.config, self.micro_rows // 2)
             self.console.say(f"out of memory: going on with {self.micro_rows} rows at once, the same global batch")
 
     def _step_optimizers(self, factor: float, found_inf: Tensor) -> None:
@@ -258,7 +260,6 @@ class Trainer:
             optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # Muon and torch's fused AdamW read it
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self.loss_scale.update(found_inf)
 
     def evaluate(self, all_tokens: bool) -> dict[str, float]:
         """Validation loss and bits per byte; nothing when no text is held out."""
@@ -336,12 +337,13 @@ class Trainer:
 
     def summarize(self) -> None:
         """Write ``summary.json``: what the run came to."""
-        recent = [record["train/loss"] for record in read_jsonl(self.run.metrics)[-20:]]
+        records = read_jsonl(self.run.metrics)  # also of a run that ended between its last checkpoint and here
+        recent = [record["train/loss"] for record in records[-20:]]
         seconds = time.monotonic() - self.clock_start
         tokens = self.done * self.config.train.batch_tokens
         summary = {
-            "val_loss": self.metrics.last.get("val/loss"),
-            "val_bpb": self.metrics.last.get("val/bpb"),
+            "val_loss": records[-1].get("val/loss"),
+            "val_bpb": records[-1].get("val/bpb"),
             "train_loss": sum(recent) / len(recent) if None not in recent else None,
             "steps": self.done,
             "tokens": tokens,
