@@ -32,19 +32,43 @@ class DataConfig:
     """The text to learn from and the order in which it is read."""
 
     paths: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--data"])] = ()
-    """Text files, folders or glob patterns. None: the embedded corpus, the King James Bible."""
+    """Text (files, folders, patterns, URLs), or token shards: folders of 'pretrain data prepare', or .bin and .ds files
+    of other programs. None: the embedded corpus, the King James Bible."""
+    field: str = "text"
+    """Name of the text in each object of JSONL files and of the text column of Parquet files."""
+    split: Literal["tail", "hash", "last_file"] = "tail"
+    """What is held out for validation. tail: the last val_fraction of all characters; hash: documents chosen by a hash
+    of their text, val_fraction of them; last_file: the last file."""
     val_fraction: float = 0.05
-    """Share of the text, at its end, held out for validation."""
+    """Share of the text held out for validation."""
+    val_paths: tuple[str, ...] = ()
+    """Text files to validate on, instead of a split of the others."""
     order: Literal["shuffled", "random", "sequential"] = "shuffled"
     """Order of the training windows. shuffled: each epoch a fresh permutation of all of them; random: drawn with
     replacement (as nanoGPT does); sequential: as they stand."""
     stride: int = 0
     """Tokens between the starts of neighbouring windows, for overlapping windows. 0: the context length, with a fresh
     offset each epoch when shuffled."""
+    weights: tuple[float, ...] = ()
+    """Share of the training rows from each of paths, when these are token shards. None: by their numbers of tokens."""
+    stream: bool = False
+    """Tokenize the text while training on it, instead of preparing token shards first."""
+    packing: Literal["concatenate", "best_fit"] = "concatenate"
+    """How a stream fills rows. concatenate: documents one after another, cut where a row ends; best_fit: every row
+    begins with a document, and documents are cut as seldom as possible."""
+    readers: int = 16
+    """Parts of the text that a stream reads side by side, at most; it decides the order, not the speed."""
 
     def __post_init__(self):
         _require(0 <= self.val_fraction < 1, f"data.val_fraction must be in [0, 1), not {self.val_fraction}")
         _require(self.stride >= 0, f"data.stride must be 0 or more tokens, not {self.stride}")
+        _require(self.readers >= 1, f"data.readers must be 1 or more, not {self.readers}")
+        _require(bool(self.field), "data.field is empty; it names the text in each row, usually text or content")
+        _require(all(weight > 0 for weight in self.weights), f"data.weights must be positive, not {self.weights}")
+        _require(
+            len(self.weights) in (0, len(self.paths)),
+            f"data.weights has {len(self.weights)} values for {len(self.paths)} data.paths; give one for each",
+        )
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
+from pretrain.cli.parsing import Command, did_you_mean, dispatch, listing, parse, value_of
 from pretrain.config import Config, load_config, recipe_names, recipe_summary, recipe_text
 from pretrain.errors import PretrainError, UsageError
 from pretrain.generation.options import SamplingOptions
@@ -46,14 +47,14 @@ class TrainArguments:
 def train(args: list[str]) -> int:
     """Train a model, or go on with a run that was stopped."""
     given = args[0] if args and not args[0].startswith("-") else ""
-    out = _value_of(args, "--out")
+    out = value_of(args, "--out")
     if out and not given and Path(out, "config.toml").is_file():
         from pretrain.training.run import Run
 
         base = Run.open(out).config
     else:
         base = load_config(given or "quickstart")
-    arguments = _parse(TrainArguments, args, "train", TrainArguments(config=base))
+    arguments = parse(TrainArguments, args, "train", TrainArguments(config=base))
     out = arguments.out or f"runs/{Path(arguments.recipe).stem}"
 
     from pretrain.report import explain, plot_run
@@ -113,7 +114,7 @@ def evaluate(args: list[str]) -> int:
     for i, argument in enumerate(args):
         if argument == "--core" and (i + 1 == len(args) or args[i + 1].startswith("--")):
             args = [*args[: i + 1], DEFAULT, *args[i + 1 :]]
-    a = _parse(EvalArguments, args, "eval")
+    a = parse(EvalArguments, args, "eval")
 
     from pretrain.evaluation import open_bundle, read_tasks
     from pretrain.report.measure import What, json_line, measure, tables, write_csv
@@ -167,7 +168,7 @@ class SampleArguments:
 
 def sample(args: list[str]) -> int:
     """Text from a run's model, as it is made."""
-    a = _parse(SampleArguments, args, "sample")
+    a = parse(SampleArguments, args, "sample")
 
     import json
 
@@ -234,7 +235,7 @@ class ExportArguments:
 
 def export(args: list[str]) -> int:
     """A run's model as a folder that Hugging Face transformers loads."""
-    a = _parse(ExportArguments, args, "export")
+    a = parse(ExportArguments, args, "export")
 
     from pretrain.report.export import export_run
     from pretrain.training import Run
@@ -255,7 +256,7 @@ class RecipesArguments:
 
 def recipes(args: list[str]) -> int:
     """List the recipes, or print one as TOML."""
-    name = _parse(RecipesArguments, args, "recipes").name
+    name = parse(RecipesArguments, args, "recipes").name
     names = recipe_names()
     if not name:
         width = max(map(len, names))
@@ -263,16 +264,32 @@ def recipes(args: list[str]) -> int:
             print(f"{each:<{width}}  {recipe_summary(each)}")
         return 0
     if name not in names:
-        raise UsageError(f"no recipe named '{name}'{_did_you_mean(name, names)}")
+        raise UsageError(f"no recipe named '{name}'{did_you_mean(name, names)}")
     print(recipe_text(name), end="")
     return 0
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {
+def _data(args: list[str]) -> int:
+    """Download, prepare, verify or inspect data: 'pretrain data' lists the commands."""
+    from pretrain.cli.data import COMMANDS as commands
+
+    return dispatch(args, commands, "pretrain data")
+
+
+def _tokenizer(args: list[str]) -> int:
+    """Train a tokenizer, or show one at work: 'pretrain tokenizer' lists the commands."""
+    from pretrain.cli.tokenizer import COMMANDS as commands
+
+    return dispatch(args, commands, "pretrain tokenizer")
+
+
+COMMANDS: dict[str, Command] = {
     "train": train,
     "eval": evaluate,
     "sample": sample,
     "export": export,
+    "data": _data,
+    "tokenizer": _tokenizer,
     "recipes": recipes,
 }
 
@@ -293,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and give its exit code: 0 done, 1 failed, 2 wrong use, 130 interrupted and safely stopped."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(args)
+        return _run(args)
     except PretrainError as error:
         print(f"pretrain: {error}", file=sys.stderr)
         return error.exit_code
@@ -311,68 +328,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _dispatch(args: list[str]) -> int:
+def _run(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help", "help"):
-        lines = [f"  {name:<10}{(command.__doc__ or '').strip()}" for name, command in COMMANDS.items()]
-        print(HELP + "\n".join(lines))
+        print(HELP + listing(COMMANDS))
         return 0
     if args[0] == "--version":
         from importlib.metadata import version
 
         print(f"pretrain {version('pretrain')}")
         return 0
-    if args[0] not in COMMANDS:
-        raise UsageError(f"no command '{args[0]}'{_did_you_mean(args[0], list(COMMANDS))}")
-    return COMMANDS[args[0]](args[1:])
-
-
-def _parse(kind: type[T], args: list[str], command: str, default: T | None = None) -> T:
-    """Parse arguments into a dataclass; what tyro would show as a box becomes a one-line UsageError."""
-    options: dict[str, Any] = {} if default is None else {"default": default}
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(kind, prog=f"pretrain {command}", args=args, **options)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-    except ValueError as error:  # of the configuration as a whole, which tyro passes on as it is
-        raise UsageError(str(error)) from None
-    lines = [line.strip("│╭╮╰╯─- ") for line in complaint.getvalue().splitlines()]
-    text = " ".join(line for line in lines[1:] if line)
-    message = re.split(r" (?:Perhaps you meant:|Argument helptext:|For full helptext)", text)[0]
-    message = re.sub(r"^Error parsing [\w.]*: (?=\w+\.)", "", message)
-    unknown = re.match(r"Unrecognized options: (--[\w.-]+)", message)
-    if unknown:
-        message = f"no option {unknown[1]}{_did_you_mean(unknown[1], _options(kind))}"
-    raise UsageError(f"{message}; see pretrain {command} --help")
-
-
-def _options(kind: Any, prefix: str = "--") -> list[str]:
-    """The options of an arguments dataclass, as they are typed."""
-    names = []
-    for each in dataclasses.fields(kind):
-        if each.name in ("config", "options"):  # dataclasses whose fields stand beside the others
-            names += _options(each.default_factory)
-        elif prefix == "--" and kind is Config:
-            names += _options(each.default_factory, f"--{each.name}.")
-        else:
-            names.append(prefix + (each.name if "." in prefix else each.name.replace("_", "-")))
-    return names
-
-
-def _value_of(args: list[str], option: str) -> str:
-    """The value given to an option, before the arguments are parsed in earnest."""
-    for argument, following in zip(args, [*args[1:], ""], strict=False):
-        if argument == option:
-            return following
-        if argument.startswith(f"{option}="):
-            return argument.removeprefix(f"{option}=")
-    return ""
-
-
-def _did_you_mean(name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean '{near[0]}'?"
-    return f"; there are {', '.join(names)}" if len(names) < 12 else ""
+    return dispatch(args, COMMANDS, "pretrain")

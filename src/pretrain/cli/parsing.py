@@ -1,0 +1,87 @@
+"""Arguments into dataclasses, and what is wrong with them in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import tyro
+
+from pretrain.config import Config
+from pretrain.errors import UsageError
+
+T = TypeVar("T")
+Command = Callable[[list[str]], int]
+
+
+def listing(commands: dict[str, Command]) -> str:
+    """The commands of a table, a line each, with the first line of their docstrings."""
+    return "\n".join(f"  {name:<10}{(command.__doc__ or '').strip()}" for name, command in commands.items())
+
+
+def dispatch(args: list[str], commands: dict[str, Command], program: str) -> int:
+    """Run the command of a table that the first argument names, with the others."""
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(f"usage: {program} COMMAND [ARGUMENTS]\n\n{listing(commands)}\n\n{program} COMMAND --help tells more.")
+        return 0
+    if args[0] not in commands:
+        raise UsageError(f"no command '{program} {args[0]}'{did_you_mean(args[0], list(commands))}")
+    return commands[args[0]](args[1:])
+
+
+def parse(kind: type[T], args: list[str], command: str, default: T | None = None) -> T:
+    """Parse arguments into a dataclass; what tyro would show as a box becomes a one-line UsageError."""
+    options: dict[str, Any] = {} if default is None else {"default": default}
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(kind, prog=f"pretrain {command}", args=args, **options)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    except ValueError as error:  # of the configuration as a whole, which tyro passes on as it is
+        raise UsageError(str(error)) from None
+    lines = [line.strip("│╭╮╰╯─- ") for line in complaint.getvalue().splitlines()]
+    text = " ".join(line for line in lines[1:] if line)
+    message = re.split(r" (?:Perhaps you meant:|Argument helptext:|For full helptext)", text)[0]
+    message = re.sub(r"^Error parsing [\w.]*: (?=\w+\.)", "", message)
+    unknown = re.match(r"Unrecognized options: (--[\w.-]+)", message)
+    if unknown:
+        message = f"no option {unknown[1]}{did_you_mean(unknown[1], _options(kind))}"
+    raise UsageError(f"{message}; see pretrain {command} --help")
+
+
+def _options(kind: Any, prefix: str = "--") -> list[str]:
+    """The options of an arguments dataclass, as they are typed."""
+    names = []
+    for each in dataclasses.fields(kind):
+        if each.name in ("config", "options"):  # dataclasses whose fields stand beside the others
+            names += _options(each.default_factory)
+        elif prefix == "--" and kind is Config:
+            names += _options(each.default_factory, f"--{each.name}.")
+        else:
+            names.append(prefix + (each.name if "." in prefix else each.name.replace("_", "-")))
+    return names
+
+
+def value_of(args: list[str], option: str) -> str:
+    """The value given to an option, before the arguments are parsed in earnest."""
+    for argument, following in zip(args, [*args[1:], ""], strict=False):
+        if argument == option:
+            return following
+        if argument.startswith(f"{option}="):
+            return argument.removeprefix(f"{option}=")
+    return ""
+
+
+def did_you_mean(name: str, names: list[str]) -> str:
+    """The end of a message about an unknown name: the nearest right one, or all of a few."""
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean '{near[0]}'?"
+    return f"; there are {', '.join(names)}" if len(names) < 12 else ""
