@@ -5,18 +5,14 @@ Everything heavy is imported inside the command that needs it, so that ``--help`
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import difflib
-import io
 import os
-import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
 import tyro
 
@@ -25,7 +21,6 @@ from pretrain.config import Config, load_config, recipe_names, recipe_summary, r
 from pretrain.errors import PretrainError, UsageError
 from pretrain.generation.options import SamplingOptions
 
-T = TypeVar("T")
 STARTED = time.monotonic()
 
 
