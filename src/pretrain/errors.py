@@ -30,6 +30,18 @@ class DeviceMemoryError(PretrainError):
     """Not even the smallest piece of work fits in the device's memory."""
 
 
+class TrainingError(PretrainError):
+    """Training cannot go on from here: its gradients are not finite any more, or its weights are not."""
+
+
+class PeerError(PretrainError):
+    """Another process failed and says why; this one only leaves, with the same exit code."""
+
+    def __init__(self, exit_code: int):
+        super().__init__("")
+        self.exit_code = exit_code
+
+
 class Interrupted(PretrainError):
     """The user or the system asked to stop; everything is saved. The text names the command that goes on."""
 

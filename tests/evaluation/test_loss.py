@@ -12,7 +12,7 @@ from pretrain.config import Config, load_config
 from pretrain.evaluation import evaluate_loss
 from pretrain.report.measure import What, measure
 from pretrain.tokenizer import Tokenizer
-from pretrain.tokens import TokenStream, prepare, validation_batches
+from pretrain.tokens import prepare, prepared_dataset, validation_batches
 from pretrain.training import train
 from pretrain.training.run import empty_model
 
@@ -22,7 +22,7 @@ def test_loss_and_bits_per_byte_equal_a_float64_sum(tiny: Config, tmp_path: Path
     prepared = prepare(tiny, tmp_path / "data")
     model = empty_model(tiny, prepared.tokenizer, torch.device("cpu"))
     model.init_weights(torch.Generator().manual_seed(5))
-    stream = TokenStream(prepared.folder, "train")
+    stream = prepared_dataset(prepared.folder).stream("train")
     result = evaluate_loss(
         model, validation_batches(stream, 32, rows, tokens=0), prepared.tokenizer.token_bytes()
     )  # fmt: skip
@@ -50,7 +50,7 @@ def test_evaluation_leaves_training_as_it_was(tiny: Config, tmp_path: Path):
     state = torch.get_rng_state()
     evaluate_loss(
         model,
-        validation_batches(TokenStream(prepared.folder, "val"), 32, 4),
+        validation_batches(prepared_dataset(prepared.folder).stream("val"), 32, 4),
         prepared.tokenizer.token_bytes(),
     )
     assert model.training
@@ -117,7 +117,7 @@ def test_both_splits_and_estimates(tiny: Config, tmp_path: Path):
     whole = measure(place, What(split="train")).numbers
     estimate = measure(place, What(batches=40)).numbers
     assert estimate == measure(place, What(batches=40)).numbers
-    assert whole["tokens"] == len(TokenStream(run.data, "train")) - 1
+    assert whole["tokens"] == prepared_dataset(run.data).tokens("train") - 1
     assert estimate["train_loss_estimate"] == pytest.approx(whole["train_loss"], rel=0.02)
     assert estimate["val_loss_estimate"] != estimate["train_loss_estimate"]
     assert run.summary is not None

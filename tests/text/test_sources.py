@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from pretrain.errors import DataError
-from pretrain.text import Document, embedded_documents, find_files, read_documents
+from pretrain.text import Document, embedded_documents, read_documents
+from pretrain.text.sources import find_files
 
 
 def write(path: Path, data: str | bytes) -> Path:
@@ -32,36 +34,44 @@ def refusal(*paths: str | Path) -> str:
 def library(tmp_path: Path) -> Path:
     for name in ("b.txt", "a.md", "deep/er/c.TXT", "deep/d.txt"):
         write(tmp_path / name, f"text of {name}")
-    for name in (".hidden.txt", ".git/e.txt", "picture.png", "data.parquet"):
+    for name in (".hidden.txt", ".git/e.txt", "picture.png", "data.bin", "settings.json"):
         write(tmp_path / name, "not to be found")
     return tmp_path
 
 
-def names(files: list[Path], root: Path) -> list[str]:
-    return [str(file.relative_to(root)) for file in files]
+def names(paths: list[str], root: Path) -> list[str]:
+    return [str(Path(file.name).relative_to(root)) for file in find_files(paths)]
 
 
 def test_a_folder_gives_its_text_files_at_any_depth_sorted_without_hidden_ones(library: Path):
-    assert names(find_files([str(library)]), library) == ["a.md", "b.txt", "deep/d.txt", "deep/er/c.TXT"]
+    assert names([str(library)], library) == ["a.md", "b.txt", "deep/d.txt", "deep/er/c.TXT"]
 
 
 def test_globs_files_and_folders_come_in_the_order_given_each_file_once(library: Path):
     given = [f"{library}/deep/**/*.txt", f"{library}/b.txt", str(library), f"{library}/deep/../b.txt"]
-    assert names(find_files(given), library) == ["deep/d.txt", "b.txt", "a.md", "deep/er/c.TXT"]
+    assert names(given, library) == ["deep/d.txt", "b.txt", "a.md", "deep/er/c.TXT"]
 
 
 def test_a_glob_passes_over_what_is_not_text(library: Path):
-    assert names(find_files([f"{library}/*"]), library) == ["a.md", "b.txt"]
+    assert names([f"{library}/*"], library) == ["a.md", "b.txt"]
+
+
+def test_plain_json_beside_texts_counts_only_where_it_is_asked_for(library: Path):
+    assert "settings.json" not in names([str(library)], library)
+    assert names([f"{library}/*.json"], library) == ["settings.json"]
+    assert names([f"{library}/settings.json"], library) == ["settings.json"]
+    write(library / "c4.json.gz", "compressed, it is surely data")
+    assert "c4.json.gz" in names([str(library)], library)
 
 
 def test_a_file_whose_name_looks_like_a_pattern_is_that_file(tmp_path: Path):
     file = write(tmp_path / "poem [1].txt", "x")
-    assert find_files([str(file)]) == [file]
+    assert [found.name for found in find_files([str(file)])] == [str(file)]
 
 
 def test_tilde_is_the_home_folder(library: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(library))
-    assert names(find_files(["~/b.txt", "~/deep/*.txt"]), library) == ["b.txt", "deep/d.txt"]
+    assert names(["~/b.txt", "~/deep/*.txt"], library) == ["b.txt", "deep/d.txt"]
 
 
 def test_a_text_is_kept_to_the_character(tmp_path: Path):
@@ -90,16 +100,10 @@ def test_folders_and_patterns_without_text_are_refused(library: Path):
     assert "holds no text files" in refusal(library / "no*such.txt")
 
 
-@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.txt.gz", "a.pdf", "a.docx", "README"])
-def test_types_that_are_not_read_yet_say_what_is(tmp_path: Path, name: str):
+@pytest.mark.parametrize("name", ["a.pdf", "a.docx", "README", "a.parquet.gz", "a.gz", "a.txt.bz2"])
+def test_types_that_are_not_read_say_what_is(tmp_path: Path, name: str):
     line = refusal(write(tmp_path / name, "x"))
-    assert "not read yet" in line
-    assert ".txt or .md" in line
-
-
-@pytest.mark.parametrize("address", ["https://example.com/a.txt", "hf://datasets/x/y", "s3://bucket/a.txt"])
-def test_remote_text_is_not_taken_for_a_path(address: str):
-    assert "remote text is not read yet" in refusal(address)
+    assert "not read; give .txt, .md, .jsonl, .ndjson, .json (each also .gz, .zst, .xz) or .parquet" in line
 
 
 def test_an_empty_path_is_not_the_current_folder(library: Path, monkeypatch: pytest.MonkeyPatch):
@@ -113,6 +117,16 @@ def test_empty_and_blank_files_are_refused(tmp_path: Path):
     assert "only white space" in refusal(write(tmp_path / "mark.txt", b"\xef\xbb\xbf"))
 
 
+def test_in_a_folder_empty_and_blank_files_are_left_out_and_counted(library: Path):
+    whole = list(read_documents([str(library)]))
+    write(library / "empty.txt", "")
+    write(library / "empty.md.gz", "")
+    write(library / "blank.txt", " \n")
+    problems: Counter[str] = Counter()
+    assert list(read_documents([str(library)], problems=problems)) == whole
+    assert problems == {"empty": 3}
+
+
 def test_a_binary_file_is_refused_where_its_first_nul_is(tmp_path: Path):
     assert "binary (a NUL at byte 5)" in refusal(write(tmp_path / "a.txt", b"\x7fELF\x01\x00\x00"))
 
@@ -123,12 +137,28 @@ def test_utf_16_is_told_from_binary(tmp_path: Path, encoding: str):
     assert f"iconv -f utf-16 -t utf-8 '{file}' > OUT" in refusal(file)
 
 
-@pytest.mark.parametrize(("before", "offset"), [(b"caf", 3), (b"\xef\xbb\xbfcaf", 6), (b"x" * 200_000, 200_000)])
-def test_text_that_is_not_utf_8_is_refused_at_its_byte(tmp_path: Path, before: bytes, offset: int):
+@pytest.mark.parametrize(("before", "offset"), [(b"caf", 3), (b"\xef\xbb\xbfcaf", 6), (b"x" * 900, 900)])
+def test_text_of_another_encoding_is_refused_at_its_first_wrong_byte(tmp_path: Path, before: bytes, offset: int):
     file = write(tmp_path / "latin.txt", before + "é and more".encode("latin1"))
     line = refusal(file)
     assert f"byte 0xe9 at offset {offset})" in line
     assert f"iconv -f latin1 -t utf-8 {file} > OUT" in line
+
+
+@pytest.mark.parametrize("size", [4_000, 64 * 1024 - 1, 64 * 1024, 3_000_000])
+def test_single_wrong_bytes_become_u_fffd_and_are_counted(tmp_path: Path, size: int):
+    problems: Counter[str] = Counter()
+    file = write(tmp_path / "a.txt", b"x" * size + b"\xe9 \xf0\x9f\x99\x82 \xf0\x9f")
+    (document,) = read_documents([str(file)], problems=problems)
+    assert document.text == "x" * size + "\ufffd 🙂 \ufffd"
+    assert problems == {"invalid UTF-8": 1}
+
+
+def test_single_nuls_are_kept_and_counted(tmp_path: Path):
+    problems: Counter[str] = Counter()
+    file = write(tmp_path / "a.txt", "x" * 1000 + "\0")
+    assert [document.text for document in read_documents([str(file)], problems=problems)] == ["x" * 1000 + "\0"]
+    assert problems == {"NUL": 1}
 
 
 def test_a_file_that_is_no_file_is_refused(tmp_path: Path):
@@ -166,6 +196,7 @@ def test_files_and_folders_without_permission_are_refused():
 
 
 def test_this_room_needs_nothing_heavy():
-    code = "import sys, pretrain.text; print({'torch', 'tokenizers', 'numpy'} & set(sys.modules))"
+    heavy = "{'torch', 'tokenizers', 'numpy', 'pyarrow', 'fsspec', 'aiohttp', 'huggingface_hub'}"
+    code = f"import sys, pretrain.text; print({heavy} & set(sys.modules))"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "set()"

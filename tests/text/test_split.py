@@ -1,18 +1,46 @@
+import itertools
+import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from pretrain.errors import DataError, UsageError
-from pretrain.text import Document, read_documents, split_documents
+from pretrain.errors import DataError
+from pretrain.text import Document, read_documents
+from pretrain.text.split import (
+    TRAIN,
+    VAL,
+    Part,
+    find_tail,
+    join_surveys,
+    side_by_hash,
+    split_hash,
+    split_tail,
+    survey,
+)
 
 
 def documents(*texts: str) -> list[Document]:
     return [Document(text, f"{number}.txt") for number, text in enumerate(texts)]
 
 
+def split_all(parts: Sequence[Document], val_fraction: float) -> list[Part]:
+    return list(split_tail(parts, find_tail(survey(parts), val_fraction)))
+
+
+def sides(parts: Sequence[Part]) -> tuple[list[str], list[str]]:
+    """The documents of each side."""
+    found: dict[str, list[str]] = {TRAIN: [], VAL: []}
+    for part in parts:
+        if part.begins:
+            found[part.split].append(part.text)
+        else:
+            found[part.split][-1] += part.text
+    return found[TRAIN], found[VAL]
+
+
 def split(val_fraction: float, *texts: str) -> tuple[list[str], list[str]]:
-    training, validation = split_documents(documents(*texts), val_fraction)
-    return [document.text for document in training], [document.text for document in validation]
+    return sides(split_all(documents(*texts), val_fraction))
 
 
 def test_documents_stay_whole_and_in_order():
@@ -25,12 +53,7 @@ def test_the_document_in_which_the_cut_falls_is_trained_on():
 
 def test_the_last_document_is_cut_at_exactly_the_character():
     assert split(0.3, "aa", "bbbbbbbb") == (["aa", "bbbbb"], ["bbb"])
-    training, validation = split_documents(documents("abcdefghij"), 0.1)
-    assert (training, validation) == ([Document("abcdefghi", "0.txt")], [Document("j", "0.txt")])
-
-
-def test_no_fraction_no_validation():
-    assert split(0.0, "aa", "b") == (["aa", "b"], [])
+    assert split_all(documents("abcdefghij"), 0.1) == [Part("abcdefghi", TRAIN, True), Part("j", VAL, True)]
 
 
 @pytest.mark.parametrize("val_fraction", [0.1, 0.05, 0.2])
@@ -55,15 +78,9 @@ def test_published_splits(name: str, sizes: tuple[int, int]):
     file = Path(__file__).parents[2].parent / "shared" / "data" / name
     if not file.exists():
         pytest.skip(f"{name} is not beside the checkout")
-    training, validation = split_documents(read_documents([str(file)]), 0.1)
-    assert (len(training[0].text), len(validation[0].text)) == sizes
-    assert (training[0].text + validation[0].text).encode() == file.read_bytes()
-
-
-@pytest.mark.parametrize("val_fraction", [-0.1, 1.0, 1.5, float("nan")])
-def test_a_fraction_that_cannot_be_is_refused(val_fraction: float):
-    with pytest.raises(UsageError, match=r"data\.val_fraction"):
-        split(val_fraction, "some text")
+    (training,), (validation,) = sides(split_all(list(read_documents([str(file)])), 0.1))
+    assert (len(training), len(validation)) == sizes
+    assert (training + validation).encode() == file.read_bytes()
 
 
 def test_text_too_short_for_both_halves_is_refused():
@@ -71,3 +88,75 @@ def test_text_too_short_for_both_halves_is_refused():
         split(0.5, "x")
     with pytest.raises(DataError, match="there is no text to train on"):
         split(0.1)
+
+
+def made_up(draw: random.Random) -> list[Document]:
+    """Documents of 0 to 12 characters, some of them in parts."""
+    found = []
+    for number in range(draw.randrange(1, 8)):
+        text = "".join(draw.choice("abcdefgh") for _ in range(draw.randrange(12)))
+        cuts = [0, *sorted(draw.randrange(len(text) + 1) for _ in range(draw.choice([0, 0, 2]))), len(text)]
+        found += [Document(text[a:b], str(number), i > 0) for i, (a, b) in enumerate(itertools.pairwise(cuts))]
+    return found
+
+
+def test_parts_of_documents_are_split_as_if_they_were_whole():
+    draw = random.Random(1)
+    for _ in range(500):
+        parts = made_up(draw)
+        whole = [""] * (int(parts[-1].source) + 1)
+        for part in parts:
+            whole[int(part.source)] += part.text
+        for fraction in (0.1, 0.5, 0.9):
+            try:
+                expected = split(fraction, *whole)
+            except DataError:
+                with pytest.raises(DataError):
+                    split_all(parts, fraction)
+                continue
+            assert sides(split_all(parts, fraction)) == expected
+            assert sum(map(len, expected[0] + expected[1])) == sum(map(len, whole))
+
+
+def test_runs_of_documents_are_split_by_themselves_as_they_are_together():
+    draw = random.Random(2)
+    for _ in range(300):
+        parts = made_up(draw)
+        cuts = sorted(draw.randrange(len(parts) + 1) for _ in range(2))
+        runs = [parts[: cuts[0]], parts[cuts[0] : cuts[1]], parts[cuts[1] :]]
+        surveys = [survey(run, alphabet=True) for run in runs]
+        whole = join_surveys(surveys)
+        assert whole == survey(parts, alphabet=True)
+        if not whole.characters:
+            continue
+        tail = find_tail(whole, 0.1) if whole.characters > 1 else None
+        for kind in ("tail", "hash"):
+            if kind == "tail" and tail is None:
+                continue
+            together, apart = [], []
+            position = opened = 0
+            side = TRAIN
+            for run, found in zip([parts, *runs], [None, *surveys], strict=True):
+                if kind == "tail":
+                    done = list(split_tail(run, tail, position, opened))
+                else:
+                    done = list(split_hash(run, 0.4, side))
+                if found is None:
+                    together = done
+                    continue
+                apart += done
+                opened = opened if found.last is None else position + found.last
+                position += found.characters
+                side = done[-1].split if done else side
+            assert together == apart
+
+
+def test_the_hash_chooses_by_the_text_alone():
+    texts = [f"document {number}" for number in range(4000)]
+    first = {part.text: part.split for part in split_hash(documents(*texts), 0.1)}
+    again = {part.text: part.split for part in split_hash(documents(*reversed(texts[:100])), 0.1)}
+    assert again == {text: first[text] for text in texts[:100]}
+    assert 300 < sum(split == VAL for split in first.values()) < 500
+    assert {part.split for part in split_hash(documents(*texts), 0.0)} == {TRAIN}
+    # sha256sum of "document 0" begins with 19e6bd2cd5bf6096, which is 0.10118 of all 64-bit numbers
+    assert (side_by_hash("document 0", 0.101), side_by_hash("document 0", 0.102)) == (TRAIN, VAL)

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from pretrain.tokens.order import DataOrder, key, permute
+from pretrain.errors import UsageError
+from pretrain.tokens.order import MIXTURE_BLOCK, DataOrder, MixedOrder, key, mixture_shares, permute
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 100, 1000, 4097])
@@ -76,3 +77,66 @@ def test_random_covers_all_starts_evenly():
 
 def test_sequential_reads_on():
     assert order(kind="sequential").starts(0, 3).tolist() == [0, 20, 40]
+
+
+def test_epochs_are_rows_over_windows():
+    data = order()
+    assert data.epochs(0) == (0.0,)
+    assert data.epochs(3 * data.windows) == (3.0,)
+
+
+def mixture(weights=(0.5, 0.3, 0.2), kind="shuffled") -> MixedOrder:
+    sizes = (3001, 901, 20_001)
+    orders = tuple(order(tokens=size, seed=i, kind=kind) for i, size in enumerate(sizes))
+    return MixedOrder(orders, mixture_shares(weights, ["a", "b", "c"]), seed=5)
+
+
+def sets_of(mixed: MixedOrder, starts: np.ndarray) -> np.ndarray:
+    return np.searchsorted(np.cumsum([part.tokens for part in mixed.orders]), starts, side="right")
+
+
+def test_a_mixture_has_its_shares_in_every_block():
+    mixed = mixture()
+    sets = sets_of(mixed, mixed.starts(0, 5 * MIXTURE_BLOCK))
+    for block in sets.reshape(5, MIXTURE_BLOCK):
+        assert np.bincount(block).tolist() == [500, 300, 200]
+    assert (sets[:MIXTURE_BLOCK] != sets[MIXTURE_BLOCK : 2 * MIXTURE_BLOCK]).mean() > 0.4  # permuted anew
+    assert abs(np.bincount(sets[:100]) - [50, 30, 20]).max() < 16  # and well mixed inside
+
+
+def test_windows_of_a_mixture_stay_inside_their_data_set():
+    mixed = mixture()
+    starts = mixed.starts(0, 4000)
+    assert (sets_of(mixed, starts) == sets_of(mixed, starts + mixed.length)).all()
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "sequential"])
+def test_each_data_set_of_a_mixture_has_its_own_epochs(kind: str):
+    mixed = mixture(kind=kind)
+    starts = mixed.starts(0, 6000)
+    sets, begins = sets_of(mixed, starts), np.cumsum([0, 3001, 901])
+    for number, part in enumerate(mixed.orders):
+        own = starts[sets == number] - begins[number]
+        assert own.tolist() == part.starts(0, len(own)).tolist()
+        for epoch in range(len(own) // part.windows):
+            assert len(set(own[epoch * part.windows :][: part.windows].tolist())) == part.windows
+        assert mixed.epochs(6000)[number] == pytest.approx(len(own) / part.windows)
+    part_way = np.bincount(sets[:2345], minlength=3)
+    assert mixed.epochs(2345) == pytest.approx([n / p.windows for n, p in zip(part_way, mixed.orders, strict=True)])
+
+
+def test_a_mixture_is_a_function_of_the_row_alone():
+    mixed = mixture()
+    whole = mixed.starts(0, 3500)
+    for first, count in ((0, 1), (3, 500), (999, 2), (1000, 1000), (3499, 1)):
+        assert mixed.starts(first, count).tolist() == whole[first : first + count].tolist()
+    far = mixed.starts(10**12 + 7, 3)
+    assert far.tolist() == mixed.starts(10**12, 10)[7:].tolist()
+
+
+def test_shares_are_of_largest_remainder():
+    assert mixture_shares([1, 1, 1], "abc") == (334, 333, 333)
+    assert mixture_shares([2, 1], "ab") == (667, 333)
+    assert mixture_shares([0.0006, 0.9994], "ab") == (1, 999)
+    with pytest.raises(UsageError, match=r"gives b 0\.0001 of the rows, less than one in 1000; give it at least 0\.01"):
+        mixture_shares([9.999, 0.001], "ab")

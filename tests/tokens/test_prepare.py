@@ -5,7 +5,7 @@ import pytest
 
 from pretrain.config import Config
 from pretrain.errors import DataError
-from pretrain.tokens import Manifest, TokenStream, open_prepared, prepare
+from pretrain.tokens import Manifest, open_prepared, prepare, prepared_dataset
 
 
 def with_text(config: Config, file: Path, text: str, **data) -> Config:
@@ -18,7 +18,7 @@ def test_text_comes_back_from_the_shards(tiny: Config, text_file: Path, tmp_path
     text = text_file.read_text(encoding="utf-8")
     parts = []
     for split in ("train", "val"):
-        stream = TokenStream(prepared.folder, split)
+        stream = prepared_dataset(prepared.folder).stream(split)
         parts.append(prepared.tokenizer.decode(stream.windows([0], len(stream))[0].tolist()))
     assert "".join(parts) == text
     assert len(parts[1]) == len(text) - int(0.95 * len(text))

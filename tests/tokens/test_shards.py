@@ -6,7 +6,8 @@ import pytest
 
 from pretrain.errors import DataError
 from pretrain.tokenizer import build_tokenizer
-from pretrain.tokens.shards import Manifest, TokenStream, write_shard
+from pretrain.tokens.datasets import prepared_dataset
+from pretrain.tokens.shards import Manifest, write_shard
 
 TEXTS = ["hello world", "naïve 王", "a much longer third document " * 3]
 
@@ -43,7 +44,7 @@ def test_the_manifest_counts(folder: Path):
 
 
 def test_windows_run_over_the_edges_of_shards(folder: Path):
-    stream = TokenStream(folder, "train")
+    stream = prepared_dataset(folder).stream("train")
     tokens = expected_tokens()
     assert len(stream) == len(tokens)
     for length in (1, 5, len(tokens)):
@@ -51,7 +52,7 @@ def test_windows_run_over_the_edges_of_shards(folder: Path):
         windows = stream.windows(starts, length)
         assert windows.dtype == np.int64
         assert windows.tolist() == [tokens[s : s + length] for s in starts]
-    val = TokenStream(folder, "val")
+    val = prepared_dataset(folder).stream("val")
     assert val.windows(np.array([0, 2]), 3).tolist() == [[256, 104, 101], [101, 108, 108]]
 
 
@@ -60,10 +61,10 @@ def test_damage_is_found(folder: Path):
     data = file.read_bytes()
     file.write_bytes(data[:-2])
     with pytest.raises(DataError, match=f"has {len(data) - 2} bytes, not {len(data)}"):
-        TokenStream(folder, "train")
+        prepared_dataset(folder).stream("train")
     file.unlink()
     with pytest.raises(DataError, match="is missing"):
-        TokenStream(folder, "train")
+        prepared_dataset(folder).stream("train")
 
 
 def test_a_bad_manifest_is_one_clear_line(folder: Path):

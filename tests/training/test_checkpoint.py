@@ -1,11 +1,25 @@
+import errno
+import hashlib
 import json
+import math
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
-from pretrain.training.checkpoint import COMMIT, checkpoints, newest, retire, save_checkpoint
+import pretrain.training.checkpoint as checkpoint_module
+from pretrain.config import CheckpointConfig
+from pretrain.training.checkpoint import (
+    COMMIT,
+    CheckpointWriter,
+    checkpoints,
+    newest,
+    not_finite,
+    retire,
+    save_checkpoint,
+)
 
 
 def tensors(seed: int) -> dict[str, torch.Tensor]:
@@ -59,12 +73,106 @@ def test_any_flipped_bit_is_found_and_the_one_before_is_used(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("keep_last", "keep", "left"),
-    [(2, (), [4, 5]), (1, (2,), [2, 5]), (0, (), [1, 2, 3, 4, 5]), (2, (4, 5), [2, 3, 4, 5])],
+    ("config", "left"),
+    [
+        ({"keep_last": 2}, [4, 5]),
+        ({"keep_last": 1, "at": (2,)}, [2, 5]),
+        ({"keep_last": 0}, [1, 2, 3, 4, 5]),
+        ({"keep_last": 2, "at": (4, 5)}, [2, 3, 4, 5]),
+        ({"keep_last": 1, "keep_every": 2}, [2, 4, 5]),
+        ({"keep_last": 1, "keep_best": True}, [3, 5]),
+        ({"keep_last": 1, "keep_every": 5}, [4, 5]),
+    ],
 )
-def test_retention(tmp_path: Path, keep_last: int, keep: tuple[int, ...], left: list[int]):
+def test_retention(tmp_path: Path, config: dict, left: list[int]):
     one = save_checkpoint(tmp_path, 1, {"a": torch.zeros(1)}, {})
     for step in range(2, 6):
         shutil.copytree(one.folder, tmp_path / f"step-{step:08d}")
-    retire(tmp_path, keep_last, keep)
+    retire(tmp_path, CheckpointConfig(**config), {1: 3.0, 3: 2.0, 5: 2.5, 6: 1.0})
     assert [c.step for c in checkpoints(tmp_path)] == left
+
+
+def test_a_flipped_bit_anywhere_is_found(tmp_path: Path):
+    """The marker included, and in the middle of each file."""
+    save_checkpoint(tmp_path, 1, tensors(1), {})
+    second = save_checkpoint(tmp_path, 2, tensors(2), {"seconds": 1.0})
+    for file in second.folder.iterdir():
+        good = file.read_bytes()
+        for place in (0, len(good) // 2, len(good) - 2):
+            file.write_bytes(good[:place] + bytes([good[place] ^ 4]) + good[place + 1 :])
+            said: list[str] = []
+            found = newest(tmp_path, said.append)
+            assert found is not None
+            assert found.step == 1, (file.name, place)
+            assert said[0].startswith("passing over damaged checkpoint step-00000002")
+        file.write_bytes(good)
+    assert newest(tmp_path, pytest.fail) == second
+
+
+def test_a_marker_that_names_files_elsewhere_is_not_believed(tmp_path: Path):
+    one = save_checkpoint(tmp_path, 1, tensors(1), {})
+    hashes = json.loads((one.folder / COMMIT).read_text())
+    (tmp_path / "outside").write_text("")
+    hashes["../outside"] = hashlib.sha256(b"").hexdigest()
+    (one.folder / COMMIT).write_text(json.dumps(hashes))
+    assert "outside" in one.broken()
+
+
+def test_the_writer_copies_first_and_tells_of_failures_once(tmp_path: Path, monkeypatch):
+    writer = CheckpointWriter(tmp_path)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(*args):
+        begun.set()
+        go_on.wait(20)
+        return save_checkpoint(*args)
+
+    monkeypatch.setattr("pretrain.training.checkpoint.save_checkpoint", slow)
+    values, committed = {"a": torch.zeros(4)}, []
+    writer.save(1, values, {}, lambda: committed.append(1))
+    assert begun.wait(20)
+    values["a"] += 1  # training goes on
+    assert writer.busy
+    assert committed == []
+    go_on.set()
+    writer.wait()
+    assert committed == [1]
+    into = {"a": torch.ones(4)}
+    checkpoints(tmp_path)[0].load(into)
+    assert torch.equal(into["a"], torch.zeros(4))
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pretrain.training.checkpoint.save_checkpoint", fail)
+    writer.save(2, values, {}, lambda: committed.append(2))
+    with pytest.raises(OSError, match="No space"):
+        writer.wait()
+    writer.wait()
+    assert committed == [1]
+
+
+@pytest.mark.parametrize("call", ["_write_tensors", "_commit", "_sync"])
+def test_a_save_that_fails_leaves_nothing_of_itself(tmp_path: Path, monkeypatch, call: str):
+    save_checkpoint(tmp_path, 1, tensors(1), {})
+    original, calls = getattr(checkpoint_module, call), []
+
+    def fail_late(*args):
+        calls.append(1)
+        if call == "_sync" and len(calls) < 4:  # the marker's
+            return original(*args)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_module, call, fail_late)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(tmp_path, 2, tensors(2), {})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert newest(tmp_path, pytest.fail) is not None
+
+
+def test_what_is_not_finite_is_named():
+    good = {"a": torch.randn(5), "b": torch.arange(3), "c": torch.zeros(0)}
+    assert not_finite(good) == ""
+    for bad in (math.nan, math.inf, -math.inf):
+        assert not_finite({**good, "d": torch.tensor([1.0, bad])}) == "d"
+    assert not_finite({**good, "d": torch.tensor([3e38, 3e38])}) == ""  # only their sum is not

@@ -140,12 +140,13 @@ def test_a_step_with_a_nan_changes_nothing(tiny: Config, tmp_path: Path, monkeyp
     from pretrain.tokens import prepare
 
     run = Run.create(tmp_path, tiny)
-    trainer = Trainer(run, prepare(tiny, run.data), Console(quiet=True), time.monotonic())
+    prepare(tiny, run.data)
+    trainer = Trainer(run, Console(quiet=True), time.monotonic())
     trainer.train_step()
     before = {name: tensor.clone() for name, tensor in trainer.tensors().items()}
     with monkeypatch.context() as patch:
         patch.setattr(trainer.loss_scale, "scaled", lambda loss: loss * torch.nan)
-        _, norm, _ = trainer.train_step()
+        norm = trainer.train_step()["train/grad_norm"]
     assert not torch.isfinite(norm)
     after = trainer.tensors()
     for name, tensor in before.items():
@@ -160,10 +161,13 @@ def test_listed_checkpoints_stay(tiny: Config, tmp_path: Path):
 
 
 def test_another_configuration_is_refused_by_name(tiny: Config, tmp_path: Path):
-    train(change(tiny, train__steps=2), tmp_path / "run")
-    with pytest.raises(UsageError, match=r"another configuration \(train.steps 2 → 12\)"):
-        train(tiny, tmp_path / "run")
-    train(change(tiny, train__steps=2, eval__every=1), tmp_path / "run")
+    short = change(tiny, train__steps=2)
+    train(short, tmp_path / "run")
+    with pytest.raises(UsageError, match=r"another configuration \(optim.lr 0.00625 → 0.1\)"):
+        train(change(short, optim__lr=0.1), tmp_path / "run")
+    with pytest.raises(UsageError, match=r"another configuration \(train.steps 2 → 1\)"):
+        train(change(tiny, train__steps=1), tmp_path / "run")
+    train(change(short, eval__every=1), tmp_path / "run")
 
 
 def test_damaged_checkpoints_are_passed_over(tiny: Config, tmp_path: Path):
@@ -268,5 +272,6 @@ def test_making_room_for_moments_leaves_the_loss_scale(tiny: Config, tmp_path: P
     from pretrain.tokens import prepare
 
     run = Run.create(tmp_path, change(tiny, train__precision="fp16"))
-    trainer = Trainer(run, prepare(tiny, run.data), Console(quiet=True), time.monotonic())
+    prepare(tiny, run.data)
+    trainer = Trainer(run, Console(quiet=True), time.monotonic())
     assert float(trainer.loss_scale.scale) == 2.0**16

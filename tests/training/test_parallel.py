@@ -1,10 +1,12 @@
 import pytest
 import torch
 
-from pretrain.config import TrainConfig, load_config
+from pretrain.config import load_config
+from pretrain.device import Precision
 from pretrain.errors import UsageError
 from pretrain.model import GPT
-from pretrain.training.parallel import prepare_model, use_fp8
+from pretrain.training.parallel import build_model, use_fp8
+from pretrain.training.world import World
 
 
 def small_model() -> GPT:
@@ -40,5 +42,7 @@ def test_fp8_is_near_bf16_and_keeps_every_name():
 
 
 def test_fp8_without_the_hardware_is_refused():
+    config = load_config("quickstart", **{"train.fp8": True})
+    cpu = torch.device("cpu")
     with pytest.raises(UsageError, match=r"train.fp8 needs a GPU of compute capability 8\.9"):
-        prepare_model(small_model(), TrainConfig(fp8=True), torch.device("cpu"), print)
+        build_model(small_model(), "none", config, World(cpu), Precision("bf16", cpu), print)

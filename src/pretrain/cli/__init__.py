@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Literal
 
 import tyro
 
 from pretrain.cli.parsing import Command, did_you_mean, dispatch, listing, parse, value_of
 from pretrain.config import Config, load_config, recipe_names, recipe_summary, recipe_text
-from pretrain.errors import PretrainError, UsageError
+from pretrain.errors import Interrupted, PretrainError, UsageError
 from pretrain.generation.options import SamplingOptions
 
 STARTED = time.monotonic()
@@ -36,6 +39,8 @@ class TrainArguments:
     """A recipe by name ('pretrain recipes' lists them) or a path to a TOML file."""
     out: str = ""
     """The run directory. Default: runs/RECIPE. One that exists is resumed."""
+    resume_from: int = 0
+    """Go back to the checkpoint of this step; what came after it is set aside. 0: go on from the newest."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
@@ -56,7 +61,7 @@ def train(args: list[str]) -> int:
     from pretrain.training import Console, train
 
     console = Console(command=["pretrain", "train", "--out", out])
-    run = train(arguments.config, out, console, started=STARTED)
+    run = train(arguments.config, out, console, STARTED, arguments.resume_from)
     plot_run(run)
     console.say("\n" + explain(run))
     return 0
@@ -305,13 +310,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and give its exit code: 0 done, 1 failed, 2 wrong use, 130 interrupted and safely stopped."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
+        _stop_on_signals()
         return _run(args)
     except PretrainError as error:
-        print(f"pretrain: {error}", file=sys.stderr)
+        if str(error):  # empty where another process has said it
+            print(f"pretrain: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("pretrain: interrupted; the last checkpoint, if there is one, is safe", file=sys.stderr)
-        return 130
+        print("pretrain: interrupted; what was saved is safe, and the same command goes on from it", file=sys.stderr)
+        return Interrupted.exit_code
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -321,6 +328,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f" ({error.filename})" if error.filename else ""
         print(f"pretrain: {error.strerror}{where}", file=sys.stderr)
         return 1
+
+
+def _stop_on_signals() -> None:
+    """Let SIGTERM and SIGUSR1 (SLURM's warning) stop a command as Ctrl-C does; training has its own handlers."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGUSR1"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), interrupt)
 
 
 def _run(args: list[str]) -> int:

@@ -46,10 +46,10 @@ def parse(kind: type[T], args: list[str], command: str, default: T | None = None
             raise
     except ValueError as error:  # of the configuration as a whole, which tyro passes on as it is
         raise UsageError(str(error)) from None
-    lines = [line.strip("│╭╮╰╯─- ") for line in complaint.getvalue().splitlines()]
-    text = " ".join(line for line in lines[1:] if line)
+    lines = [line.strip("│╭╮╰╯─ ") for line in complaint.getvalue().splitlines()]
+    text = " ".join(line for line in lines[1:] if line.strip("-"))  # a box has edges of dashes where there is no ─
     message = re.split(r" (?:Perhaps you meant:|Argument helptext:|For full helptext)", text)[0]
-    message = re.sub(r"^Error parsing [\w.]*: (?=\w+\.)", "", message)
+    message = re.sub(r"^Error parsing (?:\w*Arguments: |[\w.]*: (?=\w+\.))", "", message)
     unknown = re.match(r"Unrecognized options: (--[\w.-]+)", message)
     if unknown:
         message = f"no option {unknown[1]}{did_you_mean(unknown[1], _options(kind))}"

@@ -9,17 +9,13 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import http.client
 import json
 import os
 import random
 import shutil
 import stat
 import tempfile
-import time
-import urllib.error
 import urllib.parse
-import urllib.request
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -47,9 +43,6 @@ MAX_BYTES = 4 * 2**30
 MAX_RATIO = 200
 RATIO_FREE_BYTES = 2**24
 """Files up to this size may have any ratio: short texts that repeat compress well and can do no harm."""
-
-ATTEMPTS = 4
-TIMEOUT = 20  # seconds without a byte
 
 
 @dataclass(frozen=True)
@@ -248,47 +241,12 @@ def _download(url: str) -> Path:
     if parts.scheme != "https" and not (parts.scheme == "http" and local):
         raise DataError(f"{url}: only https:// is fetched; download it and give the file")
     file = _cache_folder() / "downloads" / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}.zip"
-    if file.is_file():
-        return file
-    mend = "fetch it elsewhere and give the file or folder: --core FILE"
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            _fetch(url, file)
-            return file
-        except urllib.error.HTTPError as error:
-            if attempt == ATTEMPTS or error.code not in (408, 429, 500, 502, 503, 504):
-                raise DataError(f"{url} cannot be fetched (HTTP {error.code} {error.reason}); {mend}") from None
-        except urllib.error.URLError as error:  # no network, no such host, refused: waiting does not mend it
-            raise DataError(f"{url} cannot be fetched ({error.reason}); {mend}") from None
-        except (TimeoutError, ConnectionError, http.client.HTTPException) as error:  # cut off on the way
-            if attempt == ATTEMPTS:
-                raise DataError(f"{url} broke off {ATTEMPTS} times ({error}); {mend}") from None
-        except OSError as error:
-            raise DataError(f"{file} cannot be written ({error.strerror}); {mend}, or set XDG_CACHE_HOME") from None
-        time.sleep(2 ** (attempt - 1))
-    raise AssertionError("the last attempt returns or raises")
+    from pretrain.text.download import download  # not above: most commands fetch nothing
 
-
-def _fetch(url: str, file: Path) -> None:
-    """Download into a temporary file, renamed only when it is whole."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
-        expected = int(answer.headers.get("Content-Length") or 0)
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as out:
-            try:
-                size = 0
-                while chunk := answer.read(2**20):
-                    size += len(chunk)
-                    if size > MAX_BYTES:
-                        raise DataError(f"{url} is larger than {MAX_BYTES // 2**30} GiB, which no CORE bundle is")
-                    out.write(chunk)
-                if expected and size != expected:  # urllib gives a short answer without a word
-                    raise ConnectionError(f"{size} of {expected} bytes came")
-                out.close()
-                os.replace(out.name, file)
-            except BaseException:
-                os.unlink(out.name)
-                raise
+    try:
+        return download(url, file, limit=MAX_BYTES)
+    except DataError as error:
+        raise DataError(f"{error}; fetch it elsewhere and give the file or folder: --core FILE") from None
 
 
 def _unpack(file: Path, name: str) -> Path:

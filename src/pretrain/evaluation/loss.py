@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import torch
@@ -27,6 +27,11 @@ class LossResult:
     text_bytes: int
     """UTF-8 bytes of those."""
 
+    def __add__(self, other: LossResult) -> LossResult:
+        """Of both texts together."""
+        sums = (mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True))
+        return LossResult(*sums)
+
     @property
     def loss(self) -> float:
         """Mean cross-entropy in nats per token."""
@@ -43,13 +48,19 @@ class LossResult:
         return self.text_nats / (math.log(2) * self.text_bytes) if self.text_bytes else math.nan
 
 
-def evaluate_loss(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: np.ndarray) -> LossResult:
+def evaluate_loss(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    token_bytes: np.ndarray,
+    reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
+) -> LossResult:
     """Run the model over batches of inputs and targets (B, T) and sum up.
 
     Args:
         model: a GPT, or anything called like one; put in evaluation mode for the pass, and back as it was.
         batches: such as ``tokens.validation_batches``.
         token_bytes: UTF-8 bytes of each token (V), 0 for special ones.
+        reduce: adds up a float64 tensor on the CPU over the processes that share the batches.
     """
     device = next(model.parameters()).device
     lengths = torch.from_numpy(token_bytes.astype(np.int64)).to(device)
@@ -64,5 +75,5 @@ def evaluate_loss(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], to
             nats = losses.cpu().double()
             text = (sizes > 0).cpu()
             sums += torch.stack([nats.sum(), counted.cpu().sum(), nats[text].sum(), sizes.cpu().sum()]).double()
-    nats, tokens, text_nats, text_bytes = sums.tolist()
+    nats, tokens, text_nats, text_bytes = reduce(sums).tolist()
     return LossResult(nats, int(tokens), text_nats, int(text_bytes))

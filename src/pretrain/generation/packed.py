@@ -16,8 +16,10 @@ def for_generation(model: GPT) -> GPT:
 
     The weights of matrix products are cast to ``activation_dtype`` once instead of at every step. On a CPU they are
     also packed in oneDNN's blocked layout, in which products with few rows take half the time or less
-    (benchmarks/generate.py), at the price of a copy.
+    (benchmarks/generate.py), at the price of a copy. A model that is spread over processes stays as it is.
     """
+    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        return model.eval()
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     light = copy.deepcopy(model, shared).eval()
     for module in list(light.modules()):

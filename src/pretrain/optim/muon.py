@@ -7,10 +7,12 @@ moves at the same rate. Matrices of one shape are stacked and orthogonalised tog
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+
+from pretrain.optim.exchange import Work, alone
 
 CLASSIC = (3.4445, -4.7750, 2.0315)
 """Jordan's quintic a x + b x^3 + c x^5: steep at 0, so that five rounds bring all singular values to about 0.7-1.2."""
@@ -67,6 +69,8 @@ class Muon(torch.optim.Optimizer):
     """
 
     found_inf: Tensor | None = None
+    exchange: Callable[[Tensor, int, Work], Callable[[], Tensor]] = staticmethod(alone)
+    """How the processes share the work, see ``exchange``."""
 
     def __init__(
         self,
@@ -83,22 +87,26 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.cautious, self.update_scale, self.dtype = cautious, update_scale, dtype
         self.coefficients = quintics(newton_schulz, newton_schulz_steps)
+        self.shapes: dict[Tensor, torch.Size] = {}
+        """The whole shape of parameters of which this process holds some rows."""
         for group in self.param_groups:
             assert all(p.ndim == 2 for p in group["params"]), "Muon is for matrices"
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
+        pending = []
         for group in self.param_groups:
             by_shape = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
-                    by_shape[tuple(p.shape)].append(p)
-            for shape, parameters in by_shape.items():
-                self._step_stack(parameters, shape, group)
+                    by_shape[self.shapes.get(p, p.shape)].append(p)
+            pending += [self._begin(parameters, shape, group) for shape, parameters in by_shape.items()]
+        for finish in pending:
+            finish()
 
-    def _step_stack(self, parameters: list[Tensor], shape: tuple[int, ...], group: dict) -> None:
-        """Update parameters of one shape (R, C) as a stack (N, R, C)."""
+    def _begin(self, parameters: list[Tensor], shape: torch.Size, group: dict) -> Callable[[], None]:
+        """Begin to update parameters of one shape (R, C) as a stack (N, R, C); the function given back finishes it."""
         for p in parameters:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -106,16 +114,22 @@ class Muon(torch.optim.Optimizer):
         gradient = torch.stack([p.grad for p in parameters if p.grad is not None])
         old = torch.stack(buffers)
         momentum = old.lerp(gradient, 1 - group["momentum"])
-        update = orthogonalize(gradient.lerp_(momentum, group["momentum"]).to(self.dtype), self.coefficients).float()
+        direction = gradient.lerp_(momentum, group["momentum"]).to(self.dtype)
         rows, columns = shape
+        orthogonal = self.exchange(direction, rows, lambda stack: orthogonalize(stack, self.coefficients))
         scale = max(1, rows / columns) ** 0.5 if self.update_scale == "spectral" else 0.2 * max(rows, columns) ** 0.5
-        change = update.mul_(-group["lr"] * scale)
-        if group["weight_decay"]:
-            decay = torch.stack(parameters).mul_(-group["lr"] * group["weight_decay"])
-            change.add_(torch.where(change * decay > 0, decay, 0) if self.cautious else decay)
-        if self.found_inf is not None:  # select: a zero times NaN would still be NaN
-            good = self.found_inf == 0
-            momentum = torch.where(good, momentum, old)
-            change = torch.where(good, change, -0.0)  # x + -0.0 is x in every bit, also for x = -0.0
-        torch._foreach_copy_(buffers, list(momentum.unbind()))
-        torch._foreach_add_(parameters, list(change.unbind()))
+
+        def finish() -> None:
+            change = orthogonal().float().mul_(-group["lr"] * scale)
+            if group["weight_decay"]:
+                decay = torch.stack(parameters).mul_(-group["lr"] * group["weight_decay"])
+                change.add_(torch.where(change * decay > 0, decay, 0) if self.cautious else decay)
+            kept = momentum
+            if self.found_inf is not None:  # select: a zero times NaN would still be NaN
+                good = self.found_inf == 0
+                kept = torch.where(good, momentum, old)
+                change = torch.where(good, change, -0.0)  # x + -0.0 is x in every bit, also for x = -0.0
+            torch._foreach_copy_(buffers, list(kept.unbind()))
+            torch._foreach_add_(parameters, list(change.unbind()))
+
+        return finish

@@ -6,10 +6,12 @@ RUN or hf:DIR → measure → Measured → tables, json_line, write_csv
 from __future__ import annotations
 
 import csv
+import functools
 import json
+import operator
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from pretrain.evaluation import CoreResult, GPTScorer, LossResult, Scorer, Task,
 from pretrain.evaluation.huggingface import PREFIX, HFScorer
 from pretrain.text import read_documents
 from pretrain.tokenizer import Tokenizer
-from pretrain.tokens import DataOrder, Manifest, TokenStream, TrainingBatches, validation_batches
+from pretrain.tokens import DataOrder, Manifest, TrainingBatches, prepared_dataset, validation_batches
 from pretrain.tokens.shards import write_shard
 from pretrain.training import Run
 
@@ -57,6 +59,8 @@ class Measured:
     numbers: dict[str, float]
     """Losses in nats per token, bits per byte, counts, by name."""
     core: CoreResult | None
+    sources: dict[str, dict[str, float]] = field(default_factory=dict)
+    """The same numbers of each data set, where the run has several."""
 
 
 def measure(place: str, what: What, device_name: str = "auto", say: Callable[[str], None] = lambda _: None) -> Measured:
@@ -83,6 +87,7 @@ def measure(place: str, what: What, device_name: str = "auto", say: Callable[[st
             length = min(model.context_length or HF_CONTEXT, HF_CONTEXT)
             numbers = _on_text(model, model.tokenizer(), what.data, length, rows=4)
         return Measured(place, None, numbers, _core(scorer, what, say))
+    sources: dict[str, dict[str, float]] = {}
     run = Run.open(place)
     checkpoint = run.newest_checkpoint()
     gpt, tokenizer = run.load_model(device, checkpoint), run.tokenizer()
@@ -94,8 +99,9 @@ def measure(place: str, what: What, device_name: str = "auto", say: Callable[[st
     elif what.batches:
         numbers = _estimates(gpt, tokenizer, run, what.batches)
     else:
-        numbers = _on_split(gpt, tokenizer, run, what.split, optional=bool(what.core))
-    return Measured(str(run.folder), checkpoint.step, numbers, _core(GPTScorer(gpt, tokenizer), what, say))
+        numbers, sources = _on_split(gpt, tokenizer, run, what.split, optional=bool(what.core))
+    core = _core(GPTScorer(gpt, tokenizer), what, say)
+    return Measured(str(run.folder), checkpoint.step, numbers, core, sources)
 
 
 def _core(scorer: Scorer, what: What, say: Callable[[str], None]) -> CoreResult | None:
@@ -109,15 +115,23 @@ def _core(scorer: Scorer, what: What, say: Callable[[str], None]) -> CoreResult 
     )
 
 
-def _on_split(model: nn.Module, tokenizer: Tokenizer, run: Run, split: str, optional: bool) -> dict[str, float]:
-    """A pass over a split of the run's own text."""
-    stream = TokenStream(run.data, split)
-    if not len(stream):
+def _on_split(
+    model: nn.Module, tokenizer: Tokenizer, run: Run, split: str, optional: bool
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """A pass over a split of the run's own text: its numbers, and those of each data set where there are several."""
+    datasets = [dataset for dataset in run.corpus().datasets if dataset.tokens(split)]
+    if not datasets:
         if optional:
-            return {}
-        raise UsageError(f"{run.folder} holds no text out (data.val_fraction is 0), so there is nothing to measure on")
-    batches = validation_batches(stream, run.config.model.context_length, run.config.batch_rows)
-    return _numbers(split, evaluate_loss(model, batches, tokenizer.token_bytes()))
+            return {}, {}
+        why = "holds no text out" if split == "val" else "was trained on a stream, which keeps no tokens"
+        raise UsageError(f"{run.folder} {why}; measure on other text with --data")
+    results = {}
+    for dataset in datasets:
+        batches = validation_batches(dataset.stream(split), run.config.model.context_length, run.config.batch_rows)
+        results[dataset.name] = evaluate_loss(model, batches, tokenizer.token_bytes())
+    whole = functools.reduce(operator.add, results.values())
+    sources = {name: _numbers(split, result) for name, result in results.items()} if len(results) > 1 else {}
+    return _numbers(split, whole), sources
 
 
 def _on_text(model: nn.Module, tokenizer: Tokenizer, paths: Sequence[str], length: int, rows: int) -> dict[str, float]:
@@ -128,7 +142,7 @@ def _on_text(model: nn.Module, tokenizer: Tokenizer, paths: Sequence[str], lengt
         if shard.tokens < 2:
             raise DataError(f"{', '.join(paths)}: too little text to measure on; give more than one token")
         Manifest(tokenizer.dtype.name, tokenizer.vocab_size, tokenizer.fingerprint, (shard,)).save(folder)
-        batches = validation_batches(TokenStream(folder, "val"), length, rows)
+        batches = validation_batches(prepared_dataset(folder).stream("val"), length, rows)
         return _numbers("data", evaluate_loss(model, batches, tokenizer.token_bytes()))
 
 
@@ -146,7 +160,7 @@ def _estimates(model: nn.Module, tokenizer: Tokenizer, run: Run, batches: int) -
     """Mean losses over random batches of both splits, the same ones each time."""
     numbers, config = {}, run.config
     for split in ("train", "val"):
-        stream = TokenStream(run.data, split)
+        stream = run.corpus().stream(split)
         if not len(stream):
             continue
         order = DataOrder(len(stream), config.model.context_length, "random", 0, config.train.seed)
@@ -167,6 +181,8 @@ def _estimates(model: nn.Module, tokenizer: Tokenizer, run: Run, batches: int) -
 def json_line(measured: Measured) -> str:
     """One JSON object; NaN, which JSON has not, is null."""
     tree: dict[str, Any] = {"model": measured.model, "step": measured.step, **measured.numbers}
+    if measured.sources:
+        tree["sources"] = measured.sources
     tree = {key: None if isinstance(value, float) and np.isnan(value) else value for key, value in tree.items()}
     if measured.core is not None:
         tasks = {task.label: {k: v for k, v in asdict(task).items() if k != "label"} for task in measured.core.tasks}
@@ -185,6 +201,12 @@ def tables(every: Sequence[Measured]) -> str:
             rows.append([measured.model, step, *(_shown(measured.numbers.get(name)) for name in names)])
         parts.append(_aligned(rows))
     for measured in every:
+        if measured.sources:
+            names = list(next(iter(measured.sources.values())))
+            rows = [["data set", *(name.replace("_", " ") for name in names)]]
+            for source, numbers in measured.sources.items():
+                rows.append([source, *(_shown(numbers[name]) for name in names)])
+            parts.append(f"{measured.model}\n{_aligned(rows)}")
         if measured.core is not None:
             rows = [["task", "accuracy", "centered", "examples", "seconds"]]
             for task in measured.core.tasks:

@@ -2,22 +2,30 @@
 
     paths ──find_pieces──> Piece, Piece, ... ──read_piece──> Document, Document, ...
 
-A piece is a whole file, a row group of a Parquet file, or a range of the bytes of a large plain file. The pieces of the
-same paths are the same on every machine, and reading them one after another gives every document once.
+A piece is a whole file, some row groups of a Parquet file, or a range of the bytes of a large plain file. The pieces of
+the same paths are the same on every machine, and reading them one after another gives every document once.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
+from pretrain.errors import DataError
 from pretrain.text.document import Document
 from pretrain.text.embedded import embedded_documents
-from pretrain.text.sources import READERS, find_files
+from pretrain.text.formats import PROBE, check_start, read_lines, read_rows, read_text, row_group_sizes
+from pretrain.text.opening import COMPRESSION_RATIO, JSON_LINES, PARQUET, TEXT, format_of
+from pretrain.text.remote import RemoteFile, is_url
+from pretrain.text.sources import SourceFile, find_files
 
 EMBEDDED = "embedded:"
+
+RANGE_BYTES = 64 * 1024 * 1024  # of a plain file make a piece
+ROW_GROUPS_BYTES = 16 * 1024 * 1024  # neighbouring row groups that hold less, together, are one piece
+PROBES = 16  # files looked at side by side, mostly waiting for a server
 
 
 @dataclass(frozen=True)
@@ -26,27 +34,94 @@ class Piece:
 
     file: str  # a path or URL, or EMBEDDED
     size: int  # about how many bytes of text it holds; for planning only
-    begin: int = 0  # the row group, or the first byte
+    begin: int = 0  # the first row group, or byte
     end: int = 0  # one after the last row group or byte; 0: the whole file
 
 
 def find_pieces(paths: Sequence[str], field: str = "text") -> list[Piece]:
-    """List the pieces of these paths in order, each file known to open; with no paths, the embedded corpus.
+    """List the pieces of these paths in order; with no paths, the embedded corpus.
 
-    Raises DataError as ``find_files`` does.
+    Every file was opened and its start looked at (of Parquet, the schema), so that what cannot be read is said before
+    any work is done. ``field`` names the text in JSON lines and Parquet. Raises DataError as ``find_files`` does, and
+    for a file that is damaged, no text, or without the field.
     """
     if not paths:
         return [Piece(EMBEDDED, size=4_200_000)]
-    return [Piece(str(file), file.stat().st_size) for file in find_files(paths)]
+    files = find_files(paths)
+    pool = ThreadPoolExecutor(PROBES)
+    try:
+        return [piece for pieces in pool.map(lambda file: _pieces(file, field), files) for piece in pieces]
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def read_piece(piece: Piece, field: str = "text", problems: Counter[str] | None = None) -> Iterator[Document]:
     """Give the documents of a piece in order, in bounded memory.
 
-    What is not as it should be and was mended or left out is counted in ``problems`` by name.
+    What is wrong with documents is mended, or they are left out, and it is counted in ``problems`` by the names in
+    ``PROBLEMS``. Raises DataError if the file cannot be read or is damaged.
     """
+    problems = Counter() if problems is None else problems
     if piece.file == EMBEDDED:
         yield from embedded_documents()
+        return
+    kind, _ = format_of(piece.file) or (TEXT, "")
+    if piece.size == 0:  # an empty file
+        problems["empty"] += 1
+    elif kind == PARQUET:
+        yield from read_rows(piece.file, field, piece.begin, piece.end, problems)
+    elif kind == JSON_LINES:
+        yield from read_lines(piece.file, field, piece.begin, piece.end, problems)
     else:
-        file = Path(piece.file)
-        yield from READERS[file.suffix.lower()](file)
+        yield from read_text(piece.file, piece.begin, piece.end, problems)
+
+
+def read_documents(
+    paths: Sequence[str], field: str = "text", problems: Counter[str] | None = None
+) -> Iterator[Document]:
+    """Give the documents of these paths in order: those of all pieces, one piece after another.
+
+    Raises DataError as ``find_pieces`` and ``read_piece`` do.
+    """
+    for piece in find_pieces(paths, field):
+        yield from read_piece(piece, field, problems)
+
+
+def _pieces(file: SourceFile, field: str) -> list[Piece]:
+    kind, compression = format_of(file.name) or (TEXT, "")
+    if kind == PARQUET:
+        return _row_group_pieces(file, field)
+    if file.size == 0:
+        return [Piece(file.name, 0)]
+    check_start(file.name, kind, must_hold_text=file.named)
+    if kind == JSON_LINES:  # the first line is looked at before it is given
+        next(read_lines(file.name, field, 0, 0, Counter(), buffer=PROBE), None)
+    size = file.size if file.size is not None else RANGE_BYTES  # or whatever it is
+    if compression:
+        return [Piece(file.name, size * COMPRESSION_RATIO)]
+    if size <= RANGE_BYTES or not _has_ranges(file.name):
+        return [Piece(file.name, size)]
+    begins = range(0, size, RANGE_BYTES)
+    return [Piece(file.name, end - begin, begin, end) for begin in begins for end in [min(begin + RANGE_BYTES, size)]]
+
+
+def _row_group_pieces(file: SourceFile, field: str) -> list[Piece]:
+    sizes = row_group_sizes(file.name, field)
+    if file.named and not any(sizes):
+        raise DataError(f"{file.name}: this file has no rows; delete it or give another")
+    pieces: list[Piece] = []
+    begin = 0
+    for end in range(1, len(sizes) + 1):
+        held = sum(sizes[begin:end])
+        if end == len(sizes) or held + sizes[end] > ROW_GROUPS_BYTES:
+            if held:
+                pieces.append(Piece(file.name, held, begin, end))
+            begin = end
+    return pieces
+
+
+def _has_ranges(file: str) -> bool:
+    if not is_url(file):
+        return True
+    with RemoteFile(file) as remote:
+        return remote.has_ranges

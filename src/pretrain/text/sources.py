@@ -1,103 +1,134 @@
-"""Files, folders and globs as documents. One function finds the files, one reads them, one table knows the types."""
+"""Which files the paths stand for: files, folders, patterns and URLs, in one order for everybody."""
+
+from __future__ import annotations
 
 import difflib
 import glob
 import os
-import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from pretrain.errors import DataError
-from pretrain.text.document import Document
-from pretrain.text.embedded import embedded_documents
-
-BINARY_PROBE = 64 * 1024  # bytes at the start of a file in which a NUL means that it is not text
+from pretrain.text.opening import format_of, supported, unreadable
+from pretrain.text.remote import expand_url, is_url
 
 
-def read_documents(paths: Sequence[str]) -> Iterator[Document]:
-    """Give the documents of these files, folders and globs in order; with no paths, those of the embedded corpus.
+@dataclass(frozen=True)
+class SourceFile:
+    """A file to be read."""
 
-    A .txt or .md file is one document and keeps every character it has, line ends included; only a byte-order mark at
-    its start goes. Raises DataError as ``find_files`` does, and for a file that is binary, not UTF-8 or blank.
+    name: str  # its path as the user gave it, or URL
+    size: int | None  # bytes; None: its server does not tell
+    named: bool  # whether the user named this very file, rather than a folder or pattern in which it was found
+
+
+def find_files(paths: Sequence[str]) -> list[SourceFile]:
+    """List the files of text that these paths name, each once; those on this machine are known to open.
+
+    A path is a file, a folder (its files of text at any depth, hidden ones left out), a glob pattern, in which ``**``
+    stands for any number of folders, or a URL of any of these (over http only of a file); ``~`` is the home folder.
+    The order is that of ``paths``, sorted within a folder or pattern.
+
+    Raises DataError, naming the path, if it is missing, holds no text files, is of a type that is not read, or may not
+    be read; and for an empty file that was named itself.
     """
-    if not paths:
-        yield from embedded_documents()
-    for file in find_files(paths):
-        yield from READERS[file.suffix.lower()](file)
-
-
-def find_files(paths: Sequence[str]) -> list[Path]:
-    """List the text files that these paths name, each once, every one of them known to open.
-
-    A path is a file, a folder (its .txt and .md files at any depth, hidden ones left out) or a glob pattern, in which
-    ``**`` stands for any number of folders; ``~`` is the home folder. The order is that of ``paths``, sorted within
-    a folder or pattern.
-
-    Raises DataError, naming the path, if it is missing, holds no text files, is of a type not read yet, is empty or
-    may not be read.
-    """
-    found: dict[Path, Path] = {}  # resolved path -> the path as given; a dict keeps the order
+    found: dict[str, SourceFile] = {}  # resolved path -> the file; a dict keeps the order
     for given in paths:
-        for file in _expand(given):
-            _check_readable(file)
-            found.setdefault(file.resolve(), file)
+        if not given.strip():
+            raise DataError(
+                "data.paths holds an empty path; name a file, a folder or a pattern such as 'books/**/*.txt'"
+            )
+        for file in _remote(given) if is_url(given) else _local(given):
+            key = file.name if is_url(file.name) else str(Path(file.name).resolve())
+            found.setdefault(key, file)
     return list(found.values())
 
 
-def _expand(given: str) -> list[Path]:
-    if not given.strip():
-        raise DataError("data.paths holds an empty path; name a file, a folder or a pattern such as 'books/**/*.txt'")
-    if "://" in given:
-        raise DataError(f"{given}: remote text is not read yet; download it and give the file, one of {_supported()}")
+def _remote(url: str) -> list[SourceFile]:
+    files = expand_url(url)
+    if [name for name, _ in files] == [url]:
+        _check_type(url)
+        if files[0][1] == 0:
+            raise _empty(url)
+        return [SourceFile(url, files[0][1], named=True)]
+    sizes = dict(files)
+    return [SourceFile(name, sizes[name], named=False) for name in _choose(list(sizes), url)]
+
+
+def _local(given: str) -> list[SourceFile]:
     path = Path(os.path.expanduser(given))
     if os.path.isdir(path):
-        return _choose(_walk(path), f"{given}: this folder")
-    if os.path.lexists(path) or not glob.has_magic(given):  # a file whose name holds a * or [ is still that file
-        return [path]
-    matches = [Path(match) for match in glob.glob(os.path.expanduser(given), recursive=True)]
-    return _choose([match for match in matches if not match.is_dir()], f"{given}: this pattern")
+        names = _choose(_walk(path), given)
+    elif os.path.lexists(path) or not glob.has_magic(given):  # a file whose name holds a * or [ is still that file
+        size = _size(str(path))
+        if size == 0:
+            raise _empty(str(path))
+        return [SourceFile(str(path), size, named=True)]
+    else:
+        matches = glob.glob(os.path.expanduser(given), recursive=True)
+        names = _choose([str(Path(match)) for match in matches if not os.path.isdir(match)], given)
+    return [SourceFile(name, _size(name), named=False) for name in names]
 
 
-def _walk(folder: Path) -> list[Path]:
+def _walk(folder: Path) -> list[str]:
     def stop(error: OSError) -> NoReturn:
         raise DataError(f"{error.filename}: this folder cannot be read ({error.strerror}); mend its permissions")
 
-    files: list[Path] = []
+    files: list[str] = []
     for parent, subfolders, names in os.walk(folder, onerror=stop):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        files += [Path(parent, name) for name in names if not name.startswith(".")]
+        files += [str(Path(parent, name)) for name in names if not name.startswith(".")]
     return files
 
 
-def _choose(files: list[Path], where: str) -> list[Path]:
-    """Keep the files of a folder or pattern that can be read, sorted. What else lies beside them is not an error."""
-    chosen = sorted(file for file in files if file.suffix.lower() in READERS)
+def _choose(files: list[str], given: str) -> list[str]:
+    """Keep the files of a folder or pattern that are read, sorted. What else lies beside them is not an error.
+
+    A plain .json file counts only where the pattern asks for it: beside texts it mostly holds something else.
+    """
+    json_asked = given.lower().endswith(".json")
+    chosen = [file for file in files if format_of(file) and (json_asked or not file.lower().endswith(".json"))]
     if not chosen:
-        others = sorted({file.suffix.lower() or file.name for file in files})[:5]
+        others = sorted({os.path.splitext(file)[1].lower() or os.path.basename(file) for file in files})[:5]
         beside = f" (only {', '.join(others)})" if others else ""
-        raise DataError(f"{where} holds no text files{beside}; put {_supported()} files there or give another path")
-    return chosen
+        raise DataError(
+            f"{given}: this folder or pattern holds no text files{beside}; put {supported()} files there or give "
+            f"another path"
+        )
+    # As paths, part by part: '/' comes before every other character.
+    return sorted(chosen, key=lambda file: file.split("/") if is_url(file) else Path(file).parts)
 
 
-def _check_readable(file: Path) -> None:
+def _size(file: str) -> int:
+    """Give the size of a file that is known to open."""
+    path = Path(file)
     try:
-        size = file.stat().st_size
+        size = path.stat().st_size
     except PermissionError as error:
-        raise _unreadable(file, error) from error
+        raise unreadable(file, error) from error
     except OSError as error:
-        raise DataError(f"{file}: no such file or folder{_nearest(file)}") from error
-    if not file.is_file():
-        raise DataError(f"{file}: not a regular file; give {_supported()} files or a folder of them")
-    if file.suffix.lower() not in READERS:
-        kind = f"{file.suffix} files are" if file.suffix else "a file without a suffix is"
-        raise DataError(f"{file}: {kind} not read yet; give {_supported()} (plain text under another name: rename it)")
-    if size == 0:
-        raise DataError(f"{file}: this file is empty; delete it or give another")
+        raise DataError(f"{file}: no such file or folder{_nearest(path)}") from error
+    if not path.is_file():
+        raise DataError(f"{file}: not a regular file; give {supported()} files or a folder of them")
+    _check_type(file)
     try:
-        open(file, "rb").close()
+        open(path, "rb").close()
     except OSError as error:
-        raise _unreadable(file, error) from error
+        raise unreadable(file, error) from error
+    return size
+
+
+def _check_type(file: str) -> None:
+    if not format_of(file):
+        suffix = os.path.splitext(file)[1]
+        kind = f"{suffix} files are" if suffix else "a file without a suffix is"
+        raise DataError(f"{file}: {kind} not read; give {supported()} (plain text under another name: rename it)")
+
+
+def _empty(file: str) -> DataError:
+    return DataError(f"{file}: this file is empty; delete it or give another")
 
 
 def _nearest(missing: Path) -> str:
@@ -111,43 +142,3 @@ def _nearest(missing: Path) -> str:
             near = difflib.get_close_matches(part.name, names, n=1)
             return f"; did you mean {part.parent / near[0]} ?" if near else ""
     return ""
-
-
-def _unreadable(file: Path, error: OSError) -> DataError:
-    return DataError(f"{file}: cannot be read ({error.strerror}); mend its permissions: chmod u+r {_quoted(file)}")
-
-
-def _read_text(file: Path) -> Iterator[Document]:
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise _unreadable(file, error) from error
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(
-            f"{file}: this is UTF-16, not UTF-8; convert it: iconv -f utf-16 -t utf-8 {_quoted(file)} > OUT"
-        )
-    nul = data.find(b"\0", 0, BINARY_PROBE)
-    if nul >= 0:
-        raise DataError(f"{file}: this file is binary (a NUL at byte {nul}); give plain text, {_supported()}")
-    try:
-        text = data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{file}: not UTF-8 (byte 0x{data[error.start]:02x} at offset {error.start}); "
-            f"convert it from what it is, e.g.: iconv -f latin1 -t utf-8 {_quoted(file)} > OUT"
-        ) from error
-    if not text or text.isspace():
-        raise DataError(f"{file}: this file holds only white space; delete it or give another")
-    yield Document(text, str(file))
-
-
-def _quoted(file: Path) -> str:
-    return shlex.quote(str(file))
-
-
-def _supported() -> str:
-    return " or ".join(READERS)
-
-
-# How each type of file is read: suffix -> a function from the path to its documents.
-READERS: dict[str, Callable[[Path], Iterator[Document]]] = {".txt": _read_text, ".md": _read_text}

@@ -8,10 +8,12 @@
       PATH  any byte-level tokenizer.json
 
 ``tokenizer.py`` is the class and what it asks of a tokenizer.json, ``build.py`` makes one of each kind, ``gpt2.py``
-finds the published vocabulary.
+finds the published vocabulary, ``patterns.py`` has the regexes that cut words, ``fast.py`` encodes many times faster
+than the library that defines the ids.
 """
 
 from pretrain.tokenizer.build import KINDS, build_tokenizer
+from pretrain.tokenizer.gpt2 import local_gpt2_tokenizer
 from pretrain.tokenizer.tokenizer import TextStream, Tokenizer
 
-__all__ = ["KINDS", "TextStream", "Tokenizer", "build_tokenizer"]
+__all__ = ["KINDS", "TextStream", "Tokenizer", "build_tokenizer", "local_gpt2_tokenizer"]

@@ -21,7 +21,7 @@ MIN_FREQUENCY = 2  # a pair seen once teaches nothing: merging it would only lea
 MAX_TOKEN_CHARACTERS = 128  # bytes really, as each is one character here; GPT-2's longest token has as many
 
 
-def build_tokenizer(kind: str, vocab_size: int, documents: Iterable[str]) -> Tokenizer:
+def build_tokenizer(kind: str, vocab_size: int, documents: Iterable[str], pattern: str = "gpt2") -> Tokenizer:
     """Make the tokenizer of this kind; texts in, the same tokenizer out, on any machine.
 
     Args:
@@ -29,6 +29,7 @@ def build_tokenizer(kind: str, vocab_size: int, documents: Iterable[str]) -> Tok
             ``byte`` (the 256 bytes), ``gpt2`` (the published vocabulary), or the path of a tokenizer.json.
         vocab_size: the number of tokens of a ``bpe``, the boundary token included; the other kinds have their own.
         documents: the texts to build ``bpe`` (training text) or ``char`` (all text) from; read once, and only by these.
+        pattern: how a ``bpe`` cuts words: the name of a regex in ``patterns.PATTERNS``.
 
     The boundary token has the last id; ``char`` has one only if there is more than one document, so that a single text
     gives exactly nanoGPT's vocabulary.
@@ -38,7 +39,7 @@ def build_tokenizer(kind: str, vocab_size: int, documents: Iterable[str]) -> Tok
     """
     match kind:
         case "bpe":
-            return train_bpe(vocab_size, documents)
+            return train_bpe(vocab_size, documents, pattern)
         case "char":
             return char_tokenizer(documents)
         case "byte":
@@ -56,12 +57,12 @@ def build_tokenizer(kind: str, vocab_size: int, documents: Iterable[str]) -> Tok
     )
 
 
-def train_bpe(vocab_size: int, documents: Iterable[str]) -> Tokenizer:
-    """Train a byte-level BPE with GPT-2's pre-tokenizer: 256 bytes, the merges, and the boundary token last."""
+def train_bpe(vocab_size: int, documents: Iterable[str], pattern: str = "gpt2") -> Tokenizer:
+    """Train a byte-level BPE on words as ``pattern`` cuts them: 256 bytes, the merges, and the boundary token last."""
     smallest = 256 + 1
     if vocab_size < smallest:
         raise UsageError(f"tokenizer.vocab_size is {vocab_size}: a bpe has at least {smallest} (256 bytes + 1 special)")
-    hf = byte_level(models.BPE())
+    hf = byte_level(models.BPE(), pattern)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
         min_frequency=MIN_FREQUENCY,
@@ -120,6 +121,6 @@ def char_tokenizer(documents: Iterable[str]) -> Tokenizer:
 def byte_tokenizer() -> Tokenizer:
     """Make the vocabulary of the 256 bytes, each its own id, and the boundary token 256."""
     vocab = {character: byte for byte, character in enumerate(byte_alphabet())}
-    hf = byte_level(models.BPE(vocab=vocab, merges=[]), use_regex=False)
+    hf = byte_level(models.BPE(vocab=vocab, merges=[]), pattern="")
     hf.add_special_tokens([BOUNDARY])
     return Tokenizer(hf.to_str())

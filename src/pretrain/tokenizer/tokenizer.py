@@ -6,6 +6,7 @@ unchanged; that is tried on each tokenizer before it is used.
 """
 
 import codecs
+import functools
 import hashlib
 import json
 import re
@@ -18,6 +19,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from pretrain.errors import DataError, PretrainError
+from pretrain.tokenizer.fast import EncoderName, FastEncoder, make_encoder
+from pretrain.tokenizer.patterns import PATTERNS
 
 # The names under which vocabularies keep the token before each document: GPT-2 and ours, nanochat, Llama 3.
 BOUNDARY = "<|endoftext|>"
@@ -26,6 +29,9 @@ BOUNDARY_NAMES = (BOUNDARY, "<|bos|>", "<|begin_of_text|>")
 PIECE_CHARACTERS = 64 * 1024  # a longer document is encoded in pieces of about this, in parallel and in bounded memory
 BATCH_CHARACTERS = 1024 * 1024  # encoded at once; the library's records take about 100 bytes a token meanwhile
 BATCH_PIECES = 4096
+FAST_AFTER = (
+    50  # characters for each token of the vocabulary, after which a faster encoder repays being made and proven
+)
 
 # Where a text may be cut without changing its tokens: between a letter or digit and a blank or line end. Every
 # pre-tokenizer in use (GPT-2, GPT-4, Llama 3, Qwen) ends a word there and never looks back beyond it.
@@ -46,8 +52,14 @@ class Tokenizer:
         fingerprint: the SHA-256 of the tokenizer.json in canonical form; equal fingerprints mean equal ids.
     """
 
-    def __init__(self, text: str, name: str = "this tokenizer.json") -> None:
-        """Take the text of a tokenizer.json. Raises DataError, beginning with ``name``, if it cannot be used."""
+    def __init__(self, text: str, name: str = "this tokenizer.json", encoder: EncoderName = "auto") -> None:
+        """Take the text of a tokenizer.json.
+
+        Whatever the ``encoder``, the ids are the same: gigatoken (the extra 'fast'), tiktoken, or the library
+        tokenizers; ``auto`` takes the fastest that is installed and proves right, once there is much to encode.
+
+        Raises DataError, beginning with ``name``, if it cannot be used, UsageError if the encoder cannot.
+        """
         try:
             spec = json.loads(text)
             self.hf = tokenizers.Tokenizer.from_str(text)
@@ -87,6 +99,14 @@ class Tokenizer:
                 f"{name}: this tokenizer does not give back the text it reads (it changes or drops characters); "
                 f"use a byte-level one without normalizer and prefix blank, or --tokenizer.kind bpe"
             )
+        self._encoder_name: EncoderName = encoder
+        self._characters = 0  # encoded so far
+        if encoder != "auto":
+            _ = self._fast_encoder  # a wrong name is an error now, not when there is much to encode
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle as the text it is made of, since encoders cannot be."""
+        return Tokenizer, (self._text, "this tokenizer.json", self._encoder_name)
 
     def encode(self, text: str) -> list[int]:
         """Encode one text, without a boundary token. The name of a special token in it is encoded as plain text.
@@ -95,10 +115,11 @@ class Tokenizer:
         """
         return next(self.encode_documents([text])).tolist()
 
-    def encode_documents(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
-        """Encode texts in batches, on all cores: one array of ids (of ``dtype``) a text, without boundary tokens.
+    def encode_documents(self, texts: Iterable[str], threads: int = 0) -> Iterator[np.ndarray]:
+        """Encode texts in batches: one array of ids (of ``dtype``) a text, without boundary tokens.
 
-        Takes a megabyte or so of text ahead of what it gives, and no more. Raises DataError as ``encode`` does.
+        Takes a megabyte or so of text ahead of what it gives, and no more. ``threads`` 0 is one for each core.
+        Raises DataError as ``encode`` does.
         """
         if self._char_ids is not None or self._ids_are_bytes:  # a look in a table: far faster than the library
             for text in texts:
@@ -106,7 +127,8 @@ class Tokenizer:
             return
         parts: list[np.ndarray] = []  # of the document that is not complete yet
         for batch in _batches(self._pieces(texts)):
-            for ids, (_, ends_document) in zip(self._encode_batch([text for text, _ in batch]), batch, strict=True):
+            encoded = self._encode_batch([text for text, _ in batch], threads)
+            for ids, (_, ends_document) in zip(encoded, batch, strict=True):
                 parts.append(ids)
                 if ends_document:
                     yield np.concatenate(parts) if len(parts) > 1 else ids
@@ -127,6 +149,10 @@ class Tokenizer:
         """Give int32[vocab_size]: the UTF-8 bytes that each token stands for, 0 for special ones (bits per byte)."""
         return np.array([len(self._bytes_of(id, False)) for id in range(self.vocab_size)], dtype=np.int32)
 
+    def to_json(self) -> str:
+        """Give the text of the tokenizer.json."""
+        return self._text
+
     def save(self, path: str | Path) -> None:
         """Write the tokenizer.json, as ``load`` here and in tokenizers and transformers reads it."""
         try:
@@ -135,14 +161,14 @@ class Tokenizer:
             raise PretrainError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
 
     @classmethod
-    def load(cls, path: str | Path) -> "Tokenizer":
+    def load(cls, path: str | Path, encoder: EncoderName = "auto") -> "Tokenizer":
         """Read a tokenizer.json. Raises DataError if it is missing, broken or of a layout not read here."""
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             why = error.strerror if isinstance(error, OSError) else "it is not text"
             raise DataError(f"{path}: no tokenizer can be read there ({why}); give a tokenizer.json") from error
-        return cls(text, name=str(path))
+        return cls(text, str(path), encoder)
 
     def _gives_back(self, text: str) -> bool:
         try:
@@ -160,18 +186,39 @@ class Tokenizer:
     def _pieces(self, texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
         """Cut long texts where their tokens do not change. Yields (piece, whether it is the last of its text)."""
         for text in texts:
-            pieces = list(split_text(text)) if self._can_cut else [text]
-            for number, piece in enumerate(pieces, start=1):
-                yield piece, number == len(pieces)
+            if len(text) <= PIECE_CHARACTERS or not self._can_cut:
+                yield text, True
+                continue
+            pieces = split_text(text)
+            piece = next(pieces)
+            for following in pieces:
+                yield piece, False
+                piece = following
+            yield piece, True
 
-    def _encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+    @functools.cached_property
+    def _fast_encoder(self) -> FastEncoder | None:
+        return make_encoder(self._encoder_name, json.loads(self._text), self.hf, self.dtype)
+
+    def _encode_batch(self, texts: list[str], threads: int) -> list[np.ndarray]:
+        encoded: list[np.ndarray | None] = [None] * len(texts)
         try:
-            encodings = self.hf.encode_batch_fast(texts, add_special_tokens=False)
-        except TypeError:  # how the library refuses surrogates
+            self._characters += sum(map(len, texts))
+            much = self._encoder_name != "auto" or self._characters > FAST_AFTER * self.vocab_size
+            if much and self._fast_encoder is not None:
+                encoded = self._fast_encoder.encode(texts, threads)
+            rest = [number for number, ids in enumerate(encoded) if ids is None]
+            if threads == 1 or len(rest) == 1:
+                encodings = [self.hf.encode(texts[i], add_special_tokens=False) for i in rest]
+            else:
+                encodings = self.hf.encode_batch_fast([texts[i] for i in rest], add_special_tokens=False)
+        except (TypeError, UnicodeEncodeError):  # how the libraries refuse surrogates
             for text in texts:
                 _utf8(text)
             raise
-        return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
+        for number, encoding in zip(rest, encodings, strict=True):
+            encoded[number] = np.array(encoding.ids, dtype=self.dtype)
+        return [ids for ids in encoded if ids is not None]
 
     def _encode_bytes(self, text: str) -> np.ndarray:
         return np.frombuffer(_utf8(text), dtype=np.uint8).astype(self.dtype)
@@ -231,10 +278,16 @@ def byte_alphabet() -> list[str]:
     return [chr(byte if byte in printing else next(others)) for byte in range(256)]
 
 
-def byte_level(model: models.BPE, use_regex: bool = True) -> tokenizers.Tokenizer:
-    """Put GPT-2's surroundings around a BPE model: no prefix blank, words split by its regex, bytes as characters."""
+def byte_level(model: models.BPE, pattern: str = "gpt2") -> tokenizers.Tokenizer:
+    """Put the usual surroundings around a BPE model: no prefix blank, words split by a regex, bytes as characters.
+
+    ``pattern`` is a name in ``patterns.PATTERNS``, or empty: a text is then one word.
+    """
     hf = tokenizers.Tokenizer(model)
-    hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern == "gpt2")
+    if pattern not in ("", "gpt2"):
+        split = pre_tokenizers.Split(tokenizers.Regex(PATTERNS[pattern]), "isolated")
+        hf.pre_tokenizer = pre_tokenizers.Sequence([split, hf.pre_tokenizer])
     hf.decoder = decoders.ByteLevel()
     return hf
 

@@ -1,25 +1,49 @@
 """Batches of token windows: inputs, and targets one token later.
 
-training:    step → DataOrder → starts → TokenStream.windows → (rows, T) inputs and targets
+training:    step → DataOrder → starts → TokenStream.windows → (rows, T) inputs and targets [→ ahead: on the device]
 validation:  every token of the split once as a target, in order
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.tokens.order import DataOrder
-from pretrain.tokens.shards import TokenStream
+from pretrain.tokens.order import DataOrder, MixedOrder
+from pretrain.tokens.windows import TokenStream
 
 IGNORE = -1
 """The target that does not count."""
 
-STARTS_AHEAD = 4096
-"""Rows whose starts are computed at once: many small steps share the cost of one vectorised call."""
+STARTS_AHEAD = 65536
+"""Rows whose starts are computed at once, of one epoch or so: many steps share the cost of a vectorised call."""
+
+
+class Batches(Protocol):
+    """What training reads from: shards by a data order, or a live stream."""
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of a step for one process, int64 (rows, T).
+
+        The tensors stay as they are while the next batch is made, and may be written over by the one after it.
+        """
+        ...
+
+    def epoch(self, step: int) -> float:
+        """Epochs completed before a step."""
+        ...
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What :meth:`restore` needs, as JSON, to go on with ``step``: that of the last batch made, or the next."""
+        ...
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state` gave, perhaps in another number of processes."""
+        ...
 
 
 class TrainingBatches:
@@ -29,39 +53,127 @@ class TrainingBatches:
         stream: the training tokens.
         order: which window is which row.
         rows: rows in the global batch of one step.
+        rank: which of the processes this is; it takes rows ``rank::world`` of every global batch.
+        world: the number of processes.
     """
 
-    def __init__(self, stream: TokenStream, order: DataOrder, rows: int):
-        self.stream, self.order, self.rows = stream, order, rows
+    def __init__(self, stream: TokenStream, order: DataOrder | MixedOrder, rows: int, rank: int = 0, world: int = 1):
+        self.stream, self.order, self.rows, self.rank, self.world = stream, order, rows, rank, world
         self._first, self._starts = 0, np.empty(0, dtype=np.int64)
+        self._count = max(rows, min(STARTS_AHEAD, order.windows))
+        # Two buffers in turn, so that a batch stands while the next is made; each with its inputs and targets.
+        shape = (len(range(rank, rows, world)), order.length + 1)
+        buffers = [torch.empty(shape, dtype=torch.int64) for _ in range(2)]
+        self._buffers = [(buffer.numpy(), (buffer[:, :-1], buffer[:, 1:])) for buffer in buffers]
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of a step, both int64 (rows, T)."""
+        """Inputs and targets of a step for the rank, both int64 (rows / world, T).
+
+        They are views of a buffer that is written again by the call after the next one.
+        """
         first = step * self.rows
         if not self._first <= first <= self._first + len(self._starts) - self.rows:
-            self._first = first
-            self._starts = self.order.starts(first, max(STARTS_AHEAD, self.rows))
-        starts = self._starts[first - self._first :][: self.rows]
-        window = torch.from_numpy(self.stream.windows(starts, self.order.length + 1))
-        return window[:, :-1], window[:, 1:]
+            self._first, self._starts = first, self.order.starts(first, self._count)
+        begin = first - self._first
+        window, batch = self._buffers[0]
+        self._buffers.reverse()
+        self.stream.windows(self._starts[begin + self.rank : begin + self.rows : self.world], window.shape[1], window)
+        return batch
+
+    def epoch(self, step: int) -> float:
+        """Epochs completed before a step; of a mixture, rows read for each window of all data sets together."""
+        return step * self.rows / self.order.windows
+
+    def epochs(self, step: int) -> tuple[float, ...]:
+        """Epochs of each data set completed before a step."""
+        return self.order.epochs(step * self.rows)
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Nothing: every batch is a function of its step."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Nothing to do."""
+
+
+def ahead(batches: Batches, device: torch.device) -> Batches:
+    """The same batches, on a CUDA device one batch ahead; as they are on other devices, where this gains nothing.
+
+    Making a batch on the CPU takes tens of microseconds, so it is not worth a thread.
+    """
+    return BatchesAhead(batches, device) if device.type == "cuda" else batches
+
+
+class BatchesAhead:
+    """Batches on a CUDA device, the next one being copied there while the current one is computed on.
+
+    The copy comes from page-locked memory and runs on a stream of its own, so it waits neither for the CPU nor for the
+    device's work in progress. Page-locked blocks come from torch's caching host allocator, which gives a block out
+    again only when the copy from it is done.
+    """
+
+    def __init__(self, batches: Batches, device: torch.device):
+        self.batches, self.device = batches, device
+        self._copies = torch.cuda.Stream(device)
+        self._next: tuple[int, tuple[Tensor, Tensor], torch.cuda.Event] | None = None
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of a step on the device, int64 (rows, T), in the order of the current stream."""
+        if self._next is None or self._next[0] != step:
+            self._next = self._begin(step)
+        _, (inputs, targets), done = self._next
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(done)
+        for tensor in (inputs, targets):  # made on one stream and used on another: not to be freed before both are done
+            tensor.record_stream(current)
+        self._next = self._begin(step + 1)
+        return inputs, targets
+
+    def _begin(self, step: int) -> tuple[int, tuple[Tensor, Tensor], torch.cuda.Event]:
+        with torch.cuda.stream(self._copies):
+            inputs, targets = (
+                torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
+                .copy_(part)
+                .to(self.device, non_blocking=True)
+                for part in self.batches.batch(step)
+            )
+            done = torch.cuda.Event()
+            done.record(self._copies)
+        return step, (inputs, targets), done
 
     def epoch(self, step: int) -> float:
         """Epochs completed before a step."""
-        return step * self.rows / self.order.windows
+        return self.batches.epoch(step)
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What is needed to go on with a step, though the batch after it may have been made already."""
+        return self.batches.state(step)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state; what was made ahead is forgotten."""
+        self._next = None
+        self.batches.restore(state)
 
 
-def validation_batches(stream: TokenStream, length: int, rows: int, tokens: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and targets (up to ``rows``, T) that count every token but the first exactly once as a target, in order.
+def validation_batches(
+    stream: TokenStream, length: int, rows: int, tokens: int = 0, rank: int = 0, world: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and targets (up to ``rows``, T) that over all ranks count every token but the first once as a target.
 
-    The last row is filled up with targets of ``IGNORE``. ``tokens`` stops after about as many targets; 0 takes all.
+    Each rank gets as many batches of the same shapes as the others, since they may have to compute together: what does
+    not fill up a row, or a rank's rows, has targets of ``IGNORE``. ``tokens`` stops after about as many targets; 0
+    takes all.
     """
     targets = len(stream) - 1
     if tokens:
         targets = min(targets, max(1, tokens // length) * length)
-    for first in range(0, targets, rows * length):
-        count = min(rows * length, targets - first)
-        flat = stream.windows(np.array([first]), count + 1)[0]
-        padding = -count % length
+    all_rows = -(-targets // length)
+    for first in range(0, all_rows, rows * world):
+        mine = -(-min(rows * world, all_rows - first) // world)
+        begin = (first + rank * mine) * length
+        count = max(0, min(mine * length, targets - begin))
+        flat = stream.windows(np.array([begin]), count + 1)[0] if count else np.zeros(1, dtype=np.int64)
+        padding = mine * length - count
         inputs = np.pad(flat[:-1], (0, padding))
         wanted = np.pad(flat[1:], (0, padding), constant_values=IGNORE)
         yield torch.from_numpy(inputs.reshape(-1, length)), torch.from_numpy(wanted.reshape(-1, length))

@@ -2,6 +2,8 @@
 
     row g = step × rows per step + row in the batch  →  epoch, place in the epoch  →  start of its window
 
+    of a mixture: row g  →  a data set and a row of its own  →  the same with its own epochs
+
 Nothing here depends on the number of processes, the micro-batch, or what was read before: resuming is calling it with a
 later step. A shuffled epoch is a keyed permutation of all its windows in O(1) memory: a Feistel network over the next
 power of four, walked until it lands inside (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
@@ -9,19 +11,36 @@ power of four, walked until it lands inside (Black and Rogaway 2002, "Ciphers wi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
+from pretrain.errors import UsageError
+
 FEISTEL_ROUNDS = 6
 
+ENCRYPT_BLOCK = 8192
+"""Numbers encrypted at once, so that all that is in work stays in the nearest caches."""
 
-def mix(x: np.ndarray) -> np.ndarray:
-    """A bijective hash of uint64 values whose output bits all depend on all input bits (splitmix64's finaliser)."""
+MIXTURE_BLOCK = 1000
+"""Rows in which a mixture has its shares exactly."""
+
+
+def mix(x: np.ndarray, out: np.ndarray | None = None, scratch: np.ndarray | None = None) -> np.ndarray:
+    """A bijective hash of uint64 values whose output bits all depend on all input bits (splitmix64's finaliser).
+
+    The result goes to ``out``, which may be ``x``; ``scratch`` is of the same shape.
+    """
+    out = np.empty_like(x) if out is None else out
+    scratch = np.empty_like(x) if scratch is None else scratch
     with np.errstate(over="ignore"):
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+        np.bitwise_xor(x, np.right_shift(x, np.uint64(30), out=scratch), out=out)
+        np.multiply(out, np.uint64(0xBF58476D1CE4E5B9), out=out)
+        np.bitwise_xor(out, np.right_shift(out, np.uint64(27), out=scratch), out=out)
+        np.multiply(out, np.uint64(0x94D049BB133111EB), out=out)
+        return np.bitwise_xor(out, np.right_shift(out, np.uint64(31), out=scratch), out=out)
 
 
 def key(*parts: int) -> np.ndarray:
@@ -35,21 +54,31 @@ def key(*parts: int) -> np.ndarray:
 def permute(index: np.ndarray, size: int, round_key: np.ndarray) -> np.ndarray:
     """Where each ``index`` (uint64, each below ``size``) lands in the permutation of range(size) named by the key."""
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
-    low = np.uint64((1 << int(half)) - 1)
     keys = [mix(round_key + np.uint64(r + 1)) for r in range(FEISTEL_ROUNDS)]
-
-    def encrypt(x: np.ndarray) -> np.ndarray:
-        left, right = x >> half, x & low
-        for k in keys:
-            left, right = right, left ^ (mix(right + k) & low)
-        return (left << half) | right
-
-    result = encrypt(index)
-    outside = result >= np.uint64(size)
-    while outside.any():  # a walk along its cycle comes back inside, since the start was inside
-        result[outside] = encrypt(result[outside])
-        outside = result >= np.uint64(size)
+    result = _encrypt(index, half, keys)
+    outside = np.flatnonzero(result >= np.uint64(size))
+    while len(outside):  # a walk along its cycle comes back inside, since the start was inside
+        result[outside] = _encrypt(result[outside], half, keys)
+        outside = outside[result[outside] >= np.uint64(size)]
     return result
+
+
+def _encrypt(x: np.ndarray, half: np.uint64, keys: list[np.ndarray]) -> np.ndarray:
+    """The Feistel network on numbers of 2 x ``half`` bits."""
+    low = np.uint64((1 << int(half)) - 1)
+    out = np.empty_like(x)
+    for begin in range(0, len(x), ENCRYPT_BLOCK):
+        part = x[begin : begin + ENCRYPT_BLOCK]
+        left, right = part >> half, part & low
+        mixed, scratch = np.empty_like(part), np.empty_like(part)
+        for k in keys:
+            np.add(right, k, out=mixed)
+            mix(mixed, mixed, scratch)
+            np.bitwise_and(mixed, low, out=mixed)
+            np.bitwise_xor(left, mixed, out=left)
+            left, right = right, left
+        np.bitwise_or(np.left_shift(left, half, out=left), right, out=out[begin : begin + ENCRYPT_BLOCK])
+    return out
 
 
 @dataclass(frozen=True)
@@ -85,19 +114,105 @@ class DataOrder:
 
     def starts(self, first: int, count: int) -> np.ndarray:
         """Starts (int64) of the windows of rows ``first`` to ``first + count - 1`` of the run."""
-        row = np.arange(first, first + count, dtype=np.uint64)
         if self.kind == "random":
+            row = np.arange(first, first + count, dtype=np.uint64)
             return (mix(key(self.seed) + row) % np.uint64(self.tokens - self.length)).astype(np.int64)
-        step = self.stride or self.length
-        epochs, place = np.divmod(row, np.uint64(self.windows))
-        if self.kind == "sequential":
-            return (place * np.uint64(step)).astype(np.int64)
-        starts = np.empty(count, dtype=np.int64)
-        slack = self.tokens - self.length - 1 - (self.windows - 1) * step
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            order = permute(place[here], self.windows, key(self.seed, int(epoch)))
-            starts[here] = order.astype(np.int64) * step
+        step, windows = self.stride or self.length, self.windows
+        slack = self.tokens - self.length - 1 - (windows - 1) * step
+        parts = [np.empty(0, dtype=np.int64)]
+        for epoch in range(first // windows, -(-(first + count) // windows)):
+            begin, end = max(first - epoch * windows, 0), min(first + count - epoch * windows, windows)
+            place = np.arange(begin, end, dtype=np.uint64)
+            if self.kind == "sequential":
+                parts.append(place.astype(np.int64) * step)
+                continue
+            starts = permute(place, windows, key(self.seed, epoch)).astype(np.int64) * step
             if not self.stride:
-                starts[here] += int(key(self.seed, int(epoch), 1)[0] % np.uint64(min(slack, self.length - 1) + 1))
-        return starts
+                starts += int(key(self.seed, epoch, 1)[0] % np.uint64(min(slack, self.length - 1) + 1))
+            parts.append(starts)
+        return np.concatenate(parts)
+
+    def epochs(self, row: int) -> tuple[float, ...]:
+        """Epochs completed before a row of the run."""
+        return (row / self.windows,)
+
+
+@dataclass(frozen=True)
+class MixedOrder:
+    """The order of training windows drawn from several data sets, which stand one after another in the token stream.
+
+    Every ``MIXTURE_BLOCK`` rows hold a fixed number of rows of each data set, in an order permuted anew for each block.
+    A data set's rows, numbered by themselves, follow its own order: each of its windows comes once in each of its
+    epochs, however large its share.
+
+    Args:
+        orders: of each data set, with seeds of their own.
+        shares: rows of each data set in a block (:func:`mixture_shares`).
+        seed: fixes which row of a block is of which data set.
+    """
+
+    orders: tuple[DataOrder, ...]
+    shares: tuple[int, ...]
+    seed: int
+
+    def __post_init__(self):
+        assert len(self.orders) == len(self.shares)
+        assert sum(self.shares) == MIXTURE_BLOCK
+        assert min(self.shares) > 0
+
+    @property
+    def length(self) -> int:
+        """The context length T."""
+        return self.orders[0].length
+
+    @property
+    def windows(self) -> int:
+        """Windows of all data sets together."""
+        return sum(order.windows for order in self.orders)
+
+    @cached_property
+    def _begins(self) -> list[int]:
+        """Where each data set begins in the token stream."""
+        return np.cumsum([0, *(order.tokens for order in self.orders)]).tolist()
+
+    def _block(self, block: int) -> np.ndarray:
+        """The data set (int64) of each row of a block."""
+        draws = mix(key(self.seed, block, 2) + np.arange(MIXTURE_BLOCK, dtype=np.uint64))  # no two are equal
+        return np.repeat(np.arange(len(self.shares)), self.shares)[np.argsort(draws)]
+
+    def starts(self, first: int, count: int) -> np.ndarray:
+        """Starts (int64) of the windows of rows ``first`` to ``first + count - 1`` of the run, in the whole stream."""
+        first_block, skip = divmod(first, MIXTURE_BLOCK)
+        blocks = range(first_block, -(-(first + count) // MIXTURE_BLOCK))
+        sets = np.concatenate([self._block(block) for block in blocks])
+        starts = np.empty(len(sets), dtype=np.int64)
+        for number, (order, share) in enumerate(zip(self.orders, self.shares, strict=True)):
+            here = sets == number
+            starts[here] = order.starts(first_block * share, len(blocks) * share) + self._begins[number]
+        return starts[skip : skip + count]
+
+    def epochs(self, row: int) -> tuple[float, ...]:
+        """Epochs of each data set completed before a row of the run."""
+        blocks, rest = divmod(row, MIXTURE_BLOCK)
+        begun = np.bincount(self._block(blocks)[:rest], minlength=len(self.shares))
+        rows = blocks * np.array(self.shares) + begun
+        return tuple((rows / [order.windows for order in self.orders]).tolist())
+
+
+def mixture_shares(weights: Sequence[float], names: Sequence[str]) -> tuple[int, ...]:
+    """Rows of each data set in a block of ``MIXTURE_BLOCK``: in proportion to the weights, by largest remainder.
+
+    Raises:
+        UsageError: a weight is too small for a single row of the block; the message has its name.
+    """
+    wanted = np.array(weights, dtype=np.float64) / sum(weights) * MIXTURE_BLOCK
+    shares = np.floor(wanted).astype(np.int64)
+    missing = MIXTURE_BLOCK - int(shares.sum())
+    shares[np.argsort(shares - wanted, kind="stable")[:missing]] += 1
+    for name, share, weight in zip(names, shares, weights, strict=True):
+        if not share:
+            raise UsageError(
+                f"data.weights gives {name} {weight / sum(weights):.2g} of the rows, less than one in {MIXTURE_BLOCK};"
+                f" give it at least {sum(weights) / MIXTURE_BLOCK:.2g}, or leave it out"
+            )
+    return tuple(shares.tolist())

@@ -1,4 +1,4 @@
-"""Token shards on disk: raw little-endian integers in ``SPLIT-00000.bin``, described by ``manifest.json``.
+"""Token shards on disk: raw little-endian integers in ``.bin`` files, described by ``manifest.json``.
 
 The ``.bin`` files have no header, so that they are what nanoGPT writes and reads as ``train.bin`` and ``val.bin``. The
 manifest says what they are: format version, dtype, vocabulary size, tokenizer fingerprint, and for each shard its
@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
+from collections import deque
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +21,15 @@ import numpy as np
 from pretrain.errors import DataError
 from pretrain.tokenizer import Tokenizer
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
+PLAN = "plan.json"
+"""What is being made in a folder, from the beginning on (prepare.py)."""
+MANIFEST_BYTES = 100 * 2**20
+"""The largest manifest that is read: that of about 400,000 shards, or 40 trillion tokens."""
+
+BUFFERED_TOKENS = 2**18
+"""Tokens hashed and written at once."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,7 @@ class Shard:
     split: str
     tokens: int
     documents: int
+    """Documents that begin in it. One too large for memory may go on from the shard before."""
     text_bytes: int
     sha256: str
 
@@ -44,15 +54,25 @@ class Manifest:
     tokenizer: str
     """The tokenizer's fingerprint."""
     shards: tuple[Shard, ...]
+    boundary: int | None = None
+    """The token with which each document begins; None: the vocabulary has none."""
+    problems: dict[str, int] = field(default_factory=dict)
+    """What of the text was mended or left out, and how often."""
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all contents: two datasets with the same one hold the same tokens in the same order."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        """A hash of all contents: two datasets with the same one hold the same tokens in the same shards."""
+        tree = asdict(self)
+        del tree["problems"]
+        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
     def tokens(self, split: str) -> int:
         """Tokens of a split."""
         return sum(shard.tokens for shard in self.shards if shard.split == split)
+
+    def documents(self, split: str) -> int:
+        """Documents of a split."""
+        return sum(shard.documents for shard in self.shards if shard.split == split)
 
     @property
     def bytes_per_token(self) -> float:
@@ -61,81 +81,147 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Write ``manifest.json`` atomically."""
-        temporary = folder / f"{MANIFEST}.tmp"
-        temporary.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, folder / MANIFEST)
+        write_atomically(folder / MANIFEST, json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n")
 
     @staticmethod
     def load(folder: Path) -> Manifest:
         """Read ``manifest.json``; a DataError says what is wrong with it."""
+        file = folder / MANIFEST
         try:
-            tree = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            if file.stat().st_size > MANIFEST_BYTES:
+                raise DataError(
+                    f"{file} is larger than any manifest ({MANIFEST_BYTES:,} bytes); prepare the data again"
+                )
+            tree = json.loads(file.read_text(encoding="utf-8"))
             if tree.pop("format") != FORMAT:
-                raise DataError(f"{folder / MANIFEST} has a format this version cannot read; prepare the data again")
-            shards = tuple(Shard(**shard) for shard in tree.pop("shards"))
-            return Manifest(shards=shards, **tree)
-        except FileNotFoundError:
+                raise DataError(f"{file} has a format this version cannot read; prepare the data again")
+            manifest = Manifest(shards=tuple(Shard(**shard) for shard in tree.pop("shards")), **tree)
+            _check(manifest)
+            return manifest
+        except (FileNotFoundError, NotADirectoryError):
             raise DataError(f"{folder} has no {MANIFEST}: it is not a finished folder of token shards") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{folder / MANIFEST} is damaged ({error}); prepare the data again") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise DataError(f"{file} is damaged ({error}); prepare the data again") from None
+
+
+def _check(manifest: Manifest) -> None:
+    """A ValueError for values that no manifest of ours has, such as a shard outside the folder."""
+    numbers = [("vocab_size", manifest.vocab_size), ("boundary", manifest.boundary or 0)]
+    names = set()
+    if manifest.dtype not in ("uint16", "uint32"):
+        raise ValueError(f"dtype {manifest.dtype!r}")
+    for shard in manifest.shards:
+        name = shard.file
+        if not isinstance(name, str) or not name or name.startswith(".") or set(name) & set("/\\:\0"):
+            raise ValueError(f"a shard is named {name!r}")
+        if name in names:
+            raise ValueError(f"{name} is listed twice")
+        names.add(name)
+        if shard.split not in ("train", "val"):
+            raise ValueError(f"{name} is of split {shard.split!r}")
+        numbers += [(f"{what} of {name}", getattr(shard, what)) for what in ("tokens", "documents", "text_bytes")]
+    for what, number in numbers:
+        if type(number) is not int or not 0 <= number < 2**63:
+            raise ValueError(f"{what} is {number!r}")
+    if not isinstance(manifest.problems, dict):
+        raise ValueError("problems is not a table")
+
+
+class ShardWriter:
+    """Write one shard. Its file takes its name when it is whole and safe on the disk, in :meth:`close`."""
+
+    def __init__(self, folder: Path, file: str, split: str, tokenizer: Tokenizer):
+        self.path, self.split = folder / file, split
+        self.tokens = self.documents = self.text_bytes = 0
+        self._dtype = tokenizer.dtype.newbyteorder("<")
+        self._boundary = np.array([] if tokenizer.boundary_id is None else [tokenizer.boundary_id], dtype=self._dtype)
+        self._digest = hashlib.sha256()
+        self._buffer: list[np.ndarray] = []
+        self._buffered = 0
+        # A name of its own, should another process be at the same work (on a cluster, one that is believed dead).
+        self._temporary = self.path.with_name(f"{file}.{uuid.uuid4().hex}.tmp")
+        self._out = open(self._temporary, "wb")  # noqa: SIM115 - closed in close or discard
+
+    def write(self, ids: np.ndarray, text_bytes: int, begins: bool = True) -> int:
+        """Add the tokens of a document, or of its next part (``begins`` False); gives how many tokens it added."""
+        if begins:
+            self._buffer.append(self._boundary)
+            self.documents += 1
+        self._buffer.append(ids)
+        added = len(ids) + begins * len(self._boundary)
+        self.tokens += added
+        self.text_bytes += text_bytes
+        self._buffered += added
+        if self._buffered >= BUFFERED_TOKENS:
+            self._flush()
+        return added
+
+    def _flush(self) -> None:
+        data = np.concatenate([self._boundary[:0], *self._buffer]).astype(self._dtype, copy=False).data
+        self._out.write(data)
+        self._digest.update(data)
+        self._buffer, self._buffered = [], 0
+
+    def close(self) -> Shard:
+        """Finish the file."""
+        self._flush()
+        self._out.flush()
+        os.fsync(self._out.fileno())
+        self._out.close()
+        os.replace(self._temporary, self.path)
+        digest = self._digest.hexdigest()
+        return Shard(self.path.name, self.split, self.tokens, self.documents, self.text_bytes, digest)
+
+    def discard(self) -> None:
+        """Remove what there is of an unfinished file."""
+        self._out.close()
+        self._temporary.unlink(missing_ok=True)
 
 
 def write_shard(folder: Path, split: str, index: int, texts: Iterable[str], tokenizer: Tokenizer) -> Shard:
     """Tokenize documents into one shard; each begins with the boundary token, if the vocabulary has one."""
-    file = f"{split}-{index:05d}.bin"
-    digest = hashlib.sha256()
-    tokens = documents = text_bytes = 0
-    boundary = np.array([] if tokenizer.boundary_id is None else [tokenizer.boundary_id], dtype=tokenizer.dtype)
-    texts = list(texts)
-    with open(folder / file, "wb") as out:
-        for text, ids in zip(texts, tokenizer.encode_documents(texts), strict=True):
-            data = np.concatenate((boundary, ids)).astype(ids.dtype.newbyteorder("<")).tobytes()
-            out.write(data)
-            digest.update(data)
-            tokens += len(boundary) + len(ids)
-            documents += 1
-            text_bytes += len(text.encode())
-    return Shard(file, split, tokens, documents, text_bytes, digest.hexdigest())
+    writer = ShardWriter(folder, f"{split}-{index:05d}.bin", split, tokenizer)
+    sizes: deque[int] = deque()  # of the texts that the tokenizer has taken ahead
+
+    def measured() -> Iterable[str]:
+        for text in texts:
+            sizes.append(utf8_bytes(text))
+            yield text
+
+    try:
+        for ids in tokenizer.encode_documents(measured()):
+            writer.write(ids, sizes.popleft())
+        return writer.close()
+    except BaseException:
+        writer.discard()
+        raise
 
 
-class TokenStream:
-    """The tokens of one split as a single stream over its memory-mapped shards.
+def utf8_bytes(text: str) -> int:
+    """The length of a text in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode())
 
-    Args:
-        folder: where the shards and their manifest are.
-        split: ``train`` or ``val``.
-    """
 
-    def __init__(self, folder: Path, split: str):
-        manifest = Manifest.load(folder)
-        dtype = np.dtype(manifest.dtype).newbyteorder("<")
-        self.shards = [shard for shard in manifest.shards if shard.split == split and shard.tokens]
-        self.arrays: list[np.ndarray] = []
-        for shard in self.shards:
-            path = folder / shard.file
-            size = path.stat().st_size if path.is_file() else -1
-            if size != shard.tokens * dtype.itemsize:
-                what = "is missing" if size < 0 else f"has {size} bytes, not {shard.tokens * dtype.itemsize}"
-                raise DataError(f"{path} {what}; prepare the data again")
-            self.arrays.append(np.memmap(path, dtype=dtype, mode="r"))
-        self.ends = np.cumsum([len(array) for array in self.arrays], dtype=np.int64)
-        self.tokens = int(self.ends[-1]) if self.arrays else 0
+def write_atomically(file: Path, text: str) -> None:
+    """Write a small file, so that it is there whole or not at all, and safe on the disk when this returns."""
+    temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(file.parent)
 
-    def __len__(self) -> int:
-        return self.tokens
 
-    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """``length`` tokens from each of ``starts`` (N): an int64 array (N, length)."""
-        out = np.empty((len(starts), length), dtype=np.int64)
-        if len(self.arrays) == 1:
-            out[...] = np.lib.stride_tricks.sliding_window_view(self.arrays[0], length)[starts]
-            return out
-        for row, start in zip(out, starts, strict=True):
-            filled = 0
-            while filled < length:  # a window may run over the edge of a shard
-                shard = int(np.searchsorted(self.ends, start + filled, side="right"))
-                begin = start + filled - (self.ends[shard] - len(self.arrays[shard]))
-                part = self.arrays[shard][begin : begin + length - filled]
-                row[filled : filled + len(part)] = part
-                filled += len(part)
-        return out
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder safe on the disk, where the system can."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from pretrain.device import Precision
 from pretrain.model import GPT
-from pretrain.tokens import Prepared, TrainingBatches
+from pretrain.tokens import Batches, Corpus
 from pretrain.training.run import Run
 
 
@@ -35,16 +35,12 @@ class Console:
         """One line."""
         self._console.print(text, markup=False)
 
-    def describe(
-        self, run: Run, prepared: Prepared, model: GPT, batches: TrainingBatches, precision: Precision, done: int
-    ) -> None:
+    def describe(self, run: Run, corpus: Corpus, model: GPT, batches: Batches, precision: Precision, done: int) -> None:
         """Before the first step: what will be trained on what, and where."""
-        train, manifest = run.config.train, prepared.manifest
-        held_out = manifest.tokens("val")
-        self.say(
-            f"tokens    {manifest.tokens('train'):,} to train on, {held_out:,} held out,"
-            f" vocabulary {manifest.vocab_size:,}"
-        )
+        train = run.config.train
+        tokens = f"{corpus.tokens('train'):,} to train on" if corpus.tokens("train") else "made while training"
+        held_out, vocabulary = corpus.tokens("val"), corpus.tokenizer.vocab_size
+        self.say(f"tokens    {tokens}, {held_out:,} held out, vocabulary {vocabulary:,}")
         parameters = sum(p.numel() for p in model.parameters())
         self.say(f"model     {parameters:,} parameters, context {run.config.model.context_length}")
         epochs = f"{batches.epoch(train.steps):.1f} epochs"

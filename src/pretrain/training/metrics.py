@@ -16,35 +16,49 @@ class Metrics:
     """Gathers the numbers of steps and writes them some steps at a time, so that no step waits for the device.
 
     Args:
-        file: ``metrics.jsonl``; lines of steps later than ``step`` are dropped from it.
+        file: ``metrics.jsonl``; lines of steps later than ``step`` are dropped from it. None: nothing is written.
         step: steps done so far.
         every: steps between writes.
     """
 
-    def __init__(self, file: Path, step: int, every: int):
+    def __init__(self, file: Path | None, step: int, every: int):
         self.file, self.every = file, every
         self.last: dict[str, Any] = {}
         self._waiting: list[dict[str, Any]] = []
-        keep_steps(file, step)
+        if file is not None:
+            keep_steps(file, step)
 
     def add(self, record: dict[str, Any]) -> None:
         """Take one step's numbers; tensors may still be in the making on the device."""
         self._waiting.append(record)
-        if len(self._waiting) >= self.every:
-            self.write()
 
-    def write(self) -> None:
-        """Fetch and append what is waiting."""
-        if not self._waiting:
-            return
+    @property
+    def due(self) -> bool:
+        """Whether enough is waiting to be written."""
+        return len(self._waiting) >= self.every
+
+    def drop(self, step: int) -> None:
+        """Forget the steps after ``step``, written or waiting."""
+        self._waiting = [record for record in self._waiting if record["step"] <= step]
+        if self.file is not None:
+            keep_steps(self.file, step)
+
+    def write(self) -> list[dict[str, Any]]:
+        """Fetch and append what is waiting, and give it.
+
+        Raises:
+            OSError: the file could not be written; the records stay for the next time.
+        """
         tensors = [v for record in self._waiting for v in record.values() if isinstance(v, Tensor)]
         values = iter(torch.stack([t.float() for t in tensors]).tolist() if tensors else ())
-        records = [
+        self._waiting = records = [
             {k: next(values) if isinstance(v, Tensor) else v for k, v in record.items()} for record in self._waiting
         ]
-        append_jsonl(self.file, *records)
-        self.last = records[-1]
-        self._waiting.clear()
+        if self.file is not None:
+            append_jsonl(self.file, *records)
+        self.last = records[-1] if records else self.last
+        self._waiting = []
+        return records
 
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:
@@ -61,11 +75,20 @@ def read_jsonl(file: Path) -> list[dict[str, Any]]:
 
 
 def append_jsonl(file: Path, *records: dict[str, Any]) -> None:
-    """Append records, one line each. JSON has no NaN or infinity: they become null."""
-    with file.open("a", encoding="utf-8") as out:
-        for record in records:
-            clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-            out.write(json.dumps(clean, ensure_ascii=False) + "\n")
+    """Append records, one line each, or nothing at all. JSON has no NaN or infinity: they become null."""
+    lines = []
+    for record in records:
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        lines.append(json.dumps(clean, ensure_ascii=False) + "\n")
+    data = memoryview("".join(lines).encode())
+    with file.open("ab", buffering=0) as out:
+        size = out.tell()
+        try:
+            while data:
+                data = data[out.write(data) :]
+        except OSError:  # such as a full disk: half a line would spoil the next one
+            os.truncate(file, size)
+            raise
 
 
 def keep_steps(file: Path, up_to: int) -> None:

@@ -1,38 +1,202 @@
-"""What is applied to the model from outside, in one linear function.
+"""What is applied to the model from outside, in one linear function, and the parameters as a process then holds them.
 
 The order matters: fp8 exchanges layers, so it comes first; then activation checkpointing, so that the compiler sees
-what is computed again; then torch.compile.
+what is computed again; then torch.compile, block by block where several processes train, so that a block's gradients
+are on their way while the next block's are computed; then FSDP, which spreads the parameters, or DDP, which adds up
+their gradients. None of it changes a name or what is learned.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.config import TrainConfig
+from pretrain.config import Config, TrainConfig
+from pretrain.device import Precision, free_memory
 from pretrain.errors import UsageError
 from pretrain.model import GPT
+from pretrain.optim import Muon, Replicated, RowSharded
+from pretrain.plan import count_parameters
+from pretrain.training.world import World
+
+BYTES_PER_PARAMETER = 20
+"""Weights, gradients and two moments in fp32, and a gradient bucket: what ddp holds for each parameter."""
 
 
-def prepare_model(model: GPT, config: TrainConfig, device: torch.device, say: Callable[[str], None]) -> None:
-    """Apply to the model, in place, what ``config`` asks for; ``say`` hears what could not be done."""
-    if config.fp8:
+def choose_kind(config: Config, vocab_size: int, world: World) -> str:
+    """How the processes share the model: what ``parallel.kind`` says, or for auto ddp if the model fits so."""
+    if world.size == 1:
+        return "none"
+    if config.parallel.kind != "auto":
+        return config.parallel.kind
+    needed = BYTES_PER_PARAMETER * sum(count_parameters(config.model, vocab_size).values())
+    here = 1 if world.device.type == "cuda" else world.local_size  # processes that share this memory
+    fits = needed * here < 0.6 * free_memory(world.device)
+    return world.share("ddp" if fits else "fsdp")
+
+
+def build_model(
+    model: GPT, kind: str, config: Config, world: World, precision: Precision, say: Callable[[str], None]
+) -> None:
+    """Apply to a model on the meta device what ``config`` asks for, and give it memory, still without values.
+
+    ``say`` hears what could not be done.
+    """
+    train, device = config.train, world.device
+    if train.fp8:
         if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
             raise UsageError("train.fp8 needs a GPU of compute capability 8.9 or more (Ada, Hopper); leave it out here")
         use_fp8(model)
-    if config.activation_checkpointing:
+    if train.activation_checkpointing:
         for block in model.blocks:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-    # Compiling takes about a minute on a CPU, more than short runs can win back.
-    if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
-        problem = _compiler_problem(device)
-        if problem:
-            say(f"torch.compile does not work here ({problem}); going on without it")
-        else:
-            model.compile(dynamic=False)
+    if wants_compiler(train, device, say):
+        for module in [model] if kind == "none" else model.blocks:
+            module.compile(dynamic=False)
+    if kind in ("fsdp", "hsdp"):
+        mesh = device_mesh(kind, world, device.type)
+        # Weights travel in the dtype of the products; their fp32 originals stay spread, gradients are added in fp32.
+        half = None if precision.dtype == torch.float32 else precision.dtype
+        policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.parallel.reshard)
+        fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    model.to_empty(device=device)
+    model.tie_head()
+
+
+def fill_model(model: GPT, world: World, fill: Callable[[GPT], None]) -> None:
+    """Give the model of :func:`build_model` the values that ``fill`` puts into a whole one.
+
+    Under FSDP rank 0 fills a whole model, on the CPU if the device has no room for it beside its own part, and hands
+    the parts out, one parameter at a time. Otherwise every process fills its own, to the same values.
+    """
+    if not isinstance(model, FSDPModule):
+        fill(model)
+        return
+    values: dict[str, Any] = {}
+    if world.first:
+        with torch.device("meta"):
+            whole = GPT(model.config, model.vocab_size, model.boundary)
+        size = sum(p.numel() for p in whole.parameters()) * 4
+        whole = whole.to_empty(device=world.device if size < free_memory(world.device) / 2 else "cpu")
+        whole.tie_head()
+        fill(whole)
+        values = whole.state_dict()
+    set_model_state_dict(model, values, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+
+
+def training_forward(model: GPT, kind: str, world: World) -> Callable[..., Tensor]:
+    """What to call in place of the model in a training step: under DDP its wrapper, which adds up gradients."""
+    if kind != "ddp":
+        return model
+    devices = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(
+        model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=False
+    )
+
+
+def synchronise(forward: Callable[..., Tensor], last: bool) -> None:
+    """Let gradients be added up over processes only in the ``last`` backward pass of a step."""
+    if isinstance(forward, DistributedDataParallel):
+        forward.require_backward_grad_sync = last
+    elif isinstance(forward, FSDPModule):
+        forward.set_requires_gradient_sync(last)
+
+
+def device_mesh(kind: str, world: World, device_type: str) -> DeviceMesh:
+    """The processes as FSDP sees them: in a row, or (hsdp) a row for each machine."""
+    if kind == "fsdp":
+        return init_device_mesh(device_type, (world.size,), mesh_dim_names=("shard",))
+    shape = (world.size // world.local_size, world.local_size)
+    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+class Parameters:
+    """The parameters as this process holds them: plain tensors, whole, or under FSDP its rows of them.
+
+    Optimizers, norms and checkpoints work on these, so that they need not know how the model is spread.
+    """
+
+    def __init__(self, model: GPT, kind: str, world: World):
+        self.world = world
+        self.model = model
+        self.whole = dict(model.named_parameters())
+        self.local = {
+            name: nn.Parameter(p.to_local().detach()) if isinstance(p, DTensor) else p for name, p in self.whole.items()
+        }
+        self.sharded = isinstance(model, FSDPModule)
+        self.mesh = device_mesh(kind, world, "cpu") if self.sharded else None
+        first = next(iter(self.whole.values()))
+        self.group = first.device_mesh["shard"].get_group() if isinstance(first, DTensor) else None
+
+    def spread(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        """Let optimizers of the model work on what this process holds, and Muon share its work."""
+        local = {self.whole[name]: p for name, p in self.local.items()}
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["params"] = [local[p] for p in group["params"]]
+            if isinstance(optimizer, Muon) and self.world.size > 1:
+                optimizer.exchange = RowSharded(self.group) if self.sharded else Replicated(None)
+                optimizer.shapes = {self.local[name]: p.shape for name, p in self.whole.items()}
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients that this process holds; its parameters have them then."""
+        if self.sharded:
+            for name, p in self.whole.items():
+                self.local[name].grad = p.grad.to_local() if isinstance(p.grad, DTensor) else None
+        return [p.grad for p in self.local.values() if p.grad is not None]
+
+    def norm(self, gradients: list[Tensor]) -> Tensor:
+        """The norm of all gradients as one vector, of all processes together."""
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.sharded:
+            square = norm.square()
+            dist.all_reduce(square, group=self.group)
+            norm = square.sqrt()
+        return norm
+
+    def forget_gradients(self) -> None:
+        """Let go of all gradients."""
+        self.model.zero_grad(set_to_none=True)
+        for p in self.local.values():
+            p.grad = None
+
+    def saved_form(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of a checkpoint as torch.distributed.checkpoint must see it to know which part of the whole it is.
+
+        ``tensor`` is on the CPU; ``name`` is ``model.PARAMETER`` or ``optim.PARAMETER.KEY``, or anything else, which
+        is whole.
+        """
+        if not self.sharded or self.mesh is None:
+            return tensor
+        kind, _, rest = name.partition(".")
+        whole = self.whole.get(rest if kind == "model" else rest.rpartition(".")[0])
+        if kind not in ("model", "optim") or not isinstance(whole, DTensor) or tensor.shape != whole.to_local().shape:
+            return tensor
+        return DTensor.from_local(
+            tensor, self.mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+        )
+
+
+def wants_compiler(train: TrainConfig, device: torch.device, say: Callable[[str], None]) -> bool:
+    """Whether to compile: if asked to, or on a GPU (a CPU takes about a minute for it); and only if it works."""
+    if train.compile == "off" or (train.compile == "auto" and device.type != "cuda"):
+        return False
+    if problem := _compiler_problem(device):
+        say(f"torch.compile does not work here ({problem}); going on without it")
+    return not problem
 
 
 def use_fp8(model: GPT, emulate: bool = False) -> None:

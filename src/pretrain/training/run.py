@@ -1,25 +1,73 @@
 """The run directory: the only thing that commands share.
 
-config.toml  tokenizer.json  data/  metrics.jsonl  samples.jsonl  checkpoints/  summary.json  loss.png
+config.toml  tokenizer.json  data/  metrics.jsonl  samples.jsonl  events.jsonl  checkpoints/  summary.json  loss.png
+heartbeat.json  lock
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 import torch
+from filelock import FileLock, Timeout
 
 from pretrain.config import Config, config_from_dict, config_to_dict
 from pretrain.errors import CheckpointError, UsageError
 from pretrain.model import GPT
 from pretrain.tokenizer import Tokenizer
+from pretrain.tokens import Corpus, is_tokens, open_corpus
 from pretrain.training.checkpoint import Checkpoint, checkpoints, newest
+
+LOCK = "lock"
+
+
+@contextmanager
+def lock_run(folder: Path) -> Iterator[None]:
+    """Let no second process train in ``folder`` while entered; the lock of a process that died holds nobody.
+
+    Makes the folder, and takes it away again if nothing else came into it. Raises CheckpointError when another process
+    has it.
+    """
+    Run.check_writable(folder)
+    made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise CheckpointError(
+            f"another process is training in {folder}{_who(folder)}; wait, or use another --out"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise UsageError(f"cannot write to {folder}: {error.strerror}; choose another folder with --out") from None
+        # A file system without locks: two writers are then up to the user.
+    try:
+        yield
+    finally:
+        if {path.name for path in folder.iterdir()} <= {LOCK}:
+            (folder / LOCK).unlink(missing_ok=True)
+            with suppress(OSError):  # unless somebody else put something there meanwhile
+                for path in made:
+                    path.rmdir()
+        lock.release()
+
+
+def _who(folder: Path) -> str:
+    try:
+        beat = json.loads((folder / "heartbeat.json").read_text(encoding="utf-8"))
+        return f" (process {beat['pid']} on {beat['host']}, at step {beat['step']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 @dataclass(frozen=True)
@@ -30,11 +78,16 @@ class Run:
     config: Config
 
     @staticmethod
+    def exists(folder: Path) -> bool:
+        """Whether ``folder`` is a run."""
+        return (folder / "config.toml").is_file()
+
+    @staticmethod
     def open(folder: str | Path) -> Run:
         """An existing run. A CheckpointError when the folder is not one."""
         folder = Path(folder)
         file = folder / "config.toml"
-        if not file.is_file():
+        if not Run.exists(folder):
             what = "is not a run directory (it has no config.toml)" if folder.is_dir() else "does not exist"
             raise CheckpointError(f"{folder} {what}; 'pretrain train --out {folder}' makes one")
         try:
@@ -46,13 +99,18 @@ class Run:
     @staticmethod
     def check_new(folder: Path) -> None:
         """A UsageError unless a run can be made in ``folder``: absent or empty, and writable."""
+        Run.check_writable(folder)
+        # What a run that was stopped while preparing leaves behind is made anew.
+        if folder.exists() and {path.name for path in folder.iterdir()} - {"data", "data.tmp", "tokenizer.json", LOCK}:
+            raise UsageError(f"{folder} has files but is not a run; choose another folder with --out")
+
+    @staticmethod
+    def check_writable(folder: Path) -> None:
+        """A UsageError unless ``folder`` is, or can be made, a folder to write to."""
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
             what = "is not a folder" if not existing.is_dir() else "is not writable"
             raise UsageError(f"cannot make {folder}: {existing} {what}; choose another folder with --out")
-        # What a run that was stopped while preparing leaves behind is made anew.
-        if existing == folder and {path.name for path in folder.iterdir()} - {"data", "data.tmp", "tokenizer.json"}:
-            raise UsageError(f"{folder} has files but is not a run; choose another folder with --out")
 
     @staticmethod
     def create(folder: Path, config: Config) -> Run:
@@ -87,6 +145,15 @@ class Run:
         return self.folder / "samples.jsonl"
 
     @property
+    def events(self) -> Path:
+        """events.jsonl: what happened beside the steps, such as skipped ones."""
+        return self.folder / "events.jsonl"
+
+    def reopen(self) -> None:
+        """Take the mark of being finished away, so that training can go on."""
+        (self.folder / "summary.json").unlink(missing_ok=True)
+
+    @property
     def summary(self) -> dict[str, Any] | None:
         """What the finished run came to; None before its end."""
         file = self.folder / "summary.json"
@@ -101,6 +168,16 @@ class Run:
     def tokenizer(self) -> Tokenizer:
         """The run's tokenizer."""
         return Tokenizer.load(self.folder / "tokenizer.json")
+
+    def corpus(self) -> Corpus:
+        """The tokens of the run: the shards that its configuration names, or those made of its text.
+
+        Of a stream they are only the held-out ones. Raises DataError if they are no longer there, or torn.
+        """
+        paths = self.config.data.paths
+        if not is_tokens(paths):
+            paths = [str(self.data)]
+        return open_corpus(paths, str(self.folder / "tokenizer.json"))
 
     def newest_checkpoint(self) -> Checkpoint:
         """The newest whole checkpoint. A CheckpointError when there is none."""

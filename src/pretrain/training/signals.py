@@ -1,35 +1,68 @@
-"""Being asked to stop: the first SIGINT, SIGTERM or SIGUSR1 is remembered, the next one leaves at once."""
+"""Being asked to stop: SIGINT, SIGTERM or SIGUSR1 (SLURM's warning before its time limit).
+
+first signal   →  requested; the loop leaves at its next check, with everything saved
+second signal  →  leaves at once
+grace over     →  leaves with the last checkpoint there is
+"""
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from types import FrameType
+
+from pretrain.errors import Interrupted
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+
+class Stopped(BaseException):
+    """Raised where work is cut short because a signal asked to stop. Not an Exception: no handler swallows it."""
 
 
 class StopRequest:
     """While entered, ``requested`` says whether a signal asked the process to stop.
 
-    SIGUSR1 is what SLURM can send ahead of its time limit. In a thread other than the main one, where Python cannot
-    install handlers, it never says so.
+    In a thread other than the main one, where Python cannot install handlers, it never says so.
+
+    Args:
+        grace_seconds: how long saving and leaving may take after the first signal.
     """
 
-    SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
-
-    def __init__(self):
+    def __init__(self, grace_seconds: float):
         self.requested = False
+        self.grace_seconds = grace_seconds
         self._previous = {}
+        self._timer: threading.Timer | None = None
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+            self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Raise Stopped if a signal asked to stop: for places where the work at hand may be given up."""
+        if self.requested:
+            raise Stopped
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        self._timer = threading.Timer(self.grace_seconds, self._leave)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _leave(self) -> None:
+        """The end of the grace period: whatever the main thread hangs in, nothing committed is lost."""
+        message = f"pretrain: not saved within {self.grace_seconds:g} s of the signal; the last checkpoint is safe"
+        print(message, file=sys.stderr, flush=True)
+        os._exit(Interrupted.exit_code)

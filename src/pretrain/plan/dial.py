@@ -1,4 +1,4 @@
-"""What a configuration comes to before anything runs: parameters, FLOPs, and the numbers that the dial derives.
+"""The numbers that a configuration leaves to be derived: the dial, and the steps from the horizon.
 
 The dial (``model.depth``) follows nanochat: one number from which width, heads, horizon, batch and rates follow. The
 laws for batch, rates and decay were measured there against its 12-layer model (2026; see docs/recipes.md).
@@ -9,50 +9,13 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import torch
-
 from pretrain.config import Config, ModelConfig
 from pretrain.errors import UsageError
-from pretrain.model import GPT
-from pretrain.model.transformer import Linear, layer_kinds, window_length
+from pretrain.plan.count import count_parameters, flops_per_token, matrices
 
-ACTIVATIONS_PER_CHANNEL = 36
-"""Values that a block keeps for its backward pass, for each token and channel: 17 to 34 measured, 47 with dropout."""
 WIDTH_PER_LAYER, HEAD_WIDTH = 64, 128
 REFERENCE_DEPTH, REFERENCE_BATCH = 12, 2**19
 """The model and the batch, in tokens, against which the dial's laws were measured."""
-
-
-def count_parameters(config: ModelConfig, vocab_size: int) -> dict[str, int]:
-    """Parameters by part: ``embedding``, ``value_embeddings``, ``matrices`` (the blocks'), ``head`` and ``other``.
-
-    A tied head counts as the embedding it shares.
-    """
-    with torch.device("meta"):
-        model = GPT(config, vocab_size)
-    counts = {
-        "embedding": model.embedding.weight.numel(),
-        "value_embeddings": sum(p.numel() for p in model.value_embeddings.parameters()),
-        "matrices": sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2),
-        "head": 0 if config.tied_head else model.head.weight.numel(),
-    }
-    return {**counts, "other": sum(p.numel() for p in model.parameters()) - sum(counts.values())}
-
-
-def flops_per_token(config: ModelConfig, vocab_size: int) -> int:
-    """Operations of a forward and backward pass for one token (PaLM, arXiv 2204.02311, appendix B).
-
-    6 for each parameter of a matrix product, and 12 for each channel of queries and each token they see.
-    """
-    with torch.device("meta"):
-        model = GPT(config, vocab_size)
-    products = sum(module.weight.numel() for module in model.modules() if isinstance(module, Linear))
-    channels = config.heads * (config.head_width or config.width // config.heads)
-    seen = sum(
-        min(window_length(config), config.context_length) if kind == "S" else config.context_length
-        for kind in layer_kinds(config)
-    )
-    return 6 * products + 12 * channels * seen
 
 
 def resolve(config: Config, vocab_size: int) -> tuple[Config, list[str]]:
@@ -114,25 +77,7 @@ def horizon_tokens(config: Config, model: ModelConfig, vocab_size: int) -> int:
     """Training tokens by ``train.tokens_per_parameter`` for a model."""
     counts = count_parameters(model, vocab_size)
     if config.train.horizon_parameters == "matrices":
-        counted = counts["matrices"] + (counts["embedding"] if model.tied_head else counts["head"])
+        counted = matrices(counts) + (counts["embedding"] if model.tied_head else counts["head"])
     else:
         counted = sum(counts.values())
     return int(config.train.tokens_per_parameter * counted)
-
-
-def activation_bytes(config: Config, bytes_per_value: int) -> int:
-    """About how much memory the forward pass of one row of the context length keeps for its backward pass."""
-    model = config.model
-    blocks = 1 + model.layers / ACTIVATIONS_PER_CHANNEL if config.train.activation_checkpointing else model.layers
-    kept = ACTIVATIONS_PER_CHANNEL * (1.5 if model.dropout else 1.0)
-    return int(model.context_length * model.width * blocks * kept * bytes_per_value)
-
-
-def rows_that_fit(config: Config, bytes_per_value: int, free_bytes: int) -> int:
-    """The most rows of the batch, dividing it evenly, whose activations fit in 70 % of the free memory; at least 1."""
-    return rows_up_to(config, int(0.7 * free_bytes / activation_bytes(config, bytes_per_value)))
-
-
-def rows_up_to(config: Config, limit: int) -> int:
-    """The largest micro-batch of at most ``limit`` rows that divides the batch; at least 1."""
-    return next((n for n in range(min(limit, config.batch_rows), 0, -1) if config.batch_rows % n == 0), 1)

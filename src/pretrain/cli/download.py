@@ -1,0 +1,256 @@
+"""``pretrain data download``: what to get, how far it is, what failed, and what to do next."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+import urllib.parse
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from pretrain.cli.parsing import did_you_mean, parse
+from pretrain.errors import DataError, Interrupted, UsageError
+
+if TYPE_CHECKING:
+    from pretrain.text.catalogue import TextSet
+    from pretrain.text.download import Download
+
+
+@dataclass
+class DownloadArguments:
+    """Download a public set of text from the catalogue, or files by their URLs.
+
+    Without NAME the catalogue is listed. Complete files are kept, partial ones gone on with. Sizes and hashes are
+    checked where the server gives them. HF_ENDPOINT, HF_TOKEN and HTTPS_PROXY are honoured.
+    """
+
+    names: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[NAME | URL ...]")] = ()
+    """A set by name, or one or more http(s) URLs."""
+    list: bool = False
+    """List the catalogue."""
+    shards: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 0
+    """Training files to download; the validation file always goes along. 0: all, which huge sets refuse."""
+    out: str = ""
+    """The folder to put the files in. Default: data/NAME, or data/downloads for URLs."""
+    workers: int = 4
+    """Files downloaded at once."""
+    base_url: str = ""
+    """The folder with the set's files on a mirror, instead of where they were published."""
+    tries: int = 5
+    """How often a file is tried, with longer and longer waits between."""
+    timeout: float = 30.0
+    """Seconds without a byte after which a connection counts as broken."""
+
+    def __post_init__(self):
+        for name in ("workers", "tries"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        if self.timeout <= 0:
+            raise ValueError(f"--timeout must be more than 0 seconds, not {self.timeout:g}")
+        if self.base_url and not _is_url(self.base_url):
+            raise ValueError(f"--base-url must begin with http:// or https://, not {self.base_url!r}")
+
+
+def download(args: list[str]) -> int:
+    """Download a public set of text, or files by their URLs."""
+    a = parse(DownloadArguments, args, "data download")
+
+    from pretrain.text.catalogue import CATALOGUE
+
+    names = list(a.names)
+    if a.list or not names:
+        print("\n\n".join(map(_facts, CATALOGUE.values())))
+        print("\npretrain data download NAME [-n FILES] [--out DIR]")
+        return 0
+    if all(map(_is_url, names)):
+        if a.shards or a.base_url:
+            raise UsageError("-n and --base-url choose from a set of the catalogue; leave them out with URLs")
+        found, folder = None, Path(a.out or "data/downloads")
+    elif len(names) > 1:
+        raise UsageError(f"one set at a time, or several URLs, not {shlex.join(names)}")
+    else:
+        found = _find(names[0], CATALOGUE)
+        folder = Path(a.out or f"data/{found.name}")
+        if found.embedded:
+            print(f"{found.name} comes with the installation. Next:\n  pretrain train")
+            return 0
+
+    from pretrain.text.download import Download, Patience, Unreachable, download_all
+
+    if found is None:
+        items = [Download(url, folder / name) for url, name in zip(names, _names(names), strict=True)]
+    else:
+        items = _items(found, a.shards, a.base_url, folder)
+    try:
+        with _progress(items) as show:
+            download_all(items, a.workers, Patience(a.tries, timeout=a.timeout), show)
+    except Unreachable as error:
+        raise DataError(
+            f"{error}; check the network (behind a proxy: HTTPS_PROXY), or bring the files to {folder} from elsewhere"
+        ) from None
+    except KeyboardInterrupt:
+        whole = sum(item.state in ("fetched", "kept") for item in items)
+        raise Interrupted(
+            f"interrupted: {whole} of {len(items)} files are in {folder}; the same command goes on from here"
+        ) from None
+    failed = [item for item in items if item.state == "failed"]
+    if failed:
+        _print_failures(failed)
+        raise DataError(
+            f"{len(failed)} of {len(items)} files could not be downloaded to {folder}, for the reasons above;"
+            f" the same command tries them again"
+        )
+    print(_summary(items, folder, found))
+    return 0
+
+
+def _find(name: str, catalogue: dict[str, TextSet]) -> TextSet:
+    """The set of that name. Raises UsageError with the nearest name if there is none."""
+    if (found := catalogue.get(name.lower())) is not None:
+        return found
+    parts = [each for each in catalogue if name.lower() in each]
+    hint = f"; did you mean '{parts[0]}'?" if len(parts) == 1 else did_you_mean(name.lower(), parts or [*catalogue])
+    raise UsageError(f"no set named '{name}' in the catalogue{hint}")
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:
+        return False
+
+
+def _names(urls: Sequence[str]) -> list[str]:
+    """The file names of URLs."""
+    names: list[str] = []
+    for url in urls:
+        name = urllib.parse.unquote(urllib.parse.urlsplit(url).path).rpartition("/")[2]
+        if name in ("", ".", "..") or "\0" in name:
+            raise UsageError(f"{url} does not end in the name of a file")
+        if name in names:
+            raise UsageError(f"two URLs end in the same name {name}; download them into two folders, one by one")
+        names.append(name)
+    return names
+
+
+def _items(found: TextSet, train: int, base_url: str, folder: Path) -> list[Download]:
+    """The files of a set to download. Raises DataError if the disk has no room for them."""
+    from pretrain.text.download import Download
+
+    items, missing = [], 0
+    for name in found.files(train):
+        file = folder / found.saved_as.get(name, name)
+        items.append(Download(found.url(name, base_url), file, found.sizes.get(name, 0), found.sha256.get(name, "")))
+        missing += 0 if file.exists() else found.size_about(name)
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    if missing > free:
+        raise DataError(
+            f"{folder}: the files take about {missing / 1e9:,.1f} GB and the disk has {free / 1e9:,.1f} GB free;"
+            f" download fewer (-n), or to another disk (--out)"
+        )
+    return items
+
+
+def _facts(each: TextSet) -> str:
+    """A set of the catalogue, in a few lines."""
+    count = len(each.train) + bool(each.validation)
+    size = f"about {each.bytes / 1e9:,.0f} GB" if each.huge else _bytes(each.bytes)
+    files = f"{count:,} file{'s' if count > 1 else ''}, {size}" if count else "nothing to download"
+    amounts = [(each.characters, "characters"), (each.tokens, "tokens of GPT-2")]
+    amount = ", ".join(f"{_number(number)} {unit}" for number, unit in amounts if number)
+    validation = f"validation: {each.validation}" if each.validation else ""
+    lines = [each.about, f"about {amount}" if each.huge else amount, validation, f"licence: {each.licence}", each.page]
+    return "\n  ".join([f"{each.name}  ({files})", *filter(None, lines)])
+
+
+def _number(number: int) -> str:
+    return f"{number / 1e9:,.0f} billion" if number >= 1e9 else f"{number:,}"
+
+
+def _bytes(number: int) -> str:
+    from rich.filesize import decimal
+
+    return decimal(number)
+
+
+def _print_failures(failed: list[Download]) -> None:
+    width = max(len(item.file.name) for item in failed)
+    print(f"{'file':<{width}}  tries  why", file=sys.stderr)
+    for item in failed:
+        print(f"{item.file.name:<{width}}  {item.tries:>5}  {item.problem}", file=sys.stderr)
+
+
+def _summary(items: list[Download], folder: Path, found: TextSet | None) -> str:
+    """The last lines: what there is now, and the commands that go on."""
+    kept = sum(item.state == "kept" for item in items)
+    there = f", {kept} of them there before" if kept else ""
+    lines = [f"{folder}: {len(items)} of {len(items)} files{there}, {_bytes(sum(item.done for item in items))}"]
+    prepare = train = ""
+    if found is not None and found.validation:
+        lines.append(f"{found.validation}, the last of them, is to validate on.")
+        prepare, train = " --split last_file", " --data.split last_file"
+    data, tokens = shlex.quote(str(folder)), shlex.quote(f"{folder}-tokens")
+    return "\n".join(
+        [
+            *lines,
+            "Next:",
+            f"  pretrain data prepare {data}{prepare} --out {tokens}",
+            f"  pretrain train --data {data}{train}",
+        ]
+    )
+
+
+@contextmanager
+def _progress(items: list[Download]) -> Iterator[Callable[[], None]]:
+    """Show on standard error how far the downloads are: bars on a terminal, else a line for each finished file."""
+    from rich import progress as rich
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    bars = rich.Progress(
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(),
+        rich.DownloadColumn(),
+        rich.TransferSpeedColumn(),
+        rich.TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+    running: dict[int, rich.TaskID] = {}
+    ended: set[int] = set()
+
+    def show() -> None:
+        for number, item in enumerate(items):
+            if item.state == "running":
+                if number not in running:
+                    running[number] = bars.add_task("", total=None)
+                name = item.file.name + (f", try {item.tries}" if item.tries > 1 else "")
+                bars.update(running[number], description=name, completed=item.done, total=item.total or None)
+            elif item.state != "waiting" and number not in ended:
+                ended.add(number)
+                if number in running:
+                    bars.remove_task(running.pop(number))
+                if not console.is_terminal:
+                    what = {"kept": "there already", "failed": item.problem}.get(item.state, _bytes(item.done))
+                    console.print(f"{item.file.name}  {what}", markup=False)
+        sizes = [item.total for item in items if item.total]
+        unknown = sum(item.state in ("waiting", "running") and not item.total for item in items)
+        bars.update(
+            whole,
+            description=f"{sum(item.state in ('fetched', 'kept') for item in items)} of {len(items)} files",
+            completed=sum(item.done for item in items if item.total),
+            total=sum(sizes) + unknown * sum(sizes) // len(sizes) if sizes else None,  # the unknown are as the others
+        )
+
+    with bars:
+        whole = bars.add_task("", total=None)
+        yield show

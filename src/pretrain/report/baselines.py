@@ -1,0 +1,139 @@
+"""What a loss is to be compared with: what mere counting comes to on the same data.
+
+some of the training tokens → counts of tokens and of pairs → cross-entropy of some of the held-out tokens
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from pretrain.errors import PretrainError
+from pretrain.tokenizer import Tokenizer
+from pretrain.tokens import TokenStream, is_tokens, open_corpus
+from pretrain.tokens.shards import MANIFEST, write_atomically
+from pretrain.training import Run
+
+CACHE = "baselines.json"
+TRAIN_TOKENS, HELD_OUT_TOKENS = 2_000_000, 200_000
+"""Tokens counted, and tokens guessed, at most: a second, and enough for two digits."""
+BLOCKS = 32
+"""Places, evenly over the data, that they are taken from."""
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """Losses of guessing without a model, in nats per token."""
+
+    fingerprint: str
+    """Of the data they were measured on."""
+    tokens: int
+    """Training tokens counted."""
+    guessed: int
+    """Tokens guessed: held-out ones, or if none are held out, others of the training tokens."""
+    uniform: float
+    """Every token equally likely: ln of the vocabulary size."""
+    unigram: float
+    """Each token as likely as it is frequent."""
+    bigram: float
+    """Each token as likely as it is frequent after the one before it."""
+    bytes_per_token: float
+    """UTF-8 bytes of text that a guessed token stands for; 0 if none of them stands for text."""
+    zipped: float
+    """Bits that a byte of the guessed text takes in a zip file (deflate)."""
+
+    def bits_per_byte(self, loss: float) -> float | None:
+        """About how many bits a byte of the held-out text costs at a loss; special tokens count as others here."""
+        return loss / (math.log(2) * self.bytes_per_token) if self.bytes_per_token else None
+
+
+def baselines(run: Run) -> Baselines | None:
+    """The baselines of a run's data, measured once and kept in the run directory.
+
+    None when there are no token shards to measure on: they are gone, or the text was tokenized while training.
+    """
+    file = run.folder / CACHE
+    with suppress(PretrainError, OSError, ValueError):
+        if (run.data / MANIFEST).is_file():
+            corpus = open_corpus([str(run.data)])
+        elif is_tokens(run.config.data.paths):
+            corpus = open_corpus(run.config.data.paths, run.config.tokenizer.kind)
+        else:
+            return None
+        with suppress(OSError, ValueError, TypeError):
+            kept = Baselines(**json.loads(file.read_text(encoding="utf-8")))
+            if kept.fingerprint == corpus.fingerprint:
+                return kept
+        train, held_out = corpus.stream("train"), corpus.stream("val")
+        if len(train) < 2:
+            return None
+        found = measure_baselines(train, held_out, corpus.tokenizer, corpus.fingerprint)
+        with suppress(OSError):  # a run directory that is read-only
+            write_atomically(file, json.dumps(asdict(found), indent=2) + "\n")
+        return found
+    return None
+
+
+def measure_baselines(train: TokenStream, held_out: TokenStream, tokenizer: Tokenizer, fingerprint: str) -> Baselines:
+    """Count tokens and pairs of ``train`` (two tokens at least), and guess those of ``held_out`` by them.
+
+    What was never counted gets the probability that Witten and Bell give to something new (IEEE Trans. Inf. Theory 37,
+    1991, method C): the number of kinds seen against the number of all; for a pair it goes to the single token's.
+    """
+    counted = some_blocks(train, TRAIN_TOKENS)
+    if len(held_out) > 1:
+        guessed = some_blocks(held_out, HELD_OUT_TOKENS)
+    else:
+        flat = counted.reshape(-1)
+        cut = max(1, len(flat) - len(flat) // 20 - 1)
+        counted, guessed = flat[None, :cut], flat[None, cut - 1 :]
+    vocabulary = max(tokenizer.vocab_size, int(counted.max()) + 1, int(guessed.max()) + 1)
+
+    counts = np.bincount(counted.reshape(-1), minlength=vocabulary)
+    total, kinds = counts.sum(), np.count_nonzero(counts)
+    new = vocabulary - kinds
+    single = np.where(counts, counts / (total + kinds * (new > 0)), kinds / (total + kinds) / max(1, new))
+
+    pairs, pair_counts = np.unique(counted[:, :-1] * vocabulary + counted[:, 1:], return_counts=True)
+    first = pairs // vocabulary
+    totals = np.bincount(first, weights=pair_counts, minlength=vocabulary)
+    followers = np.bincount(first, minlength=vocabulary)
+
+    before, after = guessed[:, :-1].reshape(-1), guessed[:, 1:].reshape(-1)
+    seen = _look_up(pairs, pair_counts, before * vocabulary + after)
+    context = totals[before] + followers[before]
+    both = np.where(context, (seen + followers[before] * single[after]) / np.maximum(1, context), single[after])
+    lengths = tokenizer.token_bytes()
+    sizes = lengths[np.minimum(after, len(lengths) - 1)]
+    text = tokenizer.decode([id for id in guessed.reshape(-1).tolist() if id < tokenizer.vocab_size]).encode()
+    return Baselines(
+        fingerprint,
+        int(total),
+        len(after),
+        math.log(tokenizer.vocab_size),
+        float(-np.log(single[after]).mean()),
+        float(-np.log(both).mean()),
+        float(sizes.mean()),
+        8 * len(zlib.compress(text, 9)) / max(1, len(text)),
+    )
+
+
+def some_blocks(stream: TokenStream, limit: int) -> np.ndarray:
+    """All tokens of a stream as one row, or ``limit`` of them as blocks taken evenly from it: int64 (blocks, T)."""
+    tokens = len(stream)
+    if tokens <= limit:
+        return stream.windows(np.zeros(1, dtype=np.int64), tokens)
+    length = limit // BLOCKS
+    starts = np.linspace(0, tokens - length, BLOCKS).astype(np.int64)
+    return stream.windows(starts, length)
+
+
+def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """``values`` of the sorted ``keys`` that are ``wanted``, 0 for those that are not there."""
+    places = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+    return np.where(keys[places] == wanted, values[places], 0)

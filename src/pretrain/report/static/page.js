@@ -1,0 +1,507 @@
+"use strict";
+// The page's moving parts: data → numbers, plots, samples, events; and, on a live page, news and answers to prompts.
+(() => {
+  const page = JSON.parse(document.getElementById("data").textContent);
+  const runs = page.runs;
+  const several = runs.length > 1;
+  const byId = (id) => document.getElementById(id);
+
+  /** An element with text and children; nothing is ever parsed as HTML. */
+  function element(tag, properties = {}, ...children) {
+    const made = Object.assign(document.createElement(tag), properties);
+    made.append(...children);
+    return made;
+  }
+
+  // Numbers for people ---------------------------------------------------------------------------------------------
+
+  const grouped = new Intl.NumberFormat("en");
+  const short = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 4 });
+
+  function plain(value) {
+    if (value == null || !Number.isFinite(value)) return "";
+    const size = Math.abs(value);
+    if (size >= 1e15 || (size > 0 && size < 1e-3)) return value.toExponential(2).replace("e+", "e");
+    return size >= 1e4 ? short.format(value) : String(+value.toPrecision(4));
+  }
+
+  function duration(seconds) {
+    if (seconds == null) return "";
+    if (seconds < 120) return `${+seconds.toPrecision(3)} s`;
+    const minutes = Math.round(seconds / 60);
+    if (minutes < 60) return `${minutes} min`;
+    const hours = Math.floor(minutes / 60);
+    if (hours < 48) return `${hours} h ${String(minutes % 60).padStart(2, "0")}`;
+    return `${+(minutes / 1440).toPrecision(3)} days`;
+  }
+
+  // Axes -----------------------------------------------------------------------------------------------------------
+
+  const AXES = {
+    step: { label: "step", of: (run, table) => table.step },
+    tokens: { label: "training tokens", of: (run, table) => table.tokens },
+    time: { label: "time", of: (run, table) => table.time, format: duration },
+    flops: {
+      label: "FLOPs",
+      of: (run, table) => run.flops_per_token && table.tokens
+        && table.tokens.map((tokens) => tokens == null ? null : tokens * run.flops_per_token),
+    },
+  };
+  let axis = "step";
+
+  const KNOWN = [
+    {
+      id: "loss", title: "Loss", unit: "nats per token", skips: true,
+      lines: [
+        { table: "train", column: "train/loss", label: "training, each step", faint: true },
+        { table: "train", column: "train/loss smoothed", label: "training, smoothed" },
+        { table: "val", column: "val/loss", label: "held out", points: true },
+      ],
+      rules: (run) => Object.entries(run.baselines ?? {}).map(([label, value]) => ({ label, value })),
+    },
+    { id: "bpb", title: "Bits per byte", unit: "held-out text", lines: [{ table: "val", column: "val/bpb", label: "held out", points: true }] },
+    {
+      id: "rate", title: "Learning rate and momentum", unit: "",
+      lines: [
+        { table: "train", column: "train/lr", label: "learning rate" },
+        { table: "train", column: "train/momentum", label: "Muon momentum", scale: "momentum" },
+      ],
+    },
+    {
+      id: "norm", title: "Gradient norm", unit: "before clipping", logarithmic: true, skips: true,
+      lines: [{ table: "train", column: "train/grad_norm", label: "gradient norm" }],
+      rules: (run) => run.clip ? [{ label: "clipped above", value: run.clip }] : [],
+      note: (run) => run.stats.clippable
+        ? `clipped at ${(100 * run.stats.clipped / run.stats.clippable).toFixed(1)} % of the steps` : "",
+    },
+    { id: "speed", title: "Throughput", unit: "tokens a second", lines: [{ table: "train", column: "train/tokens_per_second", label: "tokens a second" }] },
+    { id: "core", title: "CORE", unit: "centered accuracy", lines: [{ table: "val", column: "val/core", label: "CORE", points: true }] },
+  ];
+
+  const has = (run, line) => (run[line.table][line.column] ?? []).some((value) => value != null);
+
+  /** The plots that there are numbers for; what has no plot of its own here gets one with its name. */
+  function wanted() {
+    const plots = KNOWN.map((plot) => ({
+      ...plot, lines: plot.lines.filter((line) => runs.some((run) => has(run, line)) && (byId("each").checked || !line.faint)),
+    }));
+    const taken = new Set(KNOWN.flatMap((plot) => plot.lines.map((line) => line.column)));
+    for (const table of ["train", "val"]) {
+      for (const column of new Set(runs.flatMap((run) => Object.keys(run[table])))) {
+        if (["step", "tokens", "time"].includes(column) || taken.has(column)) continue;
+        const line = { table, column, label: column, points: table === "val" };
+        if (runs.some((run) => has(run, line))) plots.push({ id: column, title: column, unit: "", lines: [line] });
+      }
+    }
+    return plots.filter((plot) => plot.lines.length);
+  }
+
+  // Plots ----------------------------------------------------------------------------------------------------------
+
+  const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+  const DASHES = [[], [8, 4], [2, 3], [10, 3, 2, 3]];
+
+  /** What a plot draws: its series as uPlot wants them, and the aligned data. */
+  function contents(plot) {
+    const series = [{ label: AXES[axis].label, value: (u, value) => (AXES[axis].format ?? plain)(value ?? u.data[0][u.data[0].length - 1]) }];
+    const tables = [];
+    runs.forEach((run, number) => {
+      for (const source of ["train", "val"]) {
+        const lines = plot.lines.filter((line) => line.table === source && has(run, line));
+        const xs = lines.length && AXES[axis].of(run, run[source]);
+        if (!xs) continue;
+        let rows = [...xs.keys()].filter((row) => xs[row] != null);
+        if (rows.some((row, i) => i && xs[row] <= xs[rows[i - 1]])) {
+          rows = rows.sort((a, b) => xs[a] - xs[b]).filter((row, i, all) => !i || xs[row] > xs[all[i - 1]]);
+        }
+        tables.push([rows.map((row) => xs[row]), ...lines.map((line) => rows.map((row) => positive(plot, line, run[source][line.column][row])))]);
+        for (const line of lines) {
+          const shade = color(`series-${(several ? number : plot.lines.indexOf(line) === 2 || line.scale ? 1 : 0) % 8}`);
+          series.push({
+            label: several ? (plot.lines.length > 1 ? `${run.name}: ${line.label}` : run.name) : line.label,
+            scale: line.scale ?? "y",
+            stroke: line.faint ? fade(shade) : shade,
+            width: line.faint ? 1 : 2,
+            dash: several ? (line.points && plot.lines.length > 1 ? [4, 4] : DASHES[Math.floor(number / 8) % 4]) : [],
+            points: line.points ? { show: true, size: 6, fill: shade } : { show: run[source].step.length < 3 },
+            value: (u, value, index, row) => plain(nearest(u.data[index], row ?? u.data[index].length - 1, value)),
+          });
+        }
+      }
+    });
+    return { series, data: tables.length > 1 ? uPlot.join(tables) : tables[0] ?? [[]] };
+  }
+
+  const isLogarithmic = (plot) => plot.logarithmic || (plot.id === "loss" && byId("logarithmic").checked);
+  const positive = (plot, line, value) => isLogarithmic(plot) && !line.scale && value <= 0 ? null : value;
+  const fade = (shade) => `${shade}55`;
+
+  /** The value at a row, or the one before it that its curve has: curves are not measured at the same places. */
+  function nearest(values, row, value) {
+    while (value == null && row > 0) value = values[--row];
+    return value;
+  }
+
+  let drawn = [];
+  let zoomed = false;
+
+  function draw() {
+    const at = window.scrollY;
+    const before = zoomed && drawn.length ? { min: drawn[0].u.scales.x.min, max: drawn[0].u.scales.x.max } : null;
+    drawn.forEach(({ u }) => u.destroy());
+    byId("plots").replaceChildren();
+    drawn = wanted().map(drawPlot);
+    if (before) drawn.forEach(({ u }) => u.setScale("x", before));
+    window.scrollTo(0, at);
+  }
+
+  function drawPlot(plot) {
+    const note = several ? "" : plot.note?.(runs[0]) ?? "";
+    const box = element("div");
+    const figure = element("figure", {},
+      element("figcaption", {}, element("h3", {}, plot.title, " ", element("span", { className: "quiet", textContent: [plot.unit, note].filter(Boolean).join("; ") }))), box);
+    figure.dataset.plot = plot.id;
+    byId("plots").append(figure);
+    const { series, data } = contents(plot);
+    const ink = color("quiet"), grid = { stroke: color("grid"), width: 1 }, ticks = { stroke: color("rule"), width: 1 };
+    const scales = { x: { time: false }, y: isLogarithmic(plot) ? { distr: 3, range: (u, low, high) => low == null ? [1, 10] : [low / 1.1, high * 1.1] } : {} };
+    const look = { stroke: ink, grid, ticks, font: "12px system-ui, sans-serif" };
+    const axes = [
+      { ...look, label: AXES[axis].label, labelSize: 18, labelFont: look.font, size: 34, values: (_, all) => all.map(AXES[axis].format ?? plain) },
+      { ...look, scale: "y", size: 58, values: (_, all) => all.map(plain) },
+    ];
+    if (series.some((one) => one.scale === "momentum")) {
+      scales.momentum = {};
+      axes.push({ ...look, scale: "momentum", side: 1, size: 50, grid: { show: false }, values: (_, all) => all.map(plain) });
+    }
+    const u = new uPlot({
+      ...size(box, plot), series, scales, axes,
+      cursor: { sync: { key: "x", scales: ["x", null] }, drag: { x: true, y: false }, points: { size: 7 } },
+      hooks: {
+        draw: [(u) => { rules(u, plot); skips(u, plot); }],
+        setSelect: [(u) => { zoomed ||= u.select.width > 0; }],
+      },
+    }, data, box);
+    u.over.addEventListener("dblclick", () => { zoomed = false; });
+    const canvas = u.ctx.canvas;
+    canvas.setAttribute("role", "img");
+    canvas.setAttribute("aria-label", inWords(plot));
+    return { plot, u, box };
+  }
+
+  const size = (box, plot) => ({ width: Math.max(200, box.clientWidth), height: plot.id === "loss" && box.clientWidth > 500 ? 380 : 240 });
+
+  /** A plot for those who cannot see it: where each curve begins and ends. */
+  function inWords(plot) {
+    const parts = [];
+    for (const run of runs) {
+      for (const line of plot.lines.filter((each) => !each.faint && has(run, each))) {
+        const values = run[line.table][line.column].map((value, row) => [run[line.table].step[row], value]).filter((pair) => pair[1] != null);
+        const [first, last] = [values[0], values[values.length - 1]];
+        parts.push(`${several ? `${run.name}, ` : ""}${line.label}: ${plain(first[1])} at step ${first[0]}, ${plain(last[1])} at step ${last[0]}`);
+      }
+    }
+    return `${plot.title}. ${parts.join("; ")}.`;
+  }
+
+  /** Level lines: what counting alone comes to, or where gradients are clipped. */
+  function rules(u, plot) {
+    const levels = new Map();
+    for (const run of plot.rules ? runs : []) for (const rule of plot.rules(run)) levels.set(`${rule.label} ${rule.value}`, rule);
+    if (levels.size > 6) return;
+    const { ctx, bbox } = u, ratio = uPlot.pxRatio;
+    ctx.save();
+    ctx.strokeStyle = ctx.fillStyle = color("quiet");
+    ctx.lineWidth = ratio;
+    ctx.setLineDash([5 * ratio, 4 * ratio]);
+    ctx.font = `${11 * ratio}px system-ui, sans-serif`;
+    ctx.textAlign = "right";
+    for (const { label, value } of levels.values()) {
+      const y = Math.round(u.valToPos(value, "y", true));
+      if (!(y > bbox.top && y < bbox.top + bbox.height)) continue;
+      ctx.beginPath();
+      ctx.moveTo(bbox.left, y);
+      ctx.lineTo(bbox.left + bbox.width, y);
+      ctx.stroke();
+      ctx.fillText(`${label} ${plain(value)}`.slice(0, 60), bbox.left + bbox.width - 4 * ratio, y - 4 * ratio);
+    }
+    ctx.restore();
+  }
+
+  /** A mark at the foot of a plot for each step that was skipped. */
+  function skips(u, plot) {
+    if (!plot.skips) return;
+    const { ctx, bbox } = u, size = 5 * uPlot.pxRatio;
+    ctx.save();
+    ctx.fillStyle = color("bad");
+    for (const run of runs) {
+      const xs = AXES[axis].of(run, run.train);
+      for (const [step] of xs ? run.skipped : []) {
+        const row = lowerBound(run.train.step, step);
+        const x = u.valToPos(xs[Math.min(row, xs.length - 1)], "x", true), foot = bbox.top + bbox.height;
+        if (!(x >= bbox.left && x <= bbox.left + bbox.width)) continue;
+        ctx.beginPath();
+        ctx.moveTo(x - size, foot);
+        ctx.lineTo(x + size, foot);
+        ctx.lineTo(x, foot - 2 * size);
+        ctx.fill();
+      }
+    }
+    ctx.restore();
+  }
+
+  function lowerBound(values, wanted) {
+    let low = 0, high = values.length;
+    while (low < high) {
+      const middle = (low + high) >> 1;
+      if (values[middle] < wanted) low = middle + 1; else high = middle;
+    }
+    return low;
+  }
+
+  /** New numbers into the plots that are there; anew when others are wanted. */
+  function update() {
+    const plots = wanted();
+    const same = plots.length === drawn.length && plots.every((plot, i) => plot.id === drawn[i].plot.id && plot.lines.length === drawn[i].plot.lines.length);
+    const all = same && plots.map(contents);
+    if (!same || all.some(({ series }, i) => series.length !== drawn[i].u.series.length)) return draw();
+    drawn.forEach(({ plot, u }, i) => {
+      u.setData(all[i].data, !zoomed);
+      if (zoomed) u.redraw();
+      u.ctx.canvas.setAttribute("aria-label", inWords(plot));
+    });
+  }
+
+  // Numbers, tables, samples, events -------------------------------------------------------------------------------
+
+  function showNumbers() {
+    if (several) return;
+    const s = runs[0].stats;
+    const left = s.finished || !s.seconds_per_step ? null : (s.steps - s.step) * s.seconds_per_step;
+    const tiles = [
+      ["held-out loss", s.val_loss?.toFixed(3)],
+      ["bits per byte", s.val_bpb?.toFixed(3)],
+      ["CORE", s.core?.toFixed(4)],
+      ["training loss", s.loss?.toFixed(3)],
+      ["step", s.step == null ? null : `${grouped.format(s.step)} of ${grouped.format(s.steps)}`],
+      ["tokens", s.tokens == null ? null : short.format(s.tokens)],
+      ["time", s.time == null ? null : duration(s.time)],
+      ["left, about", left == null ? null : duration(left)],
+      ["tokens a second", s.tokens_per_second == null ? null : short.format(s.tokens_per_second)],
+      ["parameters", s.parameters == null ? null : short.format(s.parameters)],
+      ["skipped steps", s.skipped || null],
+    ];
+    byId("numbers").hidden = s.step == null;
+    byId("numbers").replaceChildren(...tiles.filter(([, value]) => value != null).map(([name, value]) =>
+      element("div", {}, element("dt", { textContent: name }), element("dd", { textContent: value }))));
+  }
+
+  function table(heads, rows) {
+    return element("table", {},
+      element("thead", {}, element("tr", {}, ...heads.map((head) => element("th", { scope: "col", textContent: head })))),
+      element("tbody", {}, ...rows.map((row) => element("tr", {}, ...row.map((cell) =>
+        element("td", { className: typeof cell === "number" ? "number" : "wrap", textContent: typeof cell === "number" ? (Number.isInteger(cell) ? grouped.format(cell) : plain(cell)) : cell ?? "" }))))));
+  }
+
+  function showMeasured() {
+    const columns = [...new Set(runs.flatMap((run) => Object.keys(run.val)))];
+    const rows = runs.flatMap((run) => (run.val.step ?? []).map((_, row) => [...(several ? [run.name] : []), ...columns.map((column) => run.val[column]?.[row])]));
+    byId("measured").hidden = !rows.length;
+    byId("measured-table").replaceChildren(table([...(several ? ["run"] : []), ...columns], rows));
+  }
+
+  let chosenStep = Infinity; // of the sample that is shown; Infinity: always the newest
+  const sampleSteps = () => [...new Set(runs.flatMap((run) => run.samples.map((sample) => sample.step)))].sort((a, b) => a - b);
+
+  function written(sample) {
+    const begun = sample.prompt && sample.text.startsWith(sample.prompt) ? sample.prompt : "";
+    return element("pre", { className: "text" }, element("b", { textContent: begun }), sample.text.slice(begun.length));
+  }
+
+  function showSamples() {
+    const steps = sampleSteps();
+    byId("samples").hidden = !steps.length;
+    if (!steps.length) return;
+    const place = chosenStep === Infinity ? steps.length - 1 : Math.max(0, lowerBound(steps, chosenStep + 1) - 1);
+    const step = steps[place], slider = byId("sample-step");
+    slider.max = steps.length - 1;
+    slider.value = place;
+    slider.setAttribute("aria-valuetext", `after step ${step}`);
+    byId("earlier").disabled = place === 0;
+    byId("later").disabled = place === steps.length - 1;
+    byId("sample-label").textContent = `after step ${grouped.format(step)} (${place + 1} of ${steps.length})`;
+    byId("sample-texts").replaceChildren(...runs.flatMap((run) => {
+      const sample = run.samples.filter((each) => each.step <= step).pop();
+      if (!sample) return [];
+      return several ? [element("h3", { textContent: `${run.name}, step ${sample.step}` }), written(sample)] : [written(sample)];
+    }));
+    if (byId("all-samples").open) showAllSamples();
+  }
+
+  function showAllSamples() {
+    byId("all-samples").querySelector("div").replaceChildren(...runs.flatMap((run) => run.samples.flatMap((sample) =>
+      [element("h3", { textContent: `${several ? `${run.name}, ` : ""}step ${grouped.format(sample.step)}` }), written(sample)])));
+  }
+
+  function chooseSample(place) {
+    const steps = sampleSteps();
+    chosenStep = place >= steps.length - 1 ? Infinity : steps[Math.max(0, place)];
+    showSamples();
+  }
+
+  function showEvents() {
+    const rows = runs.flatMap((run) => run.events.map((event) => [...(several ? [run.name] : []), event.step, event.event, event.text]));
+    byId("events").hidden = !rows.length;
+    byId("events").querySelector("div").replaceChildren(table([...(several ? ["run"] : []), "step", "event", "what"], rows));
+  }
+
+  byId("sample-step").addEventListener("input", (event) => chooseSample(+event.target.value));
+  byId("earlier").addEventListener("click", () => chooseSample(+byId("sample-step").value - 1));
+  byId("later").addEventListener("click", () => chooseSample(+byId("sample-step").value + 1));
+  byId("all-samples").addEventListener("toggle", () => { if (byId("all-samples").open) showAllSamples(); });
+  byId("controls").addEventListener("submit", (event) => event.preventDefault());
+  byId("controls").addEventListener("change", () => {
+    const chosen = document.querySelector("input[name=axis]:checked").value;
+    if (chosen !== axis) zoomed = false;
+    axis = chosen;
+    draw();
+  });
+
+  // The look: width, dark and light, paper ---------------------------------------------------------------------------
+
+  new ResizeObserver(() => drawn.forEach(({ plot, u, box }) => {
+    const wanted = size(box, plot);
+    if (wanted.width !== u.width || wanted.height !== u.height) u.setSize(wanted);
+  })).observe(byId("plots"));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+  const printing = (on) => () => { document.documentElement.classList.toggle("printing", on); draw(); };
+  addEventListener("beforeprint", printing(true));
+  addEventListener("afterprint", printing(false));
+
+  document.querySelector("input[name=axis][value=step]").checked = true; // what a reload may have kept otherwise
+  showNumbers();
+  showMeasured();
+  showSamples();
+  showEvents();
+  draw();
+  if (page.live) live();
+
+  // Live -------------------------------------------------------------------------------------------------------------
+
+  function live() {
+    const run = runs[0], status = byId("status"), POLL = 2000, MOST_ROWS = 20000;
+    let timer;
+
+    function take(news) {
+      if (news.reset) {
+        run.train = news.train;
+        run.val = news.val;
+      } else {
+        for (const name of ["train", "val"]) extend(run[name], news[name]);
+      }
+      const changed = news.reset || news.train.step.length || news.val.step.length;
+      for (const name of ["generation", "skipped", "stats", "baselines", "clip", "flops_per_token"]) run[name] = news[name];
+      if (news.samples) [run.samples, run.samples_seen] = [news.samples, news.samples_seen];
+      if (news.events) [run.events, run.events_seen] = [news.events, news.events_seen];
+      if (changed) { showNumbers(); showMeasured(); update(); }
+      if (news.samples) showSamples();
+      if (news.events) showEvents();
+      if (news.facts !== run.facts) getFacts(news.facts);
+      const old = news.beat && (news.beat.age > 30 || news.beat.silent_seconds > 300);
+      status.classList.toggle("bad", Boolean(old && !news.stats.finished));
+      status.textContent = news.status;
+      run.last = run.train.step.length ? run.train.step[run.train.step.length - 1] : 0;
+      document.title = run.last ? `${grouped.format(run.last)} · ${run.name}` : run.name;
+    }
+
+    async function getFacts(version) {
+      const answer = await fetch("facts");
+      if (!answer.ok) return;
+      const open = [...document.querySelectorAll("#facts details[open]")].map((each) => each.id);
+      byId("facts").innerHTML = await answer.text(); // made by our template, which escapes
+      open.forEach((id) => byId(id)?.setAttribute("open", ""));
+      run.facts = version;
+    }
+
+    async function poll() {
+      clearTimeout(timer);
+      if (document.hidden) return; // goes on when it is looked at again
+      const whole = run.train.step.length > MOST_ROWS;
+      const asked = new URLSearchParams({
+        generation: whole ? 0 : run.generation, after: run.last ?? 0, samples: run.samples_seen ?? 0, events: run.events_seen ?? 0,
+      });
+      let wait = POLL;
+      try {
+        const answer = await fetch(`data?${asked}`);
+        if (!answer.ok) throw new Error(answer.status);
+        take(await answer.json());
+      } catch (error) {
+        if (!(error instanceof TypeError || /^Error: \d+$/.test(error))) throw error;
+        status.textContent = "The server of this page does not answer; start it again with the same command.";
+        status.classList.add("bad");
+        wait = 5000;
+      }
+      timer = setTimeout(poll, wait);
+    }
+    document.addEventListener("visibilitychange", () => { if (!document.hidden) poll(); });
+    run.last = run.train.step.length ? run.train.step[run.train.step.length - 1] : 0;
+    poll();
+    ask();
+  }
+
+  function extend(table, more) {
+    const rows = table.step.length;
+    for (const name of Object.keys(more)) table[name] ??= Array(rows).fill(null);
+    for (const name of Object.keys(table)) table[name] = table[name].concat(more[name] ?? Array(more.step.length).fill(null));
+  }
+
+  /** The box: a prompt goes to the server, and pieces of text come back as they are made. */
+  function ask() {
+    const answer = byId("answer"), note = byId("answer-note");
+    let stopper = null;
+
+    async function send() {
+      const prompt = byId("prompt").value;
+      const wish = { prompt };
+      for (const name of ["max_tokens", "temperature", "top_k", "seed"]) wish[name] = byId(name).valueAsNumber;
+      stopper = new AbortController();
+      busy(true);
+      const begun = element("b", { textContent: prompt });
+      answer.replaceChildren(begun);
+      answer.hidden = false;
+      note.textContent = "Asking.";
+      try {
+        const reply = await fetch("prompt", {
+          method: "POST", body: JSON.stringify(wish), signal: stopper.signal,
+          headers: { "Content-Type": "application/json", "X-Pretrain-Token": page.live.token },
+        });
+        const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
+        let rest = "";
+        for (;;) {
+          const { done, value } = await reader.read();
+          if (done) break;
+          const lines = (rest + value).split("\n");
+          rest = lines.pop();
+          for (const line of lines.map((each) => JSON.parse(each))) {
+            if (line.text) answer.append(line.text);
+            if (line.note || line.error) note.textContent = line.error ?? line.note;
+          }
+        }
+      } catch (error) {
+        note.textContent = error.name === "AbortError" ? "Stopped." : "The server of this page does not answer.";
+      }
+      busy(false);
+    }
+
+    function busy(on) {
+      byId("send").disabled = on;
+      byId("stop").disabled = !on;
+    }
+
+    byId("ask").addEventListener("submit", (event) => { event.preventDefault(); send(); });
+    byId("stop").addEventListener("click", () => stopper?.abort());
+    byId("prompt").addEventListener("keydown", (event) => {
+      if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !byId("send").disabled) byId("ask").requestSubmit();
+    });
+  }
+})();

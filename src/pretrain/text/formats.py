@@ -1,0 +1,357 @@
+"""The types of file: bytes to documents, in bounded memory, whatever is in them.
+
+    a range of plain text ──read_text───┐
+    a range of JSON lines ──read_lines──┼──> Document, Document, ...
+    row groups of Parquet ──read_rows───┘
+
+A range of a file begins and ends where ``text_cut`` (plain text) or the next line (JSON lines) says, so that ranges
+which follow one another give every document once. What was wrong with documents is counted under the names of
+``document.PROBLEMS``.
+"""
+
+from __future__ import annotations
+
+import codecs
+import difflib
+import json
+import re
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any, BinaryIO
+
+from pretrain.errors import DataError
+from pretrain.text.document import Document
+from pretrain.text.opening import REMOTE_BUFFER, TEXT, one_line, open_bytes, open_raw
+from pretrain.text.remote import RemoteFile, is_url
+
+PROBE = 64 * 1024  # bytes at the start of a file that must look like text
+CHUNK = 1024 * 1024  # bytes decoded at once
+PART_CHARACTERS = 4 * 1024 * 1024  # a longer plain text is given in parts; in memory each is 16 MiB at most
+CUT_WINDOW = 64 * 1024  # within so much text a good place to cut is looked for
+LINE_BYTES = 1024**3  # what is longer is no line
+ROWS, ROWS_BYTES = 1024, 8 * 1024 * 1024  # rows of Parquet decoded at once: so many, of about so many bytes
+
+# Where a text may be cut without changing its tokens: between a letter or digit and a blank or line end (as
+# tokenizer.split_text does), or after a single line end. The pre-tokenizers in use end a word in both places.
+_GOOD_CUT = re.compile(r"(?<=[^\W_])(?=[ \n])|(?<=\S\n)(?=[^\s/])")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_JSON = json.JSONDecoder(strict=False)  # which keeps raw tabs and line ends in strings, rather than refusing them
+
+
+def check_start(file: str, kind: str, must_hold_text: bool) -> None:
+    """Look at the start of a file of text or JSON lines.
+
+    Raises DataError if it is not UTF-8 text: UTF-16, binary (more than 1 in 100 bytes are NUL) or of another encoding
+    (more than 1 in 1000 bytes are not UTF-8, of JSON lines 1 in 50, as one of them may be all wrong); what is rarer is
+    left to the reader. With ``must_hold_text`` also if the whole file is blank.
+    """
+    with one_line(file), open_bytes(file, buffer=PROBE) as stream:
+        start = stream.read(PROBE)
+    whole = len(start) < PROBE
+    name = shlex.quote(file)
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{file}: this is UTF-16, not UTF-8; convert it: iconv -f utf-16 -t utf-8 {name} > OUT")
+    if 100 * start.count(b"\0") > len(start):
+        raise DataError(f"{file}: this file is binary (a NUL at byte {start.index(0)}); give plain {kind}")
+    text, _ = codecs.utf_8_decode(start, "surrogateescape", whole)
+    wrong = [match.start() for match in _SURROGATE.finditer(text)]
+    if (1000 if kind == TEXT else 50) * len(wrong) > len(start):
+        offset = len(text[: wrong[0]].encode("utf-8", "surrogateescape"))
+        raise DataError(
+            f"{file}: not UTF-8 (byte 0x{start[offset]:02x} at offset {offset}); "
+            f"convert it from what it is, e.g.: iconv -f latin1 -t utf-8 {name} > OUT"
+        )
+    if must_hold_text and whole and not text.removeprefix("\ufeff").strip():
+        raise DataError(f"{file}: this file holds only white space; delete it or give another")
+
+
+# Plain text -----------------------------------------------------------------------------------------------------------
+
+
+def read_text(file: str, begin: int, end: int, problems: Counter[str]) -> Iterator[Document]:
+    """Give the text from the cut at ``begin`` to the cut at ``end`` (see ``text_cut``), or with ``end`` 0 to its end.
+
+    It is one document, in parts of about PART_CHARACTERS; those after the first, and all if ``begin`` > 0, continue it.
+    Every character is kept, line ends included; only a byte-order mark at the start of the file goes.
+    """
+    seen: set[str] = set()
+    with one_line(file), open_bytes(file) as stream:
+        length = None
+        if end:
+            with open_raw(file) as beyond:
+                length = text_cut(beyond, end)
+            start = text_cut(stream, begin)
+            stream.seek(start)
+            length -= start
+        continues = begin > 0
+        for part, last in _parts(_decoded(_chunks(stream, length), begin == 0, seen)):
+            if last and not continues and not end and not part.strip():
+                problems["empty"] += 1
+                return
+            if "\0" in part:
+                seen.add("NUL")
+            if part:
+                yield Document(part, file, continues)
+            continues = True
+    problems.update(seen)
+
+
+def text_cut(stream: BinaryIO, position: int) -> int:
+    """Give the offset at which to cut a plain text: the first good place from ``position`` on.
+
+    Where there is none within CUT_WINDOW it is the next character. It depends on the bytes of the file alone, so that
+    the reader of a range and the reader of the next agree on it.
+    """
+    if position == 0:
+        return 0
+    before = max(0, position - 8)  # a good place looks back at up to two characters
+    stream.seek(before)
+    window = stream.read(position - before + CUT_WINDOW)
+    start = _next_character(window, 0) if before else 0
+    text = window[start:].decode("utf-8", "surrogateescape")
+    for cut in _GOOD_CUT.finditer(text):
+        offset = before + start + len(text[: cut.start()].encode("utf-8", "surrogateescape"))
+        if offset >= position:
+            return offset
+    return before + _next_character(window, position - before)
+
+
+def _next_character(data: bytes, offset: int) -> int:
+    """Pass over the bytes that go on with a character; there are never more than three."""
+    stop = min(offset + 3, len(data))
+    while offset < stop and data[offset] & 0xC0 == 0x80:
+        offset += 1
+    return offset
+
+
+def _chunks(stream: BinaryIO, count: int | None) -> Iterator[bytes]:
+    while count != 0 and (chunk := stream.read(CHUNK if count is None else min(CHUNK, count))):
+        yield chunk
+        count = None if count is None else count - len(chunk)
+
+
+def _decoded(chunks: Iterable[bytes], at_start: bool, seen: set[str]) -> Iterator[str]:
+    """Decode bytes, whole characters at a time; what is not UTF-8 becomes U+FFFD and is noted in ``seen``."""
+    rest = b""
+    for chunk in chunks:
+        if at_start:
+            chunk, at_start = chunk.removeprefix(codecs.BOM_UTF8), False
+        rest += chunk
+        text, used = _utf8(rest, False, seen)
+        rest = rest[used:]
+        yield text
+    yield _utf8(rest, True, seen)[0]
+
+
+def _utf8(data: bytes, final: bool, seen: set[str]) -> tuple[str, int]:
+    """Decode what is whole, or all if ``final``. Gives the text and the number of bytes it took."""
+    try:
+        return codecs.utf_8_decode(data, "strict", final)
+    except UnicodeDecodeError:
+        seen.add("invalid UTF-8")
+        return codecs.utf_8_decode(data, "replace", final)
+
+
+def _parts(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """Join texts and cut them at good places into long parts. Gives each part and whether it is the last."""
+    held: list[str] = []
+    length = 0
+    for text in texts:
+        held.append(text)
+        length += len(text)
+        while length > PART_CHARACTERS + CUT_WINDOW:
+            whole = "".join(held)
+            good = _GOOD_CUT.search(whole, PART_CHARACTERS, PART_CHARACTERS + CUT_WINDOW)
+            cut = good.start() if good else PART_CHARACTERS
+            yield whole[:cut], False
+            held, length = [whole[cut:]], length - cut
+    yield "".join(held), True
+
+
+# JSON lines -----------------------------------------------------------------------------------------------------------
+
+
+def read_lines(
+    file: str, field: str, begin: int, end: int, problems: Counter[str], buffer: int = 0
+) -> Iterator[Document]:
+    """Give one document a line, from the lines that start after ``begin`` and not after ``end``.
+
+    The line at offset 0 counts as after ``begin`` 0, and ``end`` 0 is the end of the file. Blank lines are nothing.
+    ``buffer``: bytes to read at once, if not as usual. Raises DataError if the first line of the file is not a JSON
+    object with a text in ``field``: then it is the wrong file or the wrong field.
+    """
+    with one_line(file), open_bytes(file, buffer) as stream:
+        position = _after_line(stream, begin) if begin else 0
+        at_start = begin == 0
+        while (position <= end or not end) and (line := stream.readline(LINE_BYTES)):
+            if len(line) >= LINE_BYTES and not line.endswith(b"\n"):
+                raise DataError(
+                    f"{file}: the line at byte {position:,} is longer than {LINE_BYTES:,} bytes; "
+                    f"{_one_object_a_line(file)}"
+                )
+            if position == 0:
+                position, line = len(line), line.removeprefix(codecs.BOM_UTF8)
+            else:
+                position += len(line)
+            if line.isspace():
+                continue
+            text = _text_of_line(line, file, field, problems, at_start)
+            at_start = False
+            if text is not None:
+                yield Document(text, file)
+
+
+def _after_line(stream: BinaryIO, position: int) -> int:
+    """Go to ``position`` and on past the next line end; give the offset."""
+    stream.seek(position)
+    while rest := stream.readline(CHUNK):
+        position += len(rest)
+        if rest.endswith(b"\n"):
+            break
+    return position
+
+
+def _text_of_line(line: bytes, file: str, field: str, problems: Counter[str], is_first: bool) -> str | None:
+    seen: set[str] = set()
+    decoded, _ = _utf8(line, True, seen)
+    try:
+        row = _JSON.decode(decoded)
+    except (ValueError, RecursionError):
+        row = None
+    if not isinstance(row, dict):
+        if is_first:
+            raise DataError(f"{file}: its first line is not a JSON object; {_one_object_a_line(file)}")
+        problems["not JSON"] += 1
+        return None
+    if is_first and not isinstance(row.get(field, 0), str | None):
+        raise _no_text(file, field, list(row), [name for name, value in row.items() if isinstance(value, str)])
+    if field not in row:
+        problems["no field"] += 1
+        return None
+    text = row[field]
+    if isinstance(text, str):
+        if not text.isascii() and ("\\ud" in decoded or "\\uD" in decoded):
+            text, halves = _SURROGATE.subn("\ufffd", text)
+            if halves:
+                problems["lone surrogate"] += 1
+        if seen and "\ufffd" in text:
+            problems["invalid UTF-8"] += 1
+    return _checked(text, problems)
+
+
+def _one_object_a_line(file: str) -> str:
+    return f'give one such as {{"text": "..."}} a line; from a JSON array: jq -c .[] {shlex.quote(file)} > OUT.jsonl'
+
+
+def _checked(text: Any, problems: Counter[str]) -> str | None:
+    """Give the text of a row if it is a document, else None; count what is wrong with it."""
+    if not isinstance(text, str):
+        problems["null" if text is None else "not text"] += 1
+        return None
+    if not text or text.isspace():
+        problems["empty"] += 1
+        return None
+    if "\0" in text:
+        problems["NUL"] += 1
+    return text
+
+
+def _no_text(file: str, field: str, names: Sequence[str], texts: Sequence[str]) -> DataError:
+    """Say that rows have no text under ``field``. ``names``: what they have; ``texts``: those that hold text."""
+    listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    what = f"'{field}' holds no text there" if field in names else f"it has no '{field}'"
+    near = difflib.get_close_matches(field, texts, n=1, cutoff=0.4) or list(texts)[:1]
+    mend = (
+        f"did you mean {near[0]} ? Say so with --data.field or --field"
+        if near
+        else "none of them holds text; give another file"
+    )
+    return DataError(f"{file}: {what} (it has {listed or 'nothing'}); {mend}")
+
+
+# Parquet --------------------------------------------------------------------------------------------------------------
+
+
+def row_group_sizes(file: str, field: str) -> list[int]:
+    """Give the bytes of text in each row group (decompressed, about; 0: no rows).
+
+    Raises DataError if the file cannot be read as Parquet, or has no text in a column ``field``.
+    """
+    with one_line(file), _parquet(file) as parquet:
+        return _column_sizes(parquet, file, field)
+
+
+def read_rows(file: str, field: str, begin: int, end: int, problems: Counter[str]) -> Iterator[Document]:
+    """Give one document a row, from the row groups ``begin`` to before ``end``; a batch of rows is held at a time."""
+    with one_line(file), _parquet(file) as parquet:
+        size = sum(_column_sizes(parquet, file, field)[begin:end])
+        groups = list(range(begin, end))
+        count = sum(parquet.metadata.row_group(group).num_rows for group in groups)
+        rows = min(ROWS, max(1, ROWS_BYTES * count // max(1, size)))
+        for batch in parquet.iter_batches(rows, row_groups=groups, columns=[field], use_threads=False):
+            for value in _values(batch.column(0)):
+                text = _checked(_from_bytes(value, problems) if isinstance(value, bytes) else value, problems)
+                if text is not None:
+                    yield Document(text, file)
+
+
+def _column_sizes(parquet: Any, file: str, field: str) -> list[int]:
+    schema, metadata = parquet.schema_arrow, parquet.metadata
+    texts = [column.name for column in schema if _is_text(column.type)]
+    if field not in texts:
+        raise _no_text(file, field, schema.names, texts)
+    column = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == field)
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    return [max(1, group.column(column).total_uncompressed_size) if group.num_rows else 0 for group in groups]
+
+
+def _from_bytes(data: bytes, problems: Counter[str]) -> str:
+    seen: set[str] = set()
+    text, _ = _utf8(data, True, seen)
+    problems.update(seen)
+    return text
+
+
+def _parquet(file: str) -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(f"{file}: Parquet needs pyarrow; pip install 'pretrain[data]'") from error
+    # Not pre_buffer: it holds all of a row group's bytes, while a buffer holds as many as are being decoded.
+    buffer = REMOTE_BUFFER if is_url(file) else CHUNK
+    return pyarrow.parquet.ParquetFile(
+        RemoteFile(file) if is_url(file) else file,
+        metadata=_remote_footer(file) if is_url(file) else None,
+        buffer_size=buffer,
+        pre_buffer=False,
+        page_checksum_verification=True,
+    )
+
+
+@lru_cache(maxsize=16)
+def _remote_footer(url: str) -> Any:
+    """The metadata of a remote file, kept, as each of its pieces needs it and it takes several requests."""
+    import pyarrow.parquet
+
+    with RemoteFile(url) as file:
+        return pyarrow.parquet.read_metadata(file)
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow.types as types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    tests = ("is_string", "is_large_string", "is_string_view", "is_binary", "is_large_binary", "is_binary_view")
+    return any(getattr(types, test)(kind) for test in tests if hasattr(types, test))
+
+
+def _values(column: Any) -> list[Any]:
+    """Give strings, bytes where the column holds bytes or strings that are not UTF-8, and None for null."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        scalars = column.dictionary_decode() if hasattr(column, "dictionary_decode") else column
+        return [bytes(scalar.as_buffer()) if scalar.is_valid else None for scalar in scalars]

@@ -1,0 +1,238 @@
+"""Data sets: what ``data.paths`` names when it is token shards, and the order of training over them.
+
+    paths ──is_tokens──> open_corpus ──> Corpus(Dataset, ..., tokenizer) ──stream(split)──> TokenStream
+                                            └── training_order(corpus, config) ──> DataOrder or MixedOrder
+
+A path is a folder that 'pretrain data prepare' made, a folder or file of another program (``foreign``), or a pattern.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from pretrain.config import Config
+from pretrain.errors import DataError, UsageError
+from pretrain.tokenizer import Tokenizer, build_tokenizer
+from pretrain.tokens.foreign import SUFFIXES, open_foreign, split_of, token_files
+from pretrain.tokens.order import DataOrder, MixedOrder, key, mixture_shares
+from pretrain.tokens.shards import MANIFEST, PLAN, Manifest
+from pretrain.tokens.windows import TokenFile, TokenStream
+
+SPLITS = ("train", "val")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Token files that belong together: one of ``data.paths``."""
+
+    name: str
+    """The path as it was given."""
+    files: Mapping[str, tuple[TokenFile, ...]]
+    """The files of each split, in order."""
+    vocab_size: int
+    tokenizer: str
+    """The tokenizer's fingerprint; empty where the files do not tell."""
+    bytes_per_token: float
+    """UTF-8 bytes of text that a training token stands for, on average; 0 where the files do not tell."""
+    fingerprint: str
+    """A hash: of all contents for shards of our own, of sizes and samples for those of other programs."""
+
+    def tokens(self, split: str) -> int:
+        """Tokens of a split."""
+        return sum(file.tokens for file in self.files[split])
+
+    def stream(self, split: str) -> TokenStream:
+        """The tokens of a split, in order."""
+        return TokenStream(self.files[split])
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """All data sets of a run, which share a vocabulary."""
+
+    datasets: tuple[Dataset, ...]
+    tokenizer: Tokenizer
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the contents and their order; that of the data set itself where there is one."""
+        prints = [dataset.fingerprint for dataset in self.datasets]
+        return prints[0] if len(prints) == 1 else hashlib.sha256(" ".join(prints).encode()).hexdigest()
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text that a training token stands for, on average; 0 where a data set does not tell."""
+        known = all(dataset.bytes_per_token for dataset in self.datasets)
+        total = sum(dataset.bytes_per_token * dataset.tokens("train") for dataset in self.datasets)
+        return total / max(1, self.tokens("train")) if known else 0.0
+
+    def tokens(self, split: str) -> int:
+        """Tokens of a split, over all data sets."""
+        return sum(dataset.tokens(split) for dataset in self.datasets)
+
+    def stream(self, split: str) -> TokenStream:
+        """The tokens of a split of all data sets, one after another."""
+        return TokenStream([file for dataset in self.datasets for file in dataset.files[split]])
+
+
+def is_tokens(paths: Sequence[str]) -> bool:
+    """Whether these paths name token shards rather than text; a look at names only.
+
+    Raises:
+        UsageError: some do, and some do not.
+    """
+    tokens = [path for path in paths if _names_tokens(path)]
+    text = [path for path in paths if path not in tokens]
+    if tokens and text:
+        raise UsageError(
+            f"data.paths mixes token shards ({tokens[0]}) with text ({text[0]}); make shards of the text first:"
+            f" pretrain data prepare {text[0]}"
+        )
+    return bool(tokens)
+
+
+def _names_tokens(path: str) -> bool:
+    if "://" in path:
+        return False
+    place = Path(path).expanduser()
+    if place.is_dir():
+        return _is_ours(path) or bool(token_files(place))
+    return place.suffix in SUFFIXES
+
+
+def _is_ours(path: str) -> bool:
+    place = Path(path).expanduser()
+    return (place / MANIFEST).is_file() or (place / PLAN).is_file()
+
+
+def open_corpus(paths: Sequence[str], tokenizer: str = "") -> Corpus:
+    """Open token shards.
+
+    Args:
+        paths: folders of our own shards; folders, files or patterns of other programs'.
+        tokenizer: as ``tokenizer.kind``: gpt2, byte or the path of a tokenizer.json, for files of other programs, which
+            do not bring theirs. The kinds that are made from a text stand for no tokenizer here.
+
+    Raises:
+        DataError: something is missing, torn or of another vocabulary than the rest.
+        UsageError: the vocabulary is needed and not given, or another than that of our shards.
+    """
+    given = build_tokenizer(tokenizer, 0, []) if tokenizer not in ("", "bpe", "char") else None
+    ours = {path: prepared_dataset(Path(path).expanduser()) for path in paths if _is_ours(path)}
+    first = next(iter(ours), None)
+    if first is not None:
+        found = Tokenizer.load(Path(first).expanduser() / "tokenizer.json")
+        if given is not None and given.fingerprint != found.fingerprint:
+            raise UsageError(f"{first} was not made with --tokenizer.kind {tokenizer}; leave that out")
+    elif given is None:
+        kind = f"kind {tokenizer} is made from a text" if tokenizer else "none is given"
+        raise UsageError(
+            f"{paths[0]} holds tokens without their vocabulary, and {kind}; name the one that they were made with:"
+            f" --tokenizer.kind gpt2, or the path of its tokenizer.json"
+        )
+    else:
+        found = given
+    datasets = []
+    for path in paths:
+        dataset = ours.get(path) or foreign_dataset(path, found)
+        if dataset.tokenizer not in ("", found.fingerprint):
+            raise DataError(f"{path} was made with another tokenizer than {first}; prepare one of them again")
+        datasets.append(dataset)
+    return Corpus(tuple(datasets), found)
+
+
+def prepared_dataset(folder: Path) -> Dataset:
+    """A folder that 'pretrain data prepare' finished; a DataError when something in it is not as it should be."""
+    if not (folder / MANIFEST).is_file() and (folder / PLAN).is_file():
+        raise DataError(f"{folder} is not finished; go on with the 'pretrain data prepare' that began it")
+    manifest = Manifest.load(folder)
+    files: dict[str, list[TokenFile]] = {split: [] for split in SPLITS}
+    for shard in manifest.shards:
+        file = TokenFile(folder / shard.file, shard.tokens, manifest.dtype)
+        file.check()
+        files[shard.split].append(file)
+    return Dataset(
+        str(folder),
+        {split: tuple(files[split]) for split in SPLITS},
+        manifest.vocab_size,
+        manifest.tokenizer,
+        manifest.bytes_per_token,
+        manifest.fingerprint,
+    )
+
+
+def foreign_dataset(path: str, tokenizer: Tokenizer) -> Dataset:
+    """Files of another program: all of a folder, those of a pattern, or one. Their names tell the split.
+
+    Raises:
+        DataError: there are none, or one of them is torn or has ids that the tokenizer lacks.
+    """
+    place = Path(path).expanduser()
+    if place.is_dir():
+        found = token_files(place)
+    elif place.exists() or not glob.has_magic(path):
+        found = [place]
+    else:
+        found = [Path(match) for match in sorted(glob.glob(os.path.expanduser(path), recursive=True))]
+    if not found:
+        raise DataError(
+            f"{path}: there are no such files; name token shards ({', '.join(SUFFIXES)}) or a folder of them"
+        )
+    files: dict[str, list[TokenFile]] = {split: [] for split in SPLITS}
+    digest = hashlib.sha256()
+    for each in found:
+        split = split_of(each)
+        file, hashed = open_foreign(each, tokenizer.vocab_size)
+        files[split].append(file)
+        digest.update(f"{split} {hashed} ".encode())
+    splits = {split: tuple(files[split]) for split in SPLITS}
+    return Dataset(path, splits, tokenizer.vocab_size, "", 0.0, digest.hexdigest())
+
+
+def training_order(corpus: Corpus, config: Config) -> DataOrder | MixedOrder:
+    """The order of the training windows of ``corpus.stream("train")``, by ``config.data`` and the seed.
+
+    Without ``data.weights`` all data sets are one stream, so that each window of each comes once an epoch. With them
+    each has its share of the rows and epochs of its own.
+
+    Raises:
+        DataError: a split is shorter than one context.
+        UsageError: a weight is too small, or there is not one for each data set.
+    """
+    length, data, seed = config.model.context_length, config.data, config.train.seed
+    if data.weights and len(data.weights) != len(corpus.datasets):
+        raise UsageError(
+            "data.weights are of token shards, and data.paths is text; make shards of each path first:"
+            " pretrain data prepare"
+        )
+    check_length(corpus, length, separately=bool(data.weights))
+    if not data.weights:
+        return DataOrder(corpus.tokens("train"), length, data.order, data.stride, seed)
+    shares = mixture_shares(data.weights, [dataset.name for dataset in corpus.datasets])
+    orders = tuple(
+        DataOrder(dataset.tokens("train"), length, data.order, data.stride, int(key(seed, number, 3)[0]))
+        for number, dataset in enumerate(corpus.datasets)
+    )
+    return MixedOrder(orders, shares, seed)
+
+
+def check_length(corpus: Corpus, length: int, separately: bool) -> None:
+    """A DataError if the training tokens, of each data set or of all, or the validation tokens make no window."""
+    parts = [(dataset.name, "training", dataset.tokens("train")) for dataset in corpus.datasets if separately]
+    names = ", ".join(dataset.name for dataset in corpus.datasets)
+    parts += [(names, "training", corpus.tokens("train"))]
+    parts += [(names, "validation", corpus.tokens("val"))] if corpus.tokens("val") else []
+    for name, part, tokens in parts:
+        if tokens <= length:
+            mend = "add more"
+            if tokens > 1:
+                mend += f", or --model.context_length {tokens // 2}"
+            raise DataError(
+                f"{name}: {tokens:,} {part} tokens are fewer than one context of {length} and its target; {mend}"
+            )

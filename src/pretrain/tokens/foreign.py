@@ -1,0 +1,137 @@
+"""Token files of other programs, read as they are.
+
+    nanoGPT                train.bin, val.bin          uint16 without a header
+    llm.c, modded-nanogpt  NAME_train_000001.bin       256 int32: magic, version, tokens; then uint16 or uint32
+    datatrove              NAME.ds                     uint16 or uint32 without a header; NAME.ds.metadata and .index
+
+None of them names its vocabulary in a way that can be checked, so it has to be given, and a sample of the ids is held
+against it. Sources: nanoGPT's data/*/prepare.py, llm.c's dev/data/data_common.py, datatrove's pipeline/tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+import numpy as np
+
+from pretrain.errors import DataError
+from pretrain.tokens.windows import TokenFile
+
+SUFFIXES = (".bin", ".ds")
+
+HEADER_BYTES = 256 * 4
+HEADERS = {(20240520, 1): "uint16", (20240801, 7): "uint32"}
+"""Magic number and version of llm.c's token files, and what follows the header."""
+LLMC_EXAMPLES = 20240522
+"""The magic number of llm.c's files of multiple-choice questions, which are no token stream."""
+
+SAMPLE_BLOCKS, SAMPLE_BYTES = 16, 4096
+"""How much of a file is looked at when it is opened: blocks at even distances, the first and last included."""
+
+_VALIDATION = re.compile(r"(?<![a-z])val(id|idation)?(?![a-z])")
+_TRAINING = re.compile(r"(?<![a-z])train(ing)?(?![a-z])")
+
+
+def split_of(path: Path) -> str:
+    """Which split a token file is of, by its name: ``val`` if that is a word of it, else ``train``."""
+    return "val" if _VALIDATION.search(path.stem.lower()) else "train"
+
+
+def token_files(folder: Path) -> list[Path]:
+    """The token files of other programs in a folder, sorted: .ds files, and .bin files named for a split."""
+    try:
+        files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read ({error.strerror}); mend its permissions") from None
+    return [
+        file
+        for file in files
+        if file.suffix == ".ds" or _VALIDATION.search(file.stem.lower()) or _TRAINING.search(file.stem.lower())
+    ]
+
+
+def open_foreign(path: Path, vocab_size: int) -> tuple[TokenFile, str]:
+    """A file of another program, and a hash of its size and a sample of it.
+
+    Raises:
+        DataError: it is missing, torn or no token file, or has ids that the vocabulary lacks.
+    """
+    try:
+        file = _describe(path, vocab_size)
+        sample = _sample(path, file.offset)
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}); give another path or mend its permissions"
+        ) from None
+    if not file.tokens:
+        raise DataError(f"{path} holds no tokens; leave it out")
+    largest = int(np.frombuffer(sample, np.dtype(file.dtype).newbyteorder("<")).max())
+    if largest >= vocab_size:
+        raise DataError(
+            f"{path} has the token {largest:,} (read as {file.dtype}), but the vocabulary ends at {vocab_size - 1:,};"
+            f" give the one it was made with: --tokenizer.kind gpt2 or its tokenizer.json"
+        )
+    return file, hashlib.sha256(f"{file.dtype} {file.tokens} ".encode() + sample).hexdigest()
+
+
+def _describe(path: Path, vocab_size: int) -> TokenFile:
+    """Where a file's tokens are, and of which dtype."""
+    size = path.stat().st_size
+    with open(path, "rb") as source:
+        header = np.frombuffer(source.read(HEADER_BYTES).ljust(12, b"\0")[:12], "<i4").tolist()
+    if header[0] == LLMC_EXAMPLES:
+        raise DataError(f"{path} holds llm.c's questions of an evaluation, not text; leave it out")
+    if dtype := HEADERS.get((header[0], header[1])):
+        file = TokenFile(path, header[2], dtype, HEADER_BYTES)
+        if header[2] < 0 or size != HEADER_BYTES + header[2] * file.itemsize:
+            found = (size - HEADER_BYTES) // file.itemsize
+            raise DataError(f"{path} has {found:,} tokens, but its header says {header[2]:,}; copy it again")
+        return file
+    tokens = _tokens_beside(path) if path.suffix == ".ds" else None
+    if tokens is None:
+        if size % 2:
+            raise DataError(f"{path} has {size:,} bytes, which are no whole number of tokens; copy it again")
+        dtype = "uint32" if size % 4 == 0 and _looks_wide(_sample(path, 0), vocab_size) else "uint16"
+        return TokenFile(path, size // np.dtype(dtype).itemsize, dtype)
+    if size not in (tokens * 2, tokens * 4):
+        raise DataError(
+            f"{path} has {size:,} bytes, which are not the {tokens:,} tokens noted beside it; copy it again"
+        )
+    return TokenFile(path, tokens, "uint16" if size == tokens * 2 else "uint32")
+
+
+def _tokens_beside(path: Path) -> int | None:
+    """The number of tokens in a .ds file by its .metadata (second line), or its .index (the last document's end)."""
+    metadata, index = Path(f"{path}.metadata"), Path(f"{path}.index")
+    if metadata.is_file():
+        with open(metadata, encoding="utf-8", errors="replace") as source:
+            lines = source.read(4096).splitlines()
+        if len(lines) < 2 or not lines[1].isdecimal():
+            raise DataError(f"{metadata} does not tell the number of tokens in its second line; remove it")
+        return int(lines[1])
+    if index.is_file() and (size := index.stat().st_size) >= 8:
+        with open(index, "rb") as source:
+            source.seek(size - 8)
+            return int.from_bytes(source.read(8), "little")
+    return None
+
+
+def _looks_wide(sample: bytes, vocab_size: int) -> bool:
+    """Whether every second uint16 is what the upper half of a uint32 id can be; never so in uint16 tokens of text."""
+    upper_halves = np.frombuffer(sample, "<u2")[1::2]
+    return len(upper_halves) > 0 and int(upper_halves.max()) <= (vocab_size - 1) >> 16
+
+
+def _sample(path: Path, offset: int) -> bytes:
+    """Blocks of a file's tokens at even distances, each beginning at a whole token."""
+    length = path.stat().st_size - offset
+    last = max(0, length - SAMPLE_BYTES)
+    begins = sorted({last * block // (SAMPLE_BLOCKS - 1) // 4 * 4 for block in range(SAMPLE_BLOCKS)})
+    with open(path, "rb") as source:
+        parts = []
+        for begin in begins:
+            source.seek(offset + begin)
+            parts.append(source.read(SAMPLE_BYTES))
+    return b"".join(parts)

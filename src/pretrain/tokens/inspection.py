@@ -1,0 +1,114 @@
+"""Look into token shards: what there is, how long the documents are, and some of the text.
+
+corpus  →  counts; of up to SCANNED tokens of a split: document lengths, frequent tokens; some documents decoded
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import numpy as np
+
+from pretrain.tokenizer import Tokenizer
+from pretrain.tokens.datasets import Corpus
+from pretrain.tokens.windows import TokenStream
+
+SCANNED = 100_000_000
+"""Tokens of a split that are looked at: seconds, and enough for lengths and frequencies."""
+CHUNK = 2**20
+BAR = 40
+SAMPLE_TOKENS = 100
+FREQUENT = 12
+
+
+def inspect_split(corpus: Corpus, split: str, samples: int, seed: int) -> Iterator[str]:
+    """Lines that describe a split: document lengths, the most frequent tokens, and ``samples`` documents decoded.
+
+    The first sample is the first document, the others are drawn by ``seed``.
+    """
+    stream, tokenizer = corpus.stream(split), corpus.tokenizer
+    if not len(stream):
+        return
+    boundaries, counts = scan(stream, tokenizer)
+    seen = min(len(stream), SCANNED)
+    title = "training" if split == "train" else "validation"
+    yield ""
+    yield f"{title}: {len(stream):,} tokens" + (f", the first {seen:,} of which are looked at" * (seen < len(stream)))
+    if tokenizer.boundary_id is not None:
+        lengths = document_lengths(boundaries, seen, whole=seen == len(stream))
+        if len(lengths):
+            yield from histogram(lengths)
+    most = np.argsort(-counts, kind="stable")[:FREQUENT]
+    shown = [f"{_quoted(tokenizer, int(id))} {counts[id] / seen:.1%}" for id in most if counts[id]]
+    yield "  frequent tokens   " + "   ".join(shown)
+    draw = np.random.default_rng(seed)
+    for number in range(samples):
+        start = 0 if number == 0 else next_document(stream, int(draw.integers(len(stream))), tokenizer.boundary_id)
+        yield f"  at token {start:<12,} {sample(stream, start, tokenizer)}"
+
+
+def scan(stream: TokenStream, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Places of the boundary tokens among the first SCANNED tokens, and how often each id is there."""
+    found, counts = [np.empty(0, dtype=np.int64)], np.zeros(tokenizer.vocab_size, dtype=np.int64)
+    for first in range(0, min(len(stream), SCANNED), CHUNK):
+        size = min(CHUNK, min(len(stream), SCANNED) - first)
+        tokens = stream.windows(np.array([first]), size)[0]
+        counts += np.bincount(tokens, minlength=tokenizer.vocab_size)[: tokenizer.vocab_size]
+        if tokenizer.boundary_id is not None:
+            found.append(np.flatnonzero(tokens == tokenizer.boundary_id) + first)
+    return np.concatenate(found), counts
+
+
+def document_lengths(boundaries: np.ndarray, seen: int, whole: bool) -> np.ndarray:
+    """Tokens of each document, boundary tokens not counted; it may stand before a document (ours) or after it.
+
+    Args:
+        boundaries: places of boundary tokens.
+        seen: tokens looked at.
+        whole: whether these are all: else the last document is cut off and does not count.
+    """
+    if not len(boundaries):
+        return np.array([seen] if whole else [], dtype=np.int64)
+    inner = np.diff(boundaries) - 1
+    before, after = int(boundaries[0]), seen - int(boundaries[-1]) - 1
+    return np.concatenate(([before] if before else [], inner, [after] if whole and after else [])).astype(np.int64)
+
+
+def histogram(lengths: np.ndarray) -> Iterator[str]:
+    """Lines that show how many documents are how long, in powers of two."""
+    middle, long = np.quantile(lengths, [0.5, 0.9])
+    yield (
+        f"  {len(lengths):,} documents of {lengths.mean():,.0f} tokens on average; half have {middle:,.0f} or fewer, "
+        f"one in ten more than {long:,.0f}, the longest {lengths.max():,}"
+    )
+    powers = np.ceil(np.log2(np.maximum(lengths, 1) + 1)).astype(int)  # 2 ** (p - 1) <= length < 2 ** p
+    counts = np.bincount(powers)
+    for power in range(int(powers.min()), len(counts)):
+        bar = "█" * round(BAR * counts[power] / counts.max()) or "▏" * bool(counts[power])
+        yield f"  {2 ** (power - 1) if power > 1 else 0:>12,} to {2**power - 1:<12,} {bar:<{BAR}} {counts[power]:,}"
+
+
+def next_document(stream: TokenStream, place: int, boundary: int | None) -> int:
+    """The place of the first boundary token from ``place`` on, near enough; else the place itself."""
+    if boundary is None:
+        return place
+    tokens = stream.windows(np.array([place]), min(CHUNK, len(stream) - place))[0]
+    found = np.flatnonzero(tokens == boundary)
+    return place + int(found[0]) if len(found) else place
+
+
+def sample(stream: TokenStream, start: int, tokenizer: Tokenizer) -> str:
+    """The beginning of a document as text on one line, up to its end or SAMPLE_TOKENS."""
+    tokens = stream.windows(np.array([start]), min(SAMPLE_TOKENS, len(stream) - start))[0].tolist()
+    if tokens[0] == tokenizer.boundary_id:
+        tokens = tokens[1:]
+    ended = tokenizer.boundary_id in tokens
+    if ended:
+        tokens = tokens[: tokens.index(tokenizer.boundary_id)]
+    text = tokenizer.decode([id for id in tokens if id < tokenizer.vocab_size])
+    return f"“{' '.join(text.split())}{'' if ended else '…'}”"
+
+
+def _quoted(tokenizer: Tokenizer, id: int) -> str:
+    return json.dumps(tokenizer.decode([id], show_special=True), ensure_ascii=False)

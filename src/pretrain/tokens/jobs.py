@@ -1,0 +1,249 @@
+"""Jobs: the work of making token shards, cut so that any process can do any part of it, and do it again.
+
+    pieces ──plan_jobs──> Job, Job, ... ──survey_job──> Survey    (only where the split or the tokenizer needs it)
+                                        └─tokenize_job──> shards, and after each a commit record
+
+Which jobs there are and what each writes depends on the text and the plan alone: never on the number of processes, on
+their order, or on what was interrupted. A job is done again from its last commit: the text before that is read, not
+tokenized. Whatever a job writes, it writes beside its place and renames; a commit record follows when its shards are
+safe on the disk.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import chain, islice
+from pathlib import Path
+
+from pretrain.text import Document
+from pretrain.text.pieces import Piece, read_piece
+from pretrain.text.split import TRAIN, Part, Survey, Tail, all_to, side_by_hash, split_hash, split_tail, survey
+from pretrain.tokenizer import Tokenizer
+from pretrain.tokens.shards import Shard, ShardWriter, utf8_bytes, write_atomically
+
+Read = Callable[[Piece, str, Counter[str]], Iterator[Document]]
+Report = Callable[[int, int], None]
+"""Told how many more bytes of text and tokens are done."""
+
+WORK = "unfinished"
+"""The folder of commit records, inside that of the shards; it goes when the manifest is there."""
+JOB_BYTES = 16 * 2**20
+"""Text of a job at least, unless the shards are smaller."""
+JOBS = 32
+"""Jobs that the text is cut into, if each is then at least of JOB_BYTES and at most of a shard."""
+BYTES_PER_TOKEN = 4
+"""About, to make a job's text fill one shard."""
+REPORTED_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class Job:
+    """Consecutive pieces of the text, and what is known of the text before them."""
+
+    number: int
+    pieces: tuple[Piece, ...]
+    split: str  # train, val, tail or hash: one side for all of it, or how each document's is found
+    before: Piece | None = None  # the first piece of the file that the job's first piece is a later part of
+    position: int = 0  # characters before the job (split tail)
+    opened: int = 0  # where the document began that the job may go on with (split tail)
+
+    @property
+    def size(self) -> int:
+        """About how many bytes of text it has."""
+        return sum(piece.size for piece in self.pieces)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all jobs of a plan have in common."""
+
+    folder: str
+    field: str
+    val_fraction: float
+    shard_tokens: int
+    tail: Tail | None = None
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A stretch of a job that is finished: its shards are on the disk."""
+
+    shards: tuple[Shard, ...]
+    parts: int  # of the job that are done, with those of earlier commits
+    last: bool
+    problems: dict[str, int]  # of the whole job; in its last commit only
+
+
+def plan_jobs(pieces: Sequence[Piece], split: str, shard_tokens: int, first: int = 0) -> list[Job]:
+    """Put consecutive pieces together to jobs, numbered from ``first``."""
+    total = sum(piece.size for piece in pieces)
+    size = min(max(total // JOBS, JOB_BYTES), shard_tokens * BYTES_PER_TOKEN)
+    jobs: list[Job] = []
+    held: list[Piece] = []
+    held_size = 0
+    start_of_file = pieces[0]  # the first piece of the current file
+    before = None  # the same of the first piece held, unless that is it
+    for piece in pieces:
+        if held and held_size + piece.size > size:
+            jobs.append(Job(first + len(jobs), tuple(held), split, before))
+            held, held_size = [], 0
+        if piece.file != start_of_file.file:
+            start_of_file = piece
+        if not held:
+            before = None if piece is start_of_file else start_of_file
+        held.append(piece)
+        held_size += piece.size
+    return [*jobs, Job(first + len(jobs), tuple(held), split, before)]
+
+
+def read_parts(work: Work, job: Job, problems: Counter[str], read: Read = read_piece) -> Iterator[Part]:
+    """The documents of a job, each on its side of the split."""
+    documents = chain.from_iterable(read(piece, work.field, problems) for piece in job.pieces)
+    if job.split == "tail":
+        assert work.tail is not None
+        return split_tail(documents, work.tail, job.position, job.opened)
+    if job.split == "hash":
+        return _by_hash(documents, work, job, read)
+    return all_to(job.split, documents)
+
+
+def _by_hash(documents: Iterator[Document], work: Work, job: Job, read: Read) -> Iterator[Part]:
+    first = next(documents, None)
+    if first is None:
+        return
+    opened = TRAIN
+    if first.continues and job.before is not None:  # only a plain text goes on over pieces, and it is one document
+        for document in islice(read(job.before, work.field, Counter()), 1):
+            opened = side_by_hash(document.text, work.val_fraction)
+    yield from split_hash(chain([first], documents), work.val_fraction, opened)
+
+
+def survey_job(work: Work, job: Job, alphabet: bool, report: Report, read: Read = read_piece) -> Survey:
+    """Count what a job's text holds, and keep it for :func:`read_survey`."""
+    counted = _Counted(report)
+
+    def documents() -> Iterator[Document]:
+        for piece in job.pieces:
+            for document in read(piece, work.field, Counter()):
+                counted.add(utf8_bytes(document.text), 0)
+                yield document
+
+    found = survey(documents(), alphabet)
+    counted.flush()
+    write_atomically(_survey_file(work, job), json.dumps(asdict(found)))
+    return found
+
+
+def read_survey(work: Work, job: Job) -> Survey | None:
+    """What was counted of a job before; None if it was not."""
+    file = _survey_file(work, job)
+    return Survey(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+
+def _survey_file(work: Work, job: Job) -> Path:
+    return Path(work.folder, WORK, f"survey-{job.number:05d}.json")
+
+
+def tokenize_job(
+    work: Work, job: Job, tokenizer: str | Tokenizer, threads: int, report: Report, read: Read = read_piece
+) -> list[Commit]:
+    """Write the shards of a job that are not written yet; gives all its commits.
+
+    A shard is closed after the first document with which its tokens are ``work.shard_tokens`` or more; a document too
+    large to be held at once may go on in the next shard. Training and validation shards are closed together.
+
+    Args:
+        work: the plan's settings.
+        job: what to do.
+        tokenizer: one, or the path of its tokenizer.json.
+        threads: that it may use; 0: one for each core.
+        report: is told of progress.
+        read: reads a piece.
+    """
+    folder = Path(work.folder)
+    commits = read_commits(folder, job.number)
+    if commits and commits[-1].last:
+        return commits
+    if isinstance(tokenizer, str):
+        tokenizer = _load_tokenizer(tokenizer, Path(tokenizer).stat().st_mtime_ns)
+    counted = _Counted(report)
+    problems: Counter[str] = Counter()
+    ahead: deque[tuple[Part, int]] = deque()  # parts, and their bytes, that the tokenizer has taken
+    done = commits[-1].parts if commits else 0
+    writers: dict[str, ShardWriter] = {}
+
+    def texts() -> Iterator[str]:
+        for part in islice(read_parts(work, job, problems, read), done, None):
+            ahead.append((part, utf8_bytes(part.text)))
+            yield part.text
+
+    def commit(last: bool) -> None:
+        shards = tuple(writers[split].close() for split in sorted(writers))
+        writers.clear()
+        commits.append(Commit(shards, done, last, dict(sorted(problems.items())) if last else {}))
+        write_atomically(_record(folder, job.number, len(commits) - 1), json.dumps(asdict(commits[-1])))
+
+    try:
+        tokens = 0
+        for ids in tokenizer.encode_documents(texts(), threads):
+            part, size = ahead.popleft()
+            if part.split not in writers:
+                file = f"{part.split}-{job.number:05d}-{len(commits):03d}.bin"
+                writers[part.split] = ShardWriter(folder, file, part.split, tokenizer)
+            added = writers[part.split].write(ids, size, part.begins)
+            counted.add(size, added)
+            tokens += added
+            done += 1
+            if tokens >= work.shard_tokens:
+                commit(last=False)
+                tokens = 0
+        commit(last=True)
+        counted.flush()
+    except BaseException:
+        for writer in writers.values():
+            writer.discard()
+        raise
+    return commits
+
+
+@lru_cache(maxsize=1)
+def _load_tokenizer(path: str, _time: int) -> Tokenizer:
+    """The tokenizer of all jobs of a process: loading a large vocabulary takes as long as a small job."""
+    return Tokenizer.load(path)
+
+
+def read_commits(folder: Path, job: int) -> list[Commit]:
+    """The commits of a job so far; those from the first on whose shards are not there any more do not count."""
+    commits: list[Commit] = []
+    while (file := _record(folder, job, len(commits))).is_file():
+        tree = json.loads(file.read_text(encoding="utf-8"))
+        shards = tuple(Shard(**shard) for shard in tree.pop("shards"))
+        if not all((folder / shard.file).is_file() for shard in shards):
+            break
+        commits.append(Commit(shards=shards, **tree))
+    return commits
+
+
+def _record(folder: Path, job: int, number: int) -> Path:
+    return folder / WORK / f"{job:05d}-{number:03d}.json"
+
+
+class _Counted:
+    """Report now and then what was added."""
+
+    def __init__(self, report: Report):
+        self.report, self.bytes, self.tokens = report, 0, 0
+
+    def add(self, size: int, tokens: int) -> None:
+        self.bytes += size
+        self.tokens += tokens
+        if self.bytes >= REPORTED_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        self.report(self.bytes, self.tokens)
+        self.bytes = self.tokens = 0

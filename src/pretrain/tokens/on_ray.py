@@ -1,0 +1,90 @@
+"""Run tasks on a Ray cluster: the one that RAY_ADDRESS or ``ray start`` names, else one of this machine alone.
+
+Ray starts a task again whose process or machine is lost; it goes on from the task's last commit. The folder of the
+shards and the text must be at the same path on every machine.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pretrain.errors import PretrainError, UsageError
+from pretrain.tokens.workers import Function, Told
+
+RETRIES = 3
+"""How often Ray may start a task again."""
+
+
+def run_on_ray(function: Function, arguments: Sequence[tuple], told: Told, shared: Path, workers: int) -> list[Any]:
+    """The results of calls of ``function`` with each of ``arguments``, from tasks of one core each on a Ray cluster.
+
+    Args:
+        function: as for ``run_in_processes``.
+        arguments: of each call.
+        told: is told what a task did when it is done.
+        shared: a file that every machine must see.
+        workers: cores to use where no cluster is found and one is started here.
+    """
+    try:
+        import ray  # type: ignore[import-not-found]
+    except ImportError:
+        raise UsageError("--engine ray needs Ray: pip install 'pretrain[ray]'") from None
+    from ray.exceptions import RayError  # type: ignore[import-not-found]
+
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+    ours = not ray.is_initialized()
+    if ours:
+        try:
+            ray.init(address="auto", **quiet)
+        except ConnectionError:
+            ray.init(address="local", num_cpus=workers, include_dashboard=False, **quiet)
+    try:
+        remote = ray.remote(num_cpus=1, max_retries=RETRIES)(_perform)
+        results: dict[int, Any] = {}
+        running: dict[Any, int] = {}
+        todo = iter(enumerate(arguments))
+        while len(results) < len(arguments):
+            most = 2 * int(ray.cluster_resources().get("CPU", 1))  # machines may come and go
+            while len(running) < most and (task := next(todo, None)) is not None:
+                running[remote.remote(function, task[1], os.getcwd(), str(shared.absolute()))] = task[0]
+            for ready in ray.wait(list(running))[0]:
+                kind, value, size, tokens = ray.get(ready)
+                if kind == "error":
+                    raise value
+                task_number = running.pop(ready)
+                told(task_number, size, tokens)
+                results[task_number] = value
+        return [results[task] for task in range(len(arguments))]
+    except RayError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise PretrainError(
+            f"Ray gave a task up after {RETRIES} retries ({reason}); what is committed stays: give the command again"
+        ) from None
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _perform(function: Function, arguments: tuple, folder: str, shared: str) -> tuple[str, Any, int, int]:
+    """What a task does. Errors are its result, as Ray would wrap them into its own."""
+    size = tokens = 0
+
+    def report(more_size: int, more_tokens: int) -> None:
+        nonlocal size, tokens
+        size, tokens = size + more_size, tokens + more_tokens
+
+    try:
+        if not Path(shared).is_file():
+            node = socket.gethostname()
+            raise UsageError(
+                f"{shared} is not on the machine {node}: with --engine ray, --out must be on shared storage"
+            )
+        if Path(folder).is_dir():
+            os.chdir(folder)  # paths may be relative to where the command was given
+        return "done", function(*arguments, report), size, tokens
+    except (PretrainError, OSError) as error:
+        return "error", error, size, tokens

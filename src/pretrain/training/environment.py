@@ -1,0 +1,110 @@
+"""On what a run was made: ``environment.json``, one object for each time that training began or went on.
+
+Only the newest STARTS are kept beside the first. No host name and no environment variables: reports are shown to others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.tokens.shards import write_atomically
+
+ENVIRONMENT = "environment.json"
+STARTS = 100
+PACKAGES = ("pretrain", "torch", "numpy", "tokenizers", "safetensors")
+GIT_SECONDS = 5
+
+
+def write_environment(folder: Path, device: torch.device, **facts: Any) -> None:
+    """Add what this process runs on to ``environment.json``; nothing happens when that cannot be written.
+
+    Args:
+        folder: the run directory.
+        device: where it trains.
+        facts: more to note, such as ``step`` (steps done before), ``precision`` and ``processes``.
+    """
+    starts = [*read_environment(folder), environment(device) | facts]
+    starts = starts if len(starts) <= STARTS else [starts[0], *starts[1 - STARTS :]]
+    with suppress(OSError):  # a full disk is told by what matters more
+        write_atomically(folder / ENVIRONMENT, json.dumps(starts, indent=1) + "\n")
+
+
+def read_environment(folder: Path) -> list[dict[str, Any]]:
+    """What :func:`write_environment` noted, the oldest start first; empty if nothing was, or it is damaged."""
+    try:
+        starts = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """This process: its time and command, versions, and what it computes on."""
+    facts: dict[str, Any] = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": ["pretrain", *sys.argv[1:]] if Path(sys.argv[0]).stem in ("pretrain", "__main__") else sys.argv,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "commit": source_commit(),
+        "device": str(device),
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    with suppress(ValueError, OSError, AttributeError):  # names that this system lacks
+        facts["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        facts |= {"gpu": gpu.name, "gpu_memory_bytes": gpu.total_memory, "cuda": torch.version.cuda}
+    return facts
+
+
+def source_commit() -> str:
+    """The git commit of this package's source, with ``+`` if it was changed since; empty if it is not in a git."""
+    folder = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=GIT_SECONDS, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "run.py")  # installed into somebody's own checkout, it is not theirs
+        return git("rev-parse", "HEAD") + (
+            "+" if git("status", "--porcelain", "--untracked-files=no", "--", "..") else ""
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _cpu() -> str:
+    """The processor's name, as the system tells it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    with suppress(OSError, subprocess.SubprocessError):
+        words = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        if platform.system() == "Darwin":
+            return subprocess.run(words, capture_output=True, text=True, timeout=GIT_SECONDS, check=True).stdout.strip()
+    return platform.processor() or platform.machine()

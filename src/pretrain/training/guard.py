@@ -1,0 +1,46 @@
+"""What may enter a run: a step whose loss or gradients are not finite, or jump, changes nothing.
+
+The decision is made on the device and carried out by selecting the old values (``found_inf`` of the optimizers), so
+that no step waits for it and nothing is ever multiplied by a zero that should hide a NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pretrain.config import GuardConfig
+
+
+class Guard:
+    """Judges each step by its loss and gradient norm, beside those of the last good ones.
+
+    Args:
+        config: ``spike_sigma`` and ``spike_window`` say what a spike is.
+        device: where losses and norms are.
+    """
+
+    def __init__(self, config: GuardConfig, device: torch.device):
+        self.sigma = config.spike_sigma
+        self.window = torch.zeros(2, config.spike_window, device=device)  # losses, norms
+        self.good = torch.zeros((), dtype=torch.int64, device=device)  # good steps so far
+
+    def judge(self, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether the step is not finite, and whether it is a spike; a good one enters the statistics."""
+        values = torch.stack((loss, norm)).float()
+        not_finite = ~torch.isfinite(values).all()
+        if not self.sigma:
+            return not_finite, torch.zeros_like(not_finite)
+        limit = self.window.mean(1) + self.sigma * self.window.std(1)
+        size = self.window.shape[1]
+        spike = (self.good >= size) & (values > limit).any() & ~not_finite
+        refused = not_finite | spike
+        place = (self.good % size).view(1)
+        self.window.index_copy_(1, place, torch.where(refused, self.window[:, place], values[:, None]))
+        self.good += ~refused
+        return not_finite, spike
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The state to save and load in place."""
+        return {"guard.window": self.window, "guard.good": self.good} if self.sigma else {}

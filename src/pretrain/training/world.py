@@ -1,0 +1,201 @@
+"""The processes that train together: who they are, how they agree, and which of them fell silent.
+
+torchrun starts them and says so in the environment; one process alone is a world of size 1 and talks to nobody.
+Numbers of a step travel by the device's backend (NCCL on CUDA, gloo on the CPU); everything else (agreeing to stop,
+checkpoints, the error of rank 0) by a gloo group of its own, ``control``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pretrain.config import ParallelConfig
+from pretrain.device import choose_device
+from pretrain.errors import PeerError, PretrainError, UsageError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """A process among those that train together."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    local_size: int = 1
+    """Processes on this machine."""
+    control: dist.ProcessGroup | None = None
+    """All processes, by gloo; None in a world of one."""
+    store: dist.Store | None = None
+    """Where each process leaves a sign of life."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that logs, saves and prepares."""
+        return self.rank == 0
+
+    def rows(self, rows: int) -> int:
+        """Rows of a global batch of ``rows`` for each process; the last of some may have to be padding."""
+        return -(-rows // self.size)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Add up a tensor on the device over all processes, in place."""
+        if self.control is not None:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def sum_on_cpu(self, tensor: Tensor) -> Tensor:
+        """Add up a tensor on the CPU over all processes, in place."""
+        if self.control is not None:
+            dist.all_reduce(tensor, group=self.control)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is set in any process: the same answer in all of them."""
+        if self.control is None:
+            return flag
+        flags = torch.tensor(int(flag))
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.control)
+        return bool(flags)
+
+    def share(self, value: T) -> T:
+        """Rank 0's value, in every process."""
+        if self.control is None:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.control)
+        return values[0]
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes by rank, in every process."""
+        if self.control is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def first_does(self, work: Callable[[], T]) -> T:
+        """Let rank 0 work while the others wait, and share what comes of it.
+
+        Raises:
+            PretrainError: in rank 0 as it is; in the others as PeerError, which says nothing more.
+        """
+        if self.control is None:
+            return work()
+        if not self.first:
+            result, error_code = self.share((None, 0))
+            if error_code:
+                raise PeerError(error_code)
+            return result  # type: ignore[return-value]
+        try:
+            result = work()
+        except BaseException as error:
+            code = error.exit_code if isinstance(error, PretrainError) else 1
+            self.share((None, code))
+            raise
+        return self.share((result, 0))[0]
+
+    def must_agree(self, facts: dict[str, str]) -> None:
+        """A UsageError that names the ranks and the fact, unless all processes have the same facts."""
+        everybody = self.gather(facts)
+        for name, value in everybody[0].items():
+            if different := [rank for rank, theirs in enumerate(everybody) if theirs[name] != value]:
+                ranks = ", ".join(map(str, different))
+                raise UsageError(
+                    f"the processes disagree on {name}: rank 0 has {value}, rank {different[0]} has"
+                    f" {everybody[different[0]][name]} (different from rank 0: {ranks}); start them all alike"
+                )
+
+    def shorten_timeout(self, seconds: float) -> None:
+        """After the first step, which may compile for minutes, wait less for processes that do not answer."""
+        if self.control is not None:
+            set_timeout = dist.distributed_c10d._set_pg_timeout
+            for group in (dist.group.WORLD, self.control):
+                set_timeout(timedelta(seconds=seconds), group)
+
+    def sign_of_life(self, beat: dict[str, Any]) -> None:
+        """Leave word of what this process is doing, for the others to read when they wait in vain."""
+        if self.store is not None:
+            self.store.set(f"life/{self.rank}", json.dumps(beat))
+
+    def behind(self) -> str:
+        """Which processes are silent or behind the others, in words; empty if none is known to be."""
+        if self.store is None:
+            return ""
+        beats: list[dict[str, Any]] = []
+        silent = []
+        for rank in range(self.size):
+            key = f"life/{rank}"
+            beat = json.loads(self.store.get(key)) if self.store.check([key]) else {}
+            beats.append({"step": 0, "phase": "starting", "time": 0.0, **beat})
+        furthest = max(beat["step"] for beat in beats)
+        for rank, beat in enumerate(beats):
+            age = time.time() - beat["time"]
+            if age > 5 or beat["step"] < furthest:
+                where = f" on {beat['host']}, process {beat['pid']}" if "host" in beat else ""
+                heard = f"silent for {age:.0f} s, " if age > 5 and beat["time"] else ""
+                silent.append(f"rank {rank}{where} ({heard}last seen {beat['phase']} after step {beat['step']})")
+        return "; ".join(silent)
+
+
+@contextmanager
+def join_world(device: str, config: ParallelConfig) -> Iterator[World]:
+    """The world that torchrun describes in the environment, left again at the end; without torchrun this process alone.
+
+    Raises:
+        UsageError: the device is not there.
+        PretrainError: the other processes did not come.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 or not dist.is_available():
+        yield World(choose_device(device))
+        return
+    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = choose_device(device)
+    if chosen.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UsageError(
+                f"process {local} of this machine has no GPU of its own ({torch.cuda.device_count()} are there);"
+                f" start as many with --nproc-per-node as there are GPUs"
+            )
+        chosen = torch.device("cuda", local)
+        torch.cuda.set_device(chosen)
+        # What NCCL was doing when a collective hangs; read with torch's fr_trace.
+        for name, value in (("TORCH_FR_BUFFER_SIZE", "2000"), ("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")):
+            os.environ.setdefault(name, value)
+    elif chosen.type == "mps":
+        raise UsageError("several processes cannot share an Apple GPU; use --train.device cpu, or one process")
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    patience = timedelta(seconds=config.start_seconds)
+    try:
+        dist.init_process_group(backend, timeout=patience, device_id=chosen if chosen.type == "cuda" else None)
+        control = dist.new_group(backend="gloo", timeout=patience)
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise PretrainError(
+            f"rank {rank} of {size} could not join the others at {os.environ.get('MASTER_ADDR')}:"
+            f"{os.environ.get('MASTER_PORT')} ({reason}); are all machines started, with the same --nnodes?"
+        ) from None
+    store = dist.distributed_c10d._get_default_store()
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    world = World(chosen, rank, size, local_size, control, store.clone())  # type: ignore[arg-type,attr-defined]
+    try:
+        world.sign_of_life(
+            {"step": 0, "phase": "starting", "time": time.time(), "host": platform.node(), "pid": os.getpid()}
+        )
+        yield world
+    finally:
+        dist.destroy_process_group()
