@@ -133,3 +133,9 @@ def test_a_disk_without_room_is_said_before_anything_is_downloaded(
     assert main(["data", "download", "climbmix-400b-shuffle", "-n", "8", "--out", str(tmp_path / "a/b")]) == 1
     assert "take about 0.9 GB and the disk has 0.5 GB free; download fewer (-n)" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
+    for number in range(5):  # what is there needs no room
+        with open(tmp_path / f"shard_{number:05d}.parquet{'.part' * (number > 2)}", "wb") as file:
+            file.truncate(100_000_000)
+    monkeypatch.setenv("HF_ENDPOINT", "no-scheme")
+    assert main(["data", "download", "climbmix-400b-shuffle", "-n", "8", "--out", str(tmp_path), "--tries", "1"]) == 1
+    assert "9 of 9 files could not be downloaded" in capsys.readouterr().err

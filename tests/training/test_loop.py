@@ -16,6 +16,7 @@ from pretrain.errors import CheckpointError, DeviceMemoryError, UsageError
 from pretrain.model import GPT
 from pretrain.training import Console, Run, Trainer, train
 from pretrain.training.checkpoint import Checkpoint, checkpoints
+from pretrain.training.loop import open_run
 from pretrain.training.metrics import read_jsonl
 
 
@@ -137,10 +138,7 @@ def test_the_micro_batch_changes_nothing_but_rounding(tiny: Config, tmp_path: Pa
 
 
 def test_a_step_with_a_nan_changes_nothing(tiny: Config, tmp_path: Path, monkeypatch):
-    from pretrain.tokens import prepare
-
-    run = Run.create(tmp_path, tiny)
-    prepare(tiny, run.data)
+    run = open_run(tiny, tmp_path / "run", Console(quiet=True))
     trainer = Trainer(run, Console(quiet=True), time.monotonic())
     trainer.train_step()
     before = {name: tensor.clone() for name, tensor in trainer.tensors().items()}
@@ -269,9 +267,6 @@ def test_a_run_killed_before_its_summary_still_gets_it(tiny: Config, tmp_path: P
 
 
 def test_making_room_for_moments_leaves_the_loss_scale(tiny: Config, tmp_path: Path):
-    from pretrain.tokens import prepare
-
-    run = Run.create(tmp_path, change(tiny, train__precision="fp16"))
-    prepare(tiny, run.data)
+    run = open_run(change(tiny, train__precision="fp16"), tmp_path / "run", Console(quiet=True))
     trainer = Trainer(run, Console(quiet=True), time.monotonic())
     assert float(trainer.loss_scale.scale) == 2.0**16

@@ -20,6 +20,7 @@ from typing import Annotated, Literal
 import tyro
 
 from pretrain.cli.parsing import Command, did_you_mean, dispatch, listing, parse, value_of
+from pretrain.cli.report import report, watch
 from pretrain.config import Config, load_config, recipe_names, recipe_summary, recipe_text
 from pretrain.errors import Interrupted, PretrainError, UsageError
 from pretrain.generation.options import SamplingOptions
@@ -288,6 +289,8 @@ COMMANDS: dict[str, Command] = {
     "eval": evaluate,
     "sample": sample,
     "export": export,
+    "report": report,
+    "watch": watch,
     "data": _data,
     "tokenizer": _tokenizer,
     "recipes": recipes,

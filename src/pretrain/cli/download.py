@@ -99,7 +99,7 @@ def download(args: list[str]) -> int:
         raise Interrupted(
             f"interrupted: {whole} of {len(items)} files are in {folder}; the same command goes on from here"
         ) from None
-    failed = [item for item in items if item.state == "failed"]
+    failed = [item for item in items if item.state not in ("fetched", "kept")]
     if failed:
         _print_failures(failed)
         raise DataError(
@@ -142,13 +142,15 @@ def _names(urls: Sequence[str]) -> list[str]:
 
 def _items(found: TextSet, train: int, base_url: str, folder: Path) -> list[Download]:
     """The files of a set to download. Raises DataError if the disk has no room for them."""
-    from pretrain.text.download import Download
+    from pretrain.text.download import Download, partial_file
 
     items, missing = [], 0
     for name in found.files(train):
         file = folder / found.saved_as.get(name, name)
         items.append(Download(found.url(name, base_url), file, found.sizes.get(name, 0), found.sha256.get(name, "")))
-        missing += 0 if file.exists() else found.size_about(name)
+        if not file.exists():
+            part = partial_file(items[-1])
+            missing += max(0, found.size_about(name) - (part.stat().st_size if part.exists() else 0))
     there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(there).free
     if missing > free:
@@ -231,9 +233,9 @@ def _progress(items: list[Download]) -> Iterator[Callable[[], None]]:
     def show() -> None:
         for number, item in enumerate(items):
             if item.state == "running":
-                if number not in running:
-                    running[number] = bars.add_task("", total=None)
                 name = item.file.name + (f", try {item.tries}" if item.tries > 1 else "")
+                if number not in running:
+                    running[number] = bars.add_task(name, total=None)
                 bars.update(running[number], description=name, completed=item.done, total=item.total or None)
             elif item.state != "waiting" and number not in ended:
                 ended.add(number)
@@ -252,5 +254,5 @@ def _progress(items: list[Download]) -> Iterator[Callable[[], None]]:
         )
 
     with bars:
-        whole = bars.add_task("", total=None)
+        whole = bars.add_task(f"0 of {len(items)} files", total=None)
         yield show

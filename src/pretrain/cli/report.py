@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -81,6 +82,8 @@ def watch(args: list[str]) -> int:
         print(f"Watching {a.run} on {watcher.address} (Ctrl-C ends)", flush=True)
         if not watcher.begun:
             print("It has not begun yet; the page shows it when it does.", flush=True)
+        if hasattr(os, "nice"):
+            os.nice(5)  # training comes first
         if a.open:
             import webbrowser
 

@@ -16,7 +16,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, d
     ``mask`` (broadcast to (B, H, T, S)) is True where looking is allowed; None is causal, or everything if T is 1.
     """
     T, S = q.shape[2], k.shape[2]
-    if q.is_cpu and T > 1 and S <= PLAIN_LIMIT and not dropout:
+    if q.device.type == "cpu" and T > 1 and S <= PLAIN_LIMIT and not dropout:
         if mask is None:
             mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
         if k.shape[1] != q.shape[1]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.config import Config
-from pretrain.model import GPT
+from pretrain.model import GPT, attention
 from pretrain.model.loss import CHUNK_ELEMENTS, CHUNK_ROWS
 from pretrain.model.transformer import Linear
 from pretrain.optim import build_optimizers
@@ -86,7 +88,7 @@ def rehearse(config: Config, vocab_size: int, rows: int, micro_steps: int, dtype
         device: the type of the device for which to count; the rehearsal itself runs on the CPU.
     """
     holding = Holding()
-    with FakeTensorMode(), holding:
+    with _as_on(device), FakeTensorMode(), holding:
         model = GPT(config.model, vocab_size, 0)
         model.activation_dtype = dtype
         weights = holding.live
@@ -120,10 +122,22 @@ def rehearse(config: Config, vocab_size: int, rows: int, micro_steps: int, dtype
     if dtype != torch.float32 and not config.train.activation_checkpointing:
         cast = [module.weight for module in model.blocks.modules() if isinstance(module, Linear)]
         casts = dtype.itemsize * sum(weight.numel() for weight in cast)
-    here, there = (_chunk_bytes(model, rows, each) for each in ("cpu", device))
-    peak = max(forward + there - here, rest)
+    at_once = max(CHUNK_ROWS, CHUNK_ELEMENTS.get(device, 2**24) // model.head.weight.shape[0])
+    chunk = LOGIT_BYTES * model.head.weight.shape[0] * min(at_once, rows * config.model.context_length)
     activations = max(0, kept - head_gradient - casts)
-    return Working(rows, weights, moments, gradients, casts, activations, there, peak)
+    return Working(rows, weights, moments, gradients, casts, activations, chunk, max(forward, rest))
+
+
+@contextmanager
+def _as_on(device: str) -> Iterator[None]:
+    """Let what is computed on the CPU take the ways that it would take on another type of device."""
+    limit, chunk = attention.PLAIN_LIMIT, CHUNK_ELEMENTS["cpu"]
+    if device != "cpu":
+        attention.PLAIN_LIMIT, CHUNK_ELEMENTS["cpu"] = 0, CHUNK_ELEMENTS.get(device, 2**24)
+    try:
+        yield
+    finally:
+        attention.PLAIN_LIMIT, CHUNK_ELEMENTS["cpu"] = limit, chunk
 
 
 def _update(model: GPT, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -131,13 +145,6 @@ def _update(model: GPT, optimizers: list[torch.optim.Optimizer]) -> None:
         optimizer.found_inf = torch.zeros(())  # type: ignore[attr-defined]  # as in training, where a step may be skipped
         optimizer.step()
     model.zero_grad(set_to_none=True)
-
-
-def _chunk_bytes(model: GPT, rows: int, device: str) -> int:
-    """What the loss holds of logits at once (model/loss.py)."""
-    vocabulary = model.head.weight.shape[0]
-    at_once = max(CHUNK_ROWS, CHUNK_ELEMENTS.get(device, 2**24) // vocabulary)
-    return LOGIT_BYTES * vocabulary * min(at_once, rows * model.config.context_length)
 
 
 class Holding(TorchDispatchMode):

@@ -135,5 +135,7 @@ def some_blocks(stream: TokenStream, limit: int) -> np.ndarray:
 
 def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """``values`` of the sorted ``keys`` that are ``wanted``, 0 for those that are not there."""
+    if not len(keys):
+        return np.zeros(len(wanted))
     places = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     return np.where(keys[places] == wanted, values[places], 0)

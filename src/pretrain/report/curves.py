@@ -9,6 +9,7 @@ import json
 import math
 import os
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,9 +87,13 @@ class Table:
         for name, column in columns.items():
             column.append(row.get(name, math.nan))
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        """A copy of a column, float64."""
-        return np.array(self.columns[name])
+    def column(self, name: str, first: int = 0) -> np.ndarray:
+        """A copy of a column from row ``first`` on, float64."""
+        return np.array(memoryview(self.columns[name])[first:])
+
+    def rows_to(self, step: int) -> int:
+        """How many rows are of steps up to ``step``."""
+        return bisect_right(self.columns["step"], step)
 
     def last(self, name: str) -> float | None:
         """The newest finite number of a column."""
@@ -156,8 +161,8 @@ class Curves:
         if self._clip and norm is not None and step > self._clip_from:
             self.clippable += 1
             self.clipped += norm > self._clip
-        if loss is not None:
-            row[SMOOTHED] = self._smoothing.add(math.nan if skipped else loss)
+        if "train/loss" in record:
+            row[SMOOTHED] = self._smoothing.add(math.nan if skipped or loss is None else loss)
         self.train.add(row)
 
 
@@ -182,7 +187,7 @@ def thinned(table: Table, limit: int, spiky: Sequence[str] | None = None, first:
     Of each stretch of steps the rows stay that hold the least and the greatest number of each of ``spiky`` (all
     columns but the axes if not given), so that no spike is lost; and the first and the last row.
     """
-    columns = {name: table[name][first:] for name in table.columns}
+    columns = {name: table.column(name, first) for name in table.columns}
     rows = len(table) - first
     if rows > limit:
         spiky = [name for name in (spiky or columns) if name in columns and name not in AXES]
@@ -202,7 +207,7 @@ def thinned(table: Table, limit: int, spiky: Sequence[str] | None = None, first:
 
 
 def _plain(name: str, values: np.ndarray) -> list[Any]:
-    """Numbers for JSON: whole ones on the axes of steps and tokens, six digits elsewhere, None for what is not finite."""
+    """Numbers for JSON: steps and tokens whole, others of six digits, None for what is not finite."""
     if name in ("step", "tokens"):
         return [int(v) if math.isfinite(v) else None for v in values.tolist()]
     return [float(f"{v:.6g}") if math.isfinite(v) else None for v in values.tolist()]

@@ -167,7 +167,7 @@ def loss_rows(run: Run, curves: Curves, baselines: Baselines | None) -> list[Los
 
 def _column(curves: Curves, name: str) -> list[float]:
     there = name in curves.val.columns
-    return curves.val[name].tolist() if there else [math.nan] * len(curves.val)
+    return curves.val.column(name).tolist() if there else [math.nan] * len(curves.val)
 
 
 def remarks(run: Run, curves: Curves, baselines: Baselines | None) -> list[str]:
@@ -191,8 +191,8 @@ def remarks(run: Run, curves: Curves, baselines: Baselines | None) -> list[str]:
             said.append("That is better than knowing how frequent each token is, but not yet than counting pairs.")
         if lowest and lowest.loss is not None and last.loss > lowest.loss + OVERFIT:
             said.append(
-                f"The held-out loss was lowest, {lowest.loss:.3f}, {lowest.meaning.removeprefix('this model ')}, and has"
-                f" risen to {last.loss:.3f} since: the model memorises its training text. Fewer steps, more text or"
+                f"The held-out loss was lowest, {lowest.loss:.3f}, {lowest.meaning.removeprefix('this model ')}, and"
+                f" has risen to {last.loss:.3f} since: the model memorises its training text. Fewer steps, more text or"
                 f" dropout help; --checkpoint.keep_best keeps the weights of the lowest."
             )
     manifest, tokens = manifest_of(run), curves.train.last("tokens")
@@ -293,7 +293,9 @@ def config_differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 
 def _flat(config: Config) -> dict[str, Any]:
-    return {f"{section}.{name}": value for section, part in config_to_dict(config).items() for name, value in part.items()}
+    return {
+        f"{section}.{name}": value for section, part in config_to_dict(config).items() for name, value in part.items()
+    }
 
 
 def _value(value: Any) -> str:
@@ -345,7 +347,18 @@ def _start_rows(start: dict[str, Any]) -> list[tuple[str, str]]:
         "CUDA": start.get("cuda") or "",
         "source": start.get("commit", ""),
     }
-    shown = {"time", "command", "device", "gpu", "gpu_memory_bytes", "cpu", "cores", "threads", "memory_bytes", "system"}
+    shown = {
+        "time",
+        "command",
+        "device",
+        "gpu",
+        "gpu_memory_bytes",
+        "cpu",
+        "cores",
+        "threads",
+        "memory_bytes",
+        "system",
+    }
     shown |= {"python", "packages", "cuda", "commit"}
     rows |= {name: value for name, value in start.items() if name not in shown}
     return [(name, str(value)) for name, value in rows.items() if value not in ("", None)]

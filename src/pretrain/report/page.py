@@ -48,6 +48,7 @@ SAMPLES, SAMPLE_CHARACTERS = 200, 2_000
 """Samples in a page, shared by its runs, evenly taken from all; and how much of each."""
 EVENTS = 200
 """The newest events of a run that are shown."""
+FACT_FILES = ("config.toml", "summary.json", "environment.json", "data/manifest.json")
 RECENT_STEPS = 50
 """Steps that the time of one is measured over."""
 
@@ -73,7 +74,7 @@ class View:
         self.samples: list[dict[str, Any]] = []
         self.events: list[dict[str, Any]] = []
         self._samples, self._events = Tail(folder / "samples.jsonl"), Tail(folder / "events.jsonl")
-        self._known: tuple[Any, ...] = ()
+        self.known: tuple[Any, ...] = ()  # the state of the files that the facts come from
 
     def refresh(self) -> None:
         """Take in what is new in the run directory.
@@ -81,14 +82,14 @@ class View:
         Raises:
             CheckpointError: its config.toml is damaged.
         """
-        known = tuple(_stamp(self.folder / name) for name in ("config.toml", "summary.json", "data/manifest.json"))
-        if known != self._known and Run.exists(self.folder):
+        known = tuple(_stamp(self.folder / name) for name in FACT_FILES)
+        if known != self.known and Run.exists(self.folder):
             self.run = Run.open(self.folder)
             self.size = size_of(self.run)
             self.baselines = baselines(self.run)
             train = self.run.config.train
             self.curves.clip_at(train.grad_clip, train.grad_clip_from)
-            self._known = known
+            self.known = known
         self.curves.refresh()
         for tail, records in ((self._samples, self.samples), (self._events, self.events)):
             for record in tail.new():
@@ -126,9 +127,9 @@ class View:
         if generation != self.curves.generation:
             reset = {"train": self._train(0), "val": thinned(self.curves.val, self.rows)}
             return {"reset": True, "generation": self.curves.generation, **reset}
-        train, val = self._train(_rows_to(self.curves.train, after)), _rows_to(self.curves.val, after)
-        new = {"train": train, "val": thinned(self.curves.val, self.rows, first=val)}
-        return {"reset": False, "generation": generation, **new}
+        train = self._train(self.curves.train.rows_to(after))
+        val = thinned(self.curves.val, self.rows, first=self.curves.val.rows_to(after))
+        return {"reset": False, "generation": generation, "train": train, "val": val}
 
     def constants(self) -> dict[str, Any]:
         """What hardly ever changes in a run."""
@@ -136,7 +137,9 @@ class View:
         return {
             "flops_per_token": self.size.flops_per_token if self.size else None,
             "clip": self.run.config.train.grad_clip if self.run else 0,
-            "baselines": {"count tokens": round(found.unigram, 4), "count pairs": round(found.bigram, 4)} if found else {},
+            "baselines": {"count tokens": round(found.unigram, 4), "count pairs": round(found.bigram, 4)}
+            if found
+            else {},
         }
 
     def stats(self) -> dict[str, Any]:
@@ -179,7 +182,11 @@ class View:
     def shown_events(self) -> list[dict[str, Any]]:
         """The newest events."""
         return [
-            {"step": event.get("step"), "event": str(event.get("event", "")), "text": public(str(event.get("text", "")))}
+            {
+                "step": event.get("step"),
+                "event": str(event.get("event", "")),
+                "text": public(str(event.get("text", ""))),
+            }
             for event in self.events[-EVENTS:]
         ]
 
@@ -213,11 +220,6 @@ def _stamp(file: Path) -> tuple[int, int]:
     return status.st_mtime_ns, status.st_size
 
 
-def _rows_to(table: Table, step: int) -> int:
-    """How many rows of a table are up to ``step``."""
-    return int(table["step"].searchsorted(step, side="right"))
-
-
 def _seconds_per_step(train: Table) -> float | None:
     if len(train) < 2 or "time" not in train.columns:
         return None
@@ -240,8 +242,9 @@ def write_report(runs: Sequence[Run], file: Path) -> Path:
     for view in views:
         view.refresh()
     temporary = file.with_name(f"{file.name}.tmp")
+    text = render(views)
     try:
-        temporary.write_text(render(views), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="replace")  # a path may hold any bytes
         os.replace(temporary, file)
     except OSError as error:
         raise UsageError(f"cannot write {file}: {error.strerror}; choose another file with --out") from None
@@ -301,7 +304,7 @@ def render_facts(views: Sequence[View]) -> str:
 
 
 def policy(script_digest: str, live: bool) -> str:
-    """The Content-Security-Policy: one script, known by its hash, and no request to anywhere but a live page's server."""
+    """The Content-Security-Policy: one script, known by its hash; requests to a live page's server only."""
     connect = "'self'" if live else "'none'"
     return (
         f"default-src 'none'; script-src 'sha256-{script_digest}'; style-src 'unsafe-inline'; img-src data:;"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -97,12 +97,12 @@ def _draw_losses(axes: Axes, curves: Curves, color: str, held_out: str, name: st
     return drawn
 
 
-def _draw(axes: Axes, curves: Curves, name: str, color: str, label: str, form: str = "-", **look: float) -> bool:
+def _draw(axes: Axes, curves: Curves, name: str, color: str, label: str, form: str = "-", **look: Any) -> bool:
     """Draw a number against the steps; gives whether there is any."""
     table = curves.val if name in curves.val.columns else curves.train
     if name not in table.columns:
         return False
-    values = table[name]
+    values = table.column(name)
     there = np.isfinite(values)
-    axes.plot(table["step"][there], values[there], form, color=color, label=label, **look)
+    axes.plot(table.column("step")[there], values[there], form, color=color, label=label, **look)
     return bool(there.any())

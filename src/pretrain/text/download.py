@@ -175,8 +175,12 @@ class _Downloader:
         """Take files from the queue until it is empty or the job stops."""
         while not self.stop.is_set():
             try:
-                self.get(queue.popleft())
-            except (IndexError, _Stopped):
+                item = queue.popleft()
+            except IndexError:
+                return
+            try:
+                self.get(item)
+            except _Stopped:
                 return
             except BaseException as error:
                 self.fatal = self.fatal or error
@@ -196,7 +200,7 @@ class _Downloader:
                     self._try(item, part)
                 finally:  # also on Ctrl-C: nothing stays that cannot be gone on with
                     if item.state != "fetched" and (_size(part) == 0 or _read_note(item) is None):
-                        _part(item).unlink(missing_ok=True)
+                        partial_file(item).unlink(missing_ok=True)
                         _note(item).unlink(missing_ok=True)
         except OSError as error:
             if error.errno in NO_ROOM:
@@ -209,11 +213,11 @@ class _Downloader:
     def _take(self, item: Download) -> FileIO | None:
         """Open the partial file for this process alone; None if the file is complete, perhaps by another process."""
         while not _is_complete(item):
-            part = FileIO(_part(item), "ab")
-            if _lock(part) and _is_at(part, _part(item)):
+            part = FileIO(partial_file(item), "ab")
+            if _lock(part) and _is_at(part, partial_file(item)):
                 if not _is_complete(item):
                     return part
-                _part(item).unlink(missing_ok=True)
+                partial_file(item).unlink(missing_ok=True)
             part.close()
             self._wait(0.1)
         return None
@@ -269,7 +273,7 @@ class _Downloader:
             told = self._request(item, part, have, told)
         self._check(item, part, told)
         os.fsync(part.fileno())
-        os.replace(_part(item), item.file)
+        os.replace(partial_file(item), item.file)
         _note(item).unlink(missing_ok=True)
         _sync_folder(item.file.parent)
 
@@ -314,10 +318,10 @@ class _Downloader:
                 _empty(part)
             raise _Problem(f"{size:,} of {expected:,} bytes came")
         for algorithm, digest in (told.digests | ({"sha256": item.sha256} if item.sha256 else {})).items():
-            if (actual := _digest(_part(item), algorithm)) != digest:
+            if (actual := _digest(partial_file(item), algorithm)) != digest:
                 _empty(part)
                 raise _Problem(f"altered on the way: {algorithm} {actual[:12]}… instead of {digest[:12]}…")
-        if item.file.suffix == ".parquet" and (problem := _parquet_problem(_part(item))):
+        if item.file.suffix == ".parquet" and (problem := _parquet_problem(partial_file(item))):
             _empty(part)
             raise _Problem(f"not a whole Parquet file: {problem}")
 
@@ -453,7 +457,8 @@ def _expected(item: Download) -> str:
 # On the disk ----------------------------------------------------------------------------------------------------------
 
 
-def _part(item: Download) -> Path:
+def partial_file(item: Download) -> Path:
+    """Where the bytes of a file are until it is complete."""
     return item.file.with_name(f"{item.file.name}.part")
 
 

@@ -148,7 +148,7 @@ class _Preparation:
         pieces = find_pieces(data.paths, data.field)
         held_out = find_pieces(data.val_paths, data.field) if data.val_paths else []
         self.jobs = _jobs(data, pieces, held_out, shard_tokens)
-        self.size = sum(job.size for job in self.jobs)
+        self.size = _size(self.jobs)
         self.work = Work(str(folder), data.field, data.val_fraction, shard_tokens)
         self.here = engine == "local" and self.size <= JOB_BYTES and len(self.jobs) <= 1 + bool(held_out)
         self.read = _holding(read_piece) if self.here else read_piece
@@ -225,7 +225,7 @@ class _Preparation:
             return
         there = {job.number: read_survey(self.work, job) for job in jobs}
         left = [job for job in jobs if there[job.number] is None]
-        new = self.perform("counting", survey_job, [(self.work, job, alphabet) for job in left], left)
+        new = self.perform("counting", survey_job, [(self.work, job, alphabet) for job in left], _size(left))
         there.update(zip((job.number for job in left), new, strict=True))
         found = [each for each in there.values() if each is not None]
         if alphabet:
@@ -255,13 +255,13 @@ class _Preparation:
             _save(self.tokenizer, self.folder)
             return
         jobs = tuple(job for job in self.jobs if job.split != VAL)
-        size = sum(job.size for job in jobs)
+        size = _size(jobs)
         if size > LEARN_BYTES:
             taken = f"{LEARN_BYTES / 1e6:,.0f} MB, taken evenly from all of the text"
             self.progress.say(f"tokenizer trained on {taken}")
         arguments = (self.work, jobs, self.vocab_size, self.pattern)
         # In a process of its own, whose memory is free afterwards; on this machine also for Ray.
-        self.perform("learning", learn_bpe, [arguments], jobs, workers=1)
+        self.perform("learning", learn_bpe, [arguments], min(size, LEARN_BYTES), workers=1)
         self.tokenizer = Tokenizer.load(file)
 
     def check_bytes(self) -> None:
@@ -282,7 +282,7 @@ class _Preparation:
         processes = min(self.workers, len(left)) if self.engine == "local" else 1
         threads = 0 if self.here else max(1, (os.cpu_count() or 1) // max(1, processes))
         arguments = [(self.work, job, tokenizer, threads) for job in left]
-        done = self.perform("tokenizing", tokenize_job, arguments, left)
+        done = self.perform("tokenizing", tokenize_job, arguments, _size(left))
         for job, there in zip(left, done, strict=True):
             commits[job.number] = there
         return commits
@@ -329,12 +329,12 @@ class _Preparation:
         return f"the {name} text has {size} {unit}, shorter than one context of {length} tokens and its target; {mend}"
 
     def perform(
-        self, name: str, function: Function, arguments: Sequence[tuple], jobs: Sequence[Job], workers: int = 0
+        self, name: str, function: Function, arguments: Sequence[tuple], size: int, workers: int = 0
     ) -> list[Any]:
-        """Call ``function`` with each of ``arguments``, wherever the work is done."""
+        """Call ``function`` with each of ``arguments``, about ``size`` bytes of text, wherever the work is done."""
         if not arguments:
             return []
-        with self.progress.stage(name, sum(job.size for job in jobs)):
+        with self.progress.stage(name, size):
             if self.here:
                 return run_here(partial(function, read=self.read), arguments, self.progress.add)
             if self.engine == "ray" and not workers:
@@ -346,7 +346,7 @@ def learn_bpe(
     work: Work, jobs: Sequence[Job], vocab_size: int, pattern: str, report: Report, read: Read = read_piece
 ) -> None:
     """Train a bpe on the training text of the jobs, or on LEARN_BYTES of it, and save it in the folder."""
-    size = sum(job.size for job in jobs)
+    size = _size(jobs)
 
     def texts() -> Iterator[str]:
         for job in jobs:
@@ -377,6 +377,10 @@ def _jobs(data: DataConfig, pieces: Sequence[Piece], held_out: Sequence[Piece], 
         after = [piece for piece in pieces if piece.file == last]
         return jobs + plan_jobs(after, VAL, shard_tokens, first=len(jobs))
     return plan_jobs(pieces, data.split if data.val_fraction else TRAIN, shard_tokens)
+
+
+def _size(jobs: Sequence[Job]) -> int:
+    return sum(job.size for job in jobs)
 
 
 def _holding(read: Read) -> Read:

@@ -1,6 +1,6 @@
 """On what a run was made: ``environment.json``, one object for each time that training began or went on.
 
-Only the newest STARTS are kept beside the first. No host name and no environment variables: reports are shown to others.
+The first is kept and the newest. No host name and no environment variables: reports are shown to others.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def read_environment(folder: Path) -> list[dict[str, Any]]:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """This process: its time and command, versions, and what it computes on."""
+    """What this process is: its time and command, versions, and what it computes on."""
     facts: dict[str, Any] = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": ["pretrain", *sys.argv[1:]] if Path(sys.argv[0]).stem in ("pretrain", "__main__") else sys.argv,

@@ -375,7 +375,7 @@ class Trainer:
 
     def step(self) -> dict[str, Any]:
         """One optimizer step; gives its numbers, some still on the device."""
-        self.watch.beat(self.done, "training")
+        self.watch.beat(self.done, "waiting for data")
         begin = time.monotonic()
         numbers = self.step_that_fits()
         self.done += 1
@@ -383,7 +383,7 @@ class Trainer:
             self.settled_in = True
             self.world.shorten_timeout(self.config.parallel.timeout_seconds)
         seconds = time.monotonic() - begin
-        self.watch.beat(self.done, "training", seconds)
+        self.watch.beat(self.done, "between steps", seconds)
         tokens = self.config.train.batch_tokens
         return {
             "step": self.done,
@@ -471,10 +471,13 @@ class Trainer:
             if world.size == 1:
                 self.stop.check()
             synchronise(self.forward, last=number == len(parts))
+            self.watch.beat(self.done, "in a forward pass")
             part = self.forward(x.to(self.device), y.to(self.device)) / config.train.batch_tokens
+            self.watch.beat(self.done, "in a backward pass")
             # DDP and FSDP average over the processes what is to be added up.
             self.loss_scale.scaled(part * world.size).backward()
             loss += part.detach()
+        self.watch.beat(self.done, "updating")
         world.sum(loss)
 
         gradients = self.parameters.gradients()

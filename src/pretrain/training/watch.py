@@ -46,6 +46,7 @@ class Watch:
     ):
         self.folder, self.config, self.say, self.publish = folder, config, say, publish
         self.step, self.phase = 0, "starting"
+        self.beats = 0  # processes that do the same have as many
         self._last = time.monotonic()
         self._told = False
         self._steps: deque[float] = deque(maxlen=50)  # seconds of the last steps
@@ -64,6 +65,7 @@ class Watch:
     def beat(self, step: int, phase: str, seconds: float | None = None) -> None:
         """Something moved: ``step`` steps are done and ``phase`` begins; the last step took ``seconds``."""
         self.step, self.phase, self._last, self._told = step, phase, time.monotonic(), False
+        self.beats += 1
         if seconds is not None:
             self._steps.append(seconds)
 
@@ -98,6 +100,7 @@ class Watch:
     def _write(self) -> None:
         beat = {
             "step": self.step,
+            "beats": self.beats,
             "phase": self.phase,
             "time": round(time.time(), 1),
             "silent_seconds": round(time.monotonic() - self._last, 1),

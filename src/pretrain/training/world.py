@@ -27,6 +27,9 @@ from pretrain.errors import PeerError, PretrainError, UsageError
 
 T = TypeVar("T")
 
+SILENT_SECONDS = 5.0
+"""Without a sign of life for so long, a process is counted as gone: its watch leaves one each second."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -140,13 +143,13 @@ class World:
         for rank in range(self.size):
             key = f"life/{rank}"
             beat = json.loads(self.store.get(key)) if self.store.check([key]) else {}
-            beats.append({"step": 0, "phase": "starting", "time": 0.0, **beat})
-        furthest = max(beat["step"] for beat in beats)
+            beats.append({"step": 0, "beats": 0, "phase": "starting", "time": 0.0, **beat})
+        furthest = max(beat["beats"] for beat in beats)
         for rank, beat in enumerate(beats):
             age = time.time() - beat["time"]
-            if age > 5 or beat["step"] < furthest:
+            if age > SILENT_SECONDS or beat["beats"] < furthest:
                 where = f" on {beat['host']}, process {beat['pid']}" if "host" in beat else ""
-                heard = f"silent for {age:.0f} s, " if age > 5 and beat["time"] else ""
+                heard = f"silent for {age:.0f} s, " if age > SILENT_SECONDS and beat["time"] else ""
                 silent.append(f"rank {rank}{where} ({heard}last seen {beat['phase']} after step {beat['step']})")
         return "; ".join(silent)
 
@@ -181,7 +184,11 @@ def join_world(device: str, config: ParallelConfig) -> Iterator[World]:
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     patience = timedelta(seconds=config.start_seconds)
     try:
-        dist.init_process_group(backend, timeout=patience, device_id=chosen if chosen.type == "cuda" else None)
+        store, rank, size = next(iter(dist.rendezvous("env://", timeout=patience)))
+        # Where torchrun starts everybody again, what an earlier attempt left in its store is not to be believed.
+        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        device_id = chosen if chosen.type == "cuda" else None
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience, device_id=device_id)
         control = dist.new_group(backend="gloo", timeout=patience)
     except (dist.DistError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
@@ -189,7 +196,6 @@ def join_world(device: str, config: ParallelConfig) -> Iterator[World]:
             f"rank {rank} of {size} could not join the others at {os.environ.get('MASTER_ADDR')}:"
             f"{os.environ.get('MASTER_PORT')} ({reason}); are all machines started, with the same --nnodes?"
         ) from None
-    store = dist.distributed_c10d._get_default_store()
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     world = World(chosen, rank, size, local_size, control, store.clone())  # type: ignore[arg-type,attr-defined]
     try:

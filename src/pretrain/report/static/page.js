@@ -18,10 +18,12 @@
   const grouped = new Intl.NumberFormat("en");
   const short = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 4 });
 
+  const scientific = (value) => (+value.toPrecision(3)).toExponential().replace("e+", "e");
+
   function plain(value) {
     if (value == null || !Number.isFinite(value)) return "";
     const size = Math.abs(value);
-    if (size >= 1e15 || (size > 0 && size < 1e-3)) return value.toExponential(2).replace("e+", "e");
+    if (size >= 1e15 || (size > 0 && size < 1e-3)) return scientific(value);
     return size >= 1e4 ? short.format(value) : String(+value.toPrecision(4));
   }
 
@@ -42,7 +44,7 @@
     tokens: { label: "training tokens", of: (run, table) => table.tokens },
     time: { label: "time", of: (run, table) => table.time, format: duration },
     flops: {
-      label: "FLOPs",
+      label: "FLOPs", format: (value) => value ? scientific(value) : "0",
       of: (run, table) => run.flops_per_token && table.tokens
         && table.tokens.map((tokens) => tokens == null ? null : tokens * run.flops_per_token),
     },
@@ -132,13 +134,19 @@
     return { series, data: tables.length > 1 ? uPlot.join(tables) : tables[0] ?? [[]] };
   }
 
+  /** A positive number cut, or raised, to its leading digit. */
+  function leading(value, round) {
+    const power = 10 ** Math.floor(Math.log10(value));
+    return round(value / power) * power;
+  }
+
   const isLogarithmic = (plot) => plot.logarithmic || (plot.id === "loss" && byId("logarithmic").checked);
   const positive = (plot, line, value) => isLogarithmic(plot) && !line.scale && value <= 0 ? null : value;
   const fade = (shade) => `${shade}55`;
 
   /** The value at a row, or the one before it that its curve has: curves are not measured at the same places. */
   function nearest(values, row, value) {
-    while (value == null && row > 0) value = values[--row];
+    while (value == null && row >= 0) value = values[row--];
     return value;
   }
 
@@ -164,7 +172,7 @@
     byId("plots").append(figure);
     const { series, data } = contents(plot);
     const ink = color("quiet"), grid = { stroke: color("grid"), width: 1 }, ticks = { stroke: color("rule"), width: 1 };
-    const scales = { x: { time: false }, y: isLogarithmic(plot) ? { distr: 3, range: (u, low, high) => low == null ? [1, 10] : [low / 1.1, high * 1.1] } : {} };
+    const scales = { x: { time: false }, y: isLogarithmic(plot) ? { distr: 3, range: (u, low, high) => low == null ? [1, 10] : [leading(low / 1.05, Math.floor), leading(high * 1.05, Math.ceil)] } : {} };
     const look = { stroke: ink, grid, ticks, font: "12px system-ui, sans-serif" };
     const axes = [
       { ...look, label: AXES[axis].label, labelSize: 18, labelFont: look.font, size: 34, values: (_, all) => all.map(AXES[axis].format ?? plain) },
@@ -378,7 +386,8 @@
   addEventListener("beforeprint", printing(true));
   addEventListener("afterprint", printing(false));
 
-  document.querySelector("input[name=axis][value=step]").checked = true; // what a reload may have kept otherwise
+  document.querySelector("input[name=axis][value=step]").checked = true; // a reload may have kept others
+  byId("each").checked = !several;
   showNumbers();
   showMeasured();
   showSamples();

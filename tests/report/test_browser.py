@@ -1,0 +1,173 @@
+"""The page in a real browser: what a person sees."""
+
+from pathlib import Path
+
+import pytest
+
+from pretrain.report import write_report
+from pretrain.training import Run
+from pretrain.training.metrics import append_jsonl
+from tests.report.conftest import Browser, records
+
+
+@pytest.fixture
+def run(make_run) -> Run:
+    run = make_run()
+    append_jsonl(run.events, {"step": 7, "event": "skipped", "text": "skipped step 7: <b>not finite</b>"})
+    return run
+
+
+PLOTS = ["loss", "bpb", "rate", "norm", "speed"]
+LABELS = "return [...document.querySelectorAll('#plots figure')].map((each) => each.dataset.plot)"
+
+
+def test_it_opens_without_a_complaint_or_a_request(run: Run, tmp_path: Path, browser: Browser):
+    file = write_report([run], tmp_path / "page.html")
+    browser.open(file)
+    assert browser.run(LABELS) == PLOTS
+    for plot in PLOTS:
+        assert browser.drawn(plot) > 1000, plot
+    assert "#0b62b0" in browser.colors("loss")  # the training curve
+    assert "#b84a00" in browser.colors("loss")  # the held-out curve
+    browser.shoot(tmp_path / "wide.png")
+    assert browser.complaints() == []
+    assert browser.requests() == [file.as_uri()]
+    assert "Loss. training, smoothed: 5 at step 1" in browser.find("canvas").get_attribute("aria-label")
+    assert browser.find("#events td:last-child").text == "skipped step 7: <b>not finite</b>"
+
+
+def test_other_axes(run: Run, tmp_path: Path, browser: Browser):
+    browser.open(write_report([run], tmp_path / "page.html"))
+    flops = browser.run("return JSON.parse(document.getElementById('data').textContent).runs[0].flops_per_token")
+    last = {"step": "40", "tokens": "10.24K", "time": "20 s", "flops": f"{256 * 40 * flops / 1e9:.3g}e9"}
+    for axis, shown in last.items():
+        browser.find(f"input[value={axis}]").click()
+        name = {"tokens": "training tokens", "flops": "FLOPs"}.get(axis, axis)
+        assert browser.legend("loss") == {
+            name: shown,
+            "training, each step": "2.075",
+            "training, smoothed": "2.077",
+            "held out": "2.275",
+        }
+        assert browser.drawn("loss") > 1000
+    browser.find("#logarithmic").click()
+    assert browser.drawn("loss") > 1000
+    assert browser.complaints() == []
+
+
+def test_a_click_on_a_name_hides_its_curve(run: Run, tmp_path: Path, browser: Browser):
+    browser.open(write_report([run], tmp_path / "page.html"))
+    browser.find("figure[data-plot=bpb] .u-series:last-child th").click()
+    browser.until("return document.querySelector('figure[data-plot=bpb] .u-off')")
+    assert "#0b62b0" not in browser.colors("bpb")
+
+
+def test_dragging_zooms_into_all_plots(run: Run, tmp_path: Path, browser: Browser):
+    from selenium.webdriver import ActionChains
+
+    browser.open(write_report([run], tmp_path / "page.html"))
+    over = browser.find("figure[data-plot=loss] .u-over")
+    before = browser.run(PIXELS, "speed")
+    ActionChains(browser.driver).move_to_element_with_offset(over, 100, 0).click_and_hold().move_by_offset(
+        150, 20
+    ).release().perform()
+    browser.until(f"return (function () {{ {PIXELS} }})('speed') !== arguments[0]", before)
+    ActionChains(browser.driver).double_click(over).perform()
+    browser.until(f"return (function () {{ {PIXELS} }})('speed') === arguments[0]", before)
+
+
+PIXELS = "return document.querySelector(`figure[data-plot=${arguments[0]}] canvas`).toDataURL()"
+
+
+def test_dark_and_back(run: Run, tmp_path: Path, browser: Browser):
+    browser.open(write_report([run], tmp_path / "page.html"), scheme="dark")
+    assert browser.find("body").value_of_css_property("background-color") == "rgba(20, 23, 27, 1)"
+    assert "#6cb4f5" in browser.colors("loss")
+    browser.shoot(tmp_path / "dark.png")
+    browser.prefer("light")
+    browser.until("return getComputedStyle(document.body).backgroundColor === 'rgb(255, 255, 255)'")
+    assert "#0b62b0" in browser.colors("loss")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_can_be_read(run: Run, tmp_path: Path, browser: Browser, scheme: str):
+    """WCAG's contrast of text (4.5) and of lines that carry meaning (3)."""
+    browser.open(write_report([run], tmp_path / "page.html"), scheme=scheme)
+    names = ["paper", "panel", "mark", "ink", "quiet", "accent", "bad", *(f"series-{i}" for i in range(8))]
+    script = "const s = getComputedStyle(document.documentElement); return arguments[0].map((n) => s.getPropertyValue(`--${n}`))"
+    colors = dict(zip(names, browser.run(script, names), strict=True))
+
+    def light(color: str) -> float:
+        parts = [int(color.strip()[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    def contrast(one: str, other: str) -> float:
+        low, high = sorted((light(colors[one]), light(colors[other])))
+        return (high + 0.05) / (low + 0.05)
+
+    for text in ("ink", "quiet"):
+        for ground in ("paper", "panel", "mark"):
+            assert contrast(text, ground) >= 4.5, (text, ground)
+    for line in names[5:]:
+        assert contrast(line, "paper") >= 3, line
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_phone(make_run, tmp_path: Path, browser: Browser, number: int):
+    runs = [make_run(f"a-run-with-a-rather-long-name-{i}", **{"optim.lr": i + 0.5}) for i in range(number)]
+    browser.open(write_report(runs, tmp_path / "page.html"), width=320)
+    browser.run("document.querySelectorAll('details').forEach((each) => each.open = true)")
+    assert browser.run("return document.documentElement.scrollWidth") == 320
+    assert browser.run("return Math.max(...[...document.querySelectorAll('canvas')].map((c) => c.clientWidth))") <= 320
+    assert browser.drawn("loss") > 500
+    browser.shoot(tmp_path / "phone.png")
+    assert browser.complaints() == []
+
+
+def test_samples_as_they_grew(run: Run, tmp_path: Path, browser: Browser):
+    append_jsonl(run.samples, {"step": 50, "prompt": "<b>x", "text": "<b>x</b><script>alert(1)</script>"})
+    browser.open(write_report([run], tmp_path / "page.html"))
+    shown = browser.find("#sample-texts")
+    assert shown.text == "<b>x</b><script>alert(1)</script>"
+    assert shown.find_element("css selector", "b").text == "<b>x"
+    browser.find("#earlier").click()
+    assert (browser.find("#sample-label").text, shown.text) == ("after step 40 (4 of 5)", "Ada sees one 40.")
+    browser.run("const s = arguments[0]; s.value = 0; s.dispatchEvent(new Event('input'))", browser.find("#sample-step"))
+    assert shown.text == "Ada sees one 10."
+    assert not browser.find("#earlier").is_enabled()
+    browser.find("#all-samples summary").click()
+    browser.until("return document.querySelectorAll('#all-samples pre').length === 5")
+    assert browser.complaints() == []
+
+
+def test_several_runs_and_numbers_without_a_plot_of_their_own(make_run, tmp_path: Path, browser: Browser):
+    runs = [make_run("a"), make_run("b", steps=0)]
+    append_jsonl(runs[1].metrics, *records(1, 30, **{"train/memory_bytes": 2.5e9, "val/core": 0.1}))
+    browser.open(write_report(runs, tmp_path / "page.html"))
+    assert browser.run(LABELS) == [*PLOTS, "core", "train/memory_bytes"]
+    colors = browser.colors("loss")
+    assert {"#0b62b0", "#b84a00"} <= colors
+    assert browser.legend("train/memory_bytes") == {"step": "30", "b": "2.5B"}
+    browser.shoot(tmp_path / "several.png")
+    assert browser.complaints() == []
+
+
+def test_on_paper(run: Run, tmp_path: Path, browser: Browser):
+    """Printed from a dark screen, the page is light, and its plots are drawn anew for that."""
+    browser.open(write_report([run], tmp_path / "page.html"), scheme="dark")
+    browser.run("""addEventListener("beforeprint", () => queueMicrotask(() => {
+      const canvas = document.querySelector("canvas");
+      const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+      let dark = 0, light = 0;
+      for (let i = 0; i < pixels.length; i += 4) {
+        const color = [...pixels.slice(i, i + 4)].join();
+        light += color === "11,98,176,255";
+        dark += color === "108,180,245,255";
+      }
+      window.seen = [getComputedStyle(document.body).backgroundColor, light > 100, dark];
+    }))""")
+    assert len(browser.driver.print_page()) > 10_000
+    assert browser.run("return window.seen") == ["rgb(255, 255, 255)", True, 0]
+    assert browser.run("return document.documentElement.className") == ""
+    assert "#6cb4f5" in browser.colors("loss")

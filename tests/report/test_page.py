@@ -1,0 +1,217 @@
+import base64
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from pretrain.cli import main
+from pretrain.config import load_config
+from pretrain.errors import UsageError
+from pretrain.report import page, write_report
+from pretrain.report.facts import config_rows, public, recipe_of, size_of
+from pretrain.report.page import run_names
+from pretrain.training import Run
+from pretrain.training.environment import ENVIRONMENT
+from pretrain.training.metrics import append_jsonl
+from tests.report.conftest import records
+
+EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)> & \u2028 <!-- \u202e 王 \ud800"
+
+
+class Elements(HTMLParser):
+    """Tags, text and scripts of a page."""
+
+    def __init__(self, text: str):
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict]] = []
+        self.text, self.scripts = "", []
+        self._inside = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._inside = tag
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag):
+        self._inside = ""
+
+    def handle_data(self, data):
+        if self._inside == "script":
+            self.scripts[-1] += data
+        elif self._inside != "style":
+            self.text += data
+
+    @property
+    def data(self) -> dict:
+        return json.loads(self.scripts[0])
+
+
+def read(file: Path) -> Elements:
+    return Elements(file.read_text(encoding="utf-8"))
+
+
+def test_a_run_on_a_page(make_run, tmp_path: Path):
+    run = make_run()
+    elements = read(write_report([run], tmp_path / "page.html"))
+    data = elements.data["runs"][0]
+    assert data["train"]["train/loss"][:2] == [5.0, 3.5]
+    assert data["train"]["train/momentum"][0] == 0.85
+    assert data["val"]["step"] == [10, 20, 30, 40]
+    assert data["stats"]["val_loss"] == pytest.approx(2.275)
+    assert (data["stats"]["clipped"], data["stats"]["clippable"]) == (30, 40)
+    assert [sample["step"] for sample in data["samples"]] == [10, 20, 30, 40]
+    assert data["flops_per_token"] == size_of(run).flops_per_token
+    for said in ("guess any token", "clipped to norm 1 at 30 of 40 steps (75.0%)", "seen its training text"):
+        assert said in elements.text
+    assert f"pretrain train --out {run.folder}" in elements.text
+    assert elements.data["live"] is None
+
+
+def test_it_loads_nothing_and_runs_no_script_but_its_own(make_run, tmp_path: Path):
+    elements = read(write_report([make_run()], tmp_path / "page.html"))
+    wanted = [v for _, attributes in elements.tags for k, v in attributes.items() if k in ("src", "href", "srcset")]
+    assert [address[:5] for address in wanted] == ["data:"]
+    policy = next(a["content"] for tag, a in elements.tags if a.get("http-equiv") == "Content-Security-Policy")
+    digest = base64.b64encode(hashlib.sha256(elements.scripts[1].encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy
+    assert "default-src 'none'" in policy
+    assert "connect-src 'none'" in policy
+    assert "</" + "script" not in elements.scripts[1]
+
+
+def test_no_text_of_a_run_becomes_part_of_the_page(make_run, tmp_path: Path):
+    clean = read(write_report([make_run("clean")], tmp_path / "clean.html"))
+    readable = EVIL.replace("\ud800", "")
+    run = make_run("evil", **{"sample.prompt": readable, "data.paths": [f"{readable}/a.txt"]})
+    (run.folder / ENVIRONMENT).write_text(json.dumps([{"command": ["pretrain", "train", EVIL], "device": EVIL, EVIL: 1}]))
+    append_jsonl(run.metrics, {"step": 50, "tokens": 1, "time": 1, "train/loss": 1, readable: 3.0})
+    with run.samples.open("a") as out:
+        out.write(json.dumps({"step": 50, "prompt": EVIL, "text": EVIL * 2}) + "\n")
+    with run.events.open("a") as out:
+        out.write(json.dumps({"step": 50, "event": EVIL, "text": EVIL}) + "\n")
+    elements = read(write_report([run], tmp_path / "evil.html"))
+    assert {tag for tag, _ in elements.tags} == {tag for tag, _ in clean.tags}
+    assert len(elements.scripts) == 2
+    assert not any(name.startswith("on") for _, attributes in elements.tags for name in attributes)
+    sample = elements.data["runs"][0]["samples"][-1]
+    assert sample["prompt"] == EVIL.replace("\ud800", "?")
+    assert readable.strip() in elements.text.replace("'\"'\"'", "'")
+
+
+def test_a_million_steps_make_a_page_of_bounded_size(make_run, tmp_path: Path, monkeypatch):
+    """Here 30,000 with the limits of a page a tenth: every step costs the reader, not the page."""
+    run = make_run()
+    lines = records(41, 30_000)
+    lines[20_000]["train/loss"] = 77.0
+    append_jsonl(run.metrics, *lines)
+    append_jsonl(run.samples, *({"step": 40 + i, "prompt": "", "text": "x" * 10_000} for i in range(1, 1000)))
+    monkeypatch.setattr(page, "MOST_ROWS", 500)
+    monkeypatch.setattr(page, "SAMPLES", 20)
+    file = write_report([run], tmp_path / "page.html")
+    data = read(file).data["runs"][0]
+    assert file.stat().st_size < 400_000
+    assert len(data["train"]["step"]) <= 502
+    assert 77.0 in data["train"]["train/loss"]
+    assert len(data["val"]["step"]) <= 502
+    assert [data["samples"][place]["step"] for place in (0, -1)] == [10, 1039]
+    assert len(data["samples"]) == 20
+
+
+def test_several_runs_with_what_differs(make_run, tmp_path: Path):
+    runs = [make_run("a"), make_run("b", steps=20, **{"optim.lr": 0.5, "model.layers": 3})]
+    elements = read(write_report(runs, tmp_path / "page.html"))
+    assert [run["name"] for run in elements.data["runs"]] == ["a", "b"]
+    text = re.sub(r"\s+", " ", elements.text)
+    differing = text[text.index("What differs in their") : text.index("The loss in plain words")]
+    assert re.findall(r"[a-z]+\.[a-z_]+", differing) == ["model.layers", "optim.lr"]
+    assert "20 of 40, not finished" in text
+    assert "Their vocabularies differ" not in text
+    same = read(write_report([runs[0], make_run("c")], tmp_path / "same.html"))
+    assert "repetitions of each other" in same.text
+
+
+def test_names_tell_runs_apart(make_run, tmp_path: Path):
+    one = make_run()
+    assert run_names([one]) == ["one"]
+    other = Run(tmp_path / "elsewhere" / "one", one.config)
+    assert run_names([one, other]) == [f"{tmp_path.name}/one", "elsewhere/one"]
+
+
+def test_a_run_without_a_single_step_or_any_shards(make_run, tmp_path: Path):
+    run = make_run(steps=0)
+    (run.data / "manifest.json").unlink()
+    (run.folder / "tokenizer.json").unlink()
+    elements = read(write_report([run], tmp_path / "page.html"))
+    assert elements.data["runs"][0]["train"] == {"step": [], "train/momentum": []}
+    assert "What to type next" in elements.text
+
+
+def test_memorising_is_said(make_run, tmp_path: Path):
+    run = make_run()
+    append_jsonl(run.metrics, *records(41, 50, **{"val/loss": 3.9, "train/skipped": 2.0}))
+    text = read(write_report([run], tmp_path / "page.html")).text
+    assert "lowest, 2.275, after step 40, and has risen to 3.900" in text
+    assert "Skipped steps, which changed nothing: 10 a spike" in text
+
+
+def test_the_recipe_is_the_one_of_the_command_else_the_nearest(make_run):
+    run = make_run("run", **{"optim.lr": 0.5})
+    name, _, known = recipe_of(run, 257)
+    assert (name, known) == ("quickstart", False)
+    start = {"command": ["pretrain", "train", "laptop", "--optim.lr", "0.5"]}
+    (run.folder / ENVIRONMENT).write_text(json.dumps([start]))
+    name, recipe, known = recipe_of(run, 257)
+    assert (name, known) == ("laptop", True)
+    rows = {f"{row.section}.{row.name}": row for row in config_rows(run, recipe)}
+    assert (rows["optim.lr"].value, rows["optim.lr"].recipe) == ("0.5", f"{load_config('laptop').optim.lr:g}")
+    assert rows["train.seed"].recipe is None
+    (run.folder / ENVIRONMENT).write_text(json.dumps([{"command": ["pretrain", "train", "gone.toml"]}]))
+    assert recipe_of(run, 257)[2] is False
+
+
+def test_passwords_in_addresses_stay_here():
+    assert public("s3://key:secret@host/a, http://host/b@c") == "s3://…@host/a, http://host/b@c"
+
+
+def test_the_command_writes_the_page_and_pictures(make_run, tmp_path: Path, capsys, monkeypatch):
+    one, two = make_run("one"), make_run("two", steps=20)
+    assert main(["report", str(one.folder)]) == 0
+    assert capsys.readouterr().out == f"Wrote {one.folder}/report.html\n"
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", "one", "two", "one", "--png"]) == 0
+    names = ["comparison.html", "loss.png", "bits-per-byte.png", "learning-rate.png", "gradient-norm.png"]
+    assert capsys.readouterr().out.split() == [w for name in [*names, "throughput.png"] for w in ("Wrote", name)]
+    assert Path("loss.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["report"], 2, "RUN"),
+        (["report", "absent"], 1, "absent does not exist"),
+        (["report", "one", "--out", "no/folder.html"], 2, "cannot write no/folder.html: give a file in a folder that"),
+        (["report", "one", "--out", "."], 2, "cannot write .: give a file"),
+        (["watch"], 2, "RUN"),
+        (["watch", "one", "--port", "70000"], 2, "--port must be from 0 to 65535, not 70000"),
+        (["watch", "one/config.toml"], 1, "one/config.toml is not a run directory"),
+    ],
+)
+def test_mistakes_in_one_line(make_run, tmp_path: Path, capsys, monkeypatch, args, code, message):
+    make_run()
+    monkeypatch.chdir(tmp_path)
+    assert main(args) == code
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+
+
+def test_a_disk_that_is_full(make_run, tmp_path: Path):
+    with pytest.raises(UsageError, match="choose another file with --out"):
+        write_report([make_run()], Path("/proc/report.html"))

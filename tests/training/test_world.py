@@ -1,0 +1,232 @@
+"""Several processes that train together, started by torchrun as users start them: real gloo groups on this machine."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tests.training.test_loop import change, learned
+
+from pretrain.config import Config
+from pretrain.training import Run, train
+from pretrain.training.checkpoint import checkpoints
+from pretrain.training.metrics import read_jsonl
+
+LAUNCH = """
+import sys
+from pathlib import Path
+import pretrain.training.loop as loop
+from pretrain.config import *
+from pretrain.errors import PretrainError
+from pretrain.training import Console
+{prelude}
+try:
+    loop.train({config!r}, {out!r}, Console())
+except PretrainError as error:
+    print(error, file=sys.stderr)
+    raise SystemExit(error.exit_code)
+"""
+
+
+def start(config: Config, out: Path, processes: int, prelude: str = "", options: tuple[str, ...] = ()):
+    script = out.parent / f"{out.name}-{processes}.py"
+    script.write_text(LAUNCH.format(config=config, out=str(out), prelude=prelude))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={processes}"]
+    command += [f"--master-port={port}", "--master-addr=127.0.0.1", *options, str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TORCH_DISABLE_ADDR2LINE": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run_together(config: Config, out: Path, processes: int, prelude: str = "", options: tuple[str, ...] = ()) -> Run:
+    process = start(config, out, processes, prelude, options)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, output + errors
+    return Run.open(out)
+
+
+def losses(run: Run) -> list[float]:
+    return [record["train/loss"] for record in learned(run)]
+
+
+def assert_near(run: Run, other: Run) -> None:
+    """The same losses, norms and validation, but for rounding."""
+    mine, theirs = learned(run), learned(other)
+    assert [r["step"] for r in mine] == [r["step"] for r in theirs]
+    for a, b in zip(mine, theirs, strict=True):
+        for name in ("train/loss", "train/grad_norm", "val/loss", "val/bpb"):
+            if name in b:
+                assert a[name] == pytest.approx(b[name], rel=2e-5 if name != "train/grad_norm" else 2e-4), (a, b)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, text_file: Path) -> Config:
+    from tests.conftest import TINY
+
+    from pretrain.config import load_config
+
+    return load_config("quickstart", **{**TINY, "data.paths": [str(text_file)], "sample.max_tokens": 4})
+
+
+def several_documents(folder: Path, text: Path) -> Path:
+    """The lines of a text as documents of four files."""
+    lines = text.read_text(encoding="utf-8").splitlines()
+    (folder / "documents").mkdir()
+    for number in range(4):
+        rows = [json.dumps({"text": line}) for line in lines[number::4]]
+        (folder / "documents" / f"{number}.jsonl").write_text("\n".join(rows))
+    return folder / "documents"
+
+
+CASES = {
+    "ddp, muon, accumulation": (2, {"parallel__kind": "ddp", "train__micro_batch": 2}),
+    "fsdp, muon": (2, {"parallel__kind": "fsdp"}),
+    "fsdp, adamw, accumulation": (2, {"parallel__kind": "fsdp", "optim__kind": "adamw", "train__micro_batch": 2}),
+    "fsdp, uneven everything": (
+        3,  # 8 rows and 2 layers of odd shapes over 3 processes; cautious decay, value embeddings, tied head
+        {
+            "parallel__kind": "fsdp",
+            "optim__weight_decay": 0.1,
+            "optim__cautious": True,
+            "model__value_embeddings": True,
+            "model__tied_head": True,
+            "model__mlp_width": 50,
+        },
+    ),
+    "ddp, a live stream": (2, {"parallel__kind": "ddp", "data__stream": True, "data__split": "hash"}),
+    "hsdp": (4, {"parallel__kind": "hsdp"}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_several_processes_learn_what_one_does(base: Config, tmp_path: Path, name: str):
+    processes, fields = CASES[name]
+    config = change(base, **fields)
+    if config.data.stream:
+        config = change(config, data__paths=(str(several_documents(tmp_path, Path(base.data.paths[0]))),))
+    alone = train(config, tmp_path / "alone")
+    # hsdp: as on two machines of two processes each
+    prelude = 'import os; os.environ["LOCAL_WORLD_SIZE"] = "2"' if name == "hsdp" else ""
+    together = run_together(config, tmp_path / "together", processes, prelude)
+    assert_near(together, alone)
+    assert len(read_jsonl(together.samples)) == len(read_jsonl(alone.samples))
+    assert [c.step for c in checkpoints(together.checkpoints)] == [c.step for c in checkpoints(alone.checkpoints)]
+
+
+@pytest.mark.parametrize("kinds", [("ddp", "fsdp"), ("fsdp", "ddp")])
+def test_a_checkpoint_goes_on_in_another_number_of_processes(base: Config, tmp_path: Path, kinds: tuple[str, str]):
+    """Saved by 2, resumed by 1 and by 3, from one kind to the other."""
+    before, after = kinds
+    alone = train(base, tmp_path / "alone")
+    run = run_together(change(base, parallel__kind=before), tmp_path / "two", 2)
+    shutil.rmtree(run.checkpoint(12).folder)
+    run.reopen()
+    shutil.copytree(run.folder, tmp_path / "one")
+    assert_near(run_together(change(base, parallel__kind=after), tmp_path / "two", 3), alone)
+    assert_near(train(base, tmp_path / "one"), alone)
+
+
+def test_a_killed_process_and_torchrun_starts_them_all_again(base: Config, tmp_path: Path):
+    config = change(base, parallel__kind="ddp", checkpoint__keep_last=0)
+    die_once = f"""
+import os, signal
+step = loop.Trainer.train_step
+def dying(trainer):
+    mark = Path({str(tmp_path / "died")!r})
+    if trainer.done == 9 and trainer.world.rank == 1 and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(trainer)
+loop.Trainer.train_step = dying
+"""
+    run = run_together(config, tmp_path / "run", 2, die_once, ("--max-restarts=2",))
+    assert (tmp_path / "died").exists()
+    assert_near(run, train(base, tmp_path / "alone"))
+
+
+def test_a_hanging_process_is_named(base: Config, tmp_path: Path):
+    config = change(base, parallel__timeout_seconds=6.0)
+    hang = """
+import time
+step = loop.Trainer.train_step
+def hanging(trainer):
+    if trainer.done == 5 and trainer.world.rank == 1:
+        time.sleep(1000)
+    return step(trainer)
+loop.Trainer.train_step = hanging
+"""
+    process = start(config, tmp_path / "run", 2, hang)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "waiting for other processes failed: rank 1 on " in errors
+    assert "last seen waiting for data after step 5" in errors
+
+
+def test_a_nan_on_one_rank_skips_the_step_on_all(base: Config, tmp_path: Path):
+    config = change(base, parallel__kind="ddp")
+    poison = """
+from pretrain.model import GPT
+import torch
+forward, calls = GPT.forward, []
+def poisoned(model, *args, **kwargs):
+    result = forward(model, *args, **kwargs)
+    if torch.is_grad_enabled():
+        calls.append(1)
+        import os
+        if len(calls) == 4 and os.environ["RANK"] == "1":
+            return result * torch.nan
+    return result
+GPT.forward = poisoned
+"""
+    run = run_together(config, tmp_path / "run", 2, poison)
+    assert [r["step"] for r in learned(run) if r["train/skipped"]] == [4]
+    (event,) = read_jsonl(run.events)
+    assert (event["event"], event["step"]) == ("skipped", 4)
+
+
+def test_processes_that_disagree_are_named(base: Config, tmp_path: Path):
+    disagree = """
+import os, dataclasses
+if os.environ["RANK"] == "1":
+    first_does = loop.World.first_does
+    def other(world, work):
+        run = first_does(world, work)
+        if isinstance(run, loop.Run):
+            run = loop.Run(run.folder, dataclasses.replace(run.config, eval=EvalConfig(every=3)))
+        return run
+    loop.World.first_does = other
+"""
+    process = start(base, tmp_path / "run", 2, disagree)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "the processes disagree on the configuration: rank 0 has " in errors
+    assert "(different from rank 0: 1)" in errors
+
+
+def test_one_signal_stops_all_and_saves(base: Config, tmp_path: Path):
+    config = change(base, train__steps=2000, checkpoint__every=0, eval__every=500, parallel__kind="fsdp")
+    process = start(config, tmp_path / "run", 2)
+    deadline = time.monotonic() + 120
+    while len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) < 5 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)  # torchrun passes it on to its processes
+    output, errors = process.communicate(timeout=60)
+    done = len(read_jsonl(tmp_path / "run" / "metrics.jsonl"))
+    assert f"stopped after step {done} of 2000, all saved" in output + errors
+    assert [c.step for c in checkpoints(tmp_path / "run" / "checkpoints")] == [done]
+
+
+def test_a_mistake_is_said_once(base: Config, tmp_path: Path):
+    config = change(base, data__paths=(str(tmp_path / "missing.txt"),))
+    process = start(config, tmp_path / "run", 2)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert (output + errors).count("missing.txt: no such file") == 1
