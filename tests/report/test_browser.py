@@ -125,6 +125,17 @@ def test_a_phone(make_run, tmp_path: Path, browser: Browser, number: int):
     assert browser.complaints() == []
 
 
+def test_skipped_steps_are_marked(run: Run, tmp_path: Path, browser: Browser):
+    browser.open(write_report([run], tmp_path / "page.html"))
+    assert "#b3261e" not in browser.colors("loss")
+    append_jsonl(run.metrics, *records(41, 44, **{"train/skipped": 1.0, "train/loss": None}))
+    browser.open(write_report([run], tmp_path / "page.html"))
+    assert "#b3261e" in browser.colors("loss") & browser.colors("norm")
+    assert browser.legend("loss")["training, smoothed"] == "2.077"
+    assert "skipped steps" in browser.find("#numbers").text
+    assert browser.complaints() == []
+
+
 def test_samples_as_they_grew(run: Run, tmp_path: Path, browser: Browser):
     append_jsonl(run.samples, {"step": 50, "prompt": "<b>x", "text": "<b>x</b><script>alert(1)</script>"})
     browser.open(write_report([run], tmp_path / "page.html"))
@@ -133,7 +144,9 @@ def test_samples_as_they_grew(run: Run, tmp_path: Path, browser: Browser):
     assert shown.find_element("css selector", "b").text == "<b>x"
     browser.find("#earlier").click()
     assert (browser.find("#sample-label").text, shown.text) == ("after step 40 (4 of 5)", "Ada sees one 40.")
-    browser.run("const s = arguments[0]; s.value = 0; s.dispatchEvent(new Event('input'))", browser.find("#sample-step"))
+    browser.run(
+        "const s = arguments[0]; s.value = 0; s.dispatchEvent(new Event('input'))", browser.find("#sample-step")
+    )
     assert shown.text == "Ada sees one 10."
     assert not browser.find("#earlier").is_enabled()
     browser.find("#all-samples summary").click()

@@ -88,7 +88,9 @@ def test_no_text_of_a_run_becomes_part_of_the_page(make_run, tmp_path: Path):
     clean = read(write_report([make_run("clean")], tmp_path / "clean.html"))
     readable = EVIL.replace("\ud800", "")
     run = make_run("evil", **{"sample.prompt": readable, "data.paths": [f"{readable}/a.txt"]})
-    (run.folder / ENVIRONMENT).write_text(json.dumps([{"command": ["pretrain", "train", EVIL], "device": EVIL, EVIL: 1}]))
+    (run.folder / ENVIRONMENT).write_text(
+        json.dumps([{"command": ["pretrain", "train", EVIL], "device": EVIL, EVIL: 1}])
+    )
     append_jsonl(run.metrics, {"step": 50, "tokens": 1, "time": 1, "train/loss": 1, readable: 3.0})
     with run.samples.open("a") as out:
         out.write(json.dumps({"step": 50, "prompt": EVIL, "text": EVIL * 2}) + "\n")

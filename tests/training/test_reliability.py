@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from tests.evaluation.test_core import write_bundle
 from tests.training.test_loop import assert_same_run, change, learned, weights
 
 import pretrain.training.checkpoint as checkpoint_module
 import pretrain.training.loop as loop
 from pretrain.config import Config, GuardConfig
-from pretrain.errors import CheckpointError, Interrupted, TrainingError
+from pretrain.errors import CheckpointError, DataError, Interrupted, TrainingError
+from pretrain.evaluation import GPTScorer
 from pretrain.model import GPT
 from pretrain.tokens import TrainingBatches
 from pretrain.training import Console, Run, Trainer, train
@@ -47,6 +49,7 @@ PHASES = {
     "update": (Trainer, "_step_optimizers", 7),
     "validation": (loop, "evaluate_loss", 2),
     "sampling": (loop, "sample_text", 2),
+    "CORE": (GPTScorer, "score", 3),
     "saving": (checkpoint_module, "save_checkpoint", 1),
     "waiting for data": (TrainingBatches, "batch", 7),
 }
@@ -56,6 +59,9 @@ PHASES = {
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_in_any_phase_loses_nothing(tiny: Config, tmp_path: Path, monkeypatch, phase: str, number: int):
     config = change(tiny, train__micro_batch=2, model__dropout=0.1)
+    if phase == "CORE":
+        bundle = str(write_bundle(tmp_path / "bundle"))
+        config = change(config, eval__core_every=5, eval__core_bundle=bundle, eval__core_max_per_task=3)
     undisturbed = train(config, tmp_path / "undisturbed")
     place, name, call = PHASES[phase]
     original, calls = getattr(place, name), []
@@ -146,6 +152,33 @@ def test_kill_nine_at_random_moments(tiny: Config, tmp_path: Path):
         process.communicate()
         (tmp_path / "run" / "heartbeat.json").unlink(missing_ok=True)
     assert_same_run(train(config, tmp_path / "run"), undisturbed)
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+def test_a_stream_goes_on_exactly(tiny: Config, tmp_path: Path, packing: str):
+    """Killed and interrupted, a run on a live stream ends with the same bits."""
+    lines = Path(tiny.data.paths[0]).read_text(encoding="utf-8").splitlines()
+    (tmp_path / "text").mkdir()
+    for number in range(3):
+        rows = [json.dumps({"text": line * (1 + row % 9)}) for row, line in enumerate(lines[number::3])]
+        (tmp_path / "text" / f"{number}.jsonl").write_text("\n".join(rows))
+    config = change(
+        tiny, data__paths=(str(tmp_path / "text"),), data__stream=True, data__split="hash", data__packing=packing,
+        train__steps=150, checkpoint__every=20,
+    )  # fmt: skip
+    undisturbed = train(config, tmp_path / "undisturbed")
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+        process = run_command(config, tmp_path / "run")
+        wait_for(tmp_path / "run" / "heartbeat.json", process)
+        time.sleep(0.5)
+        process.send_signal(number)
+        process.communicate(timeout=60)
+        (tmp_path / "run" / "heartbeat.json").unlink(missing_ok=True)
+    assert_same_run(train(config, tmp_path / "run"), undisturbed)
+    (tmp_path / "text" / "0.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    (tmp_path / "run" / "summary.json").unlink()
+    with pytest.raises(DataError, match="not what the run was trained on"):
+        train(config, tmp_path / "run")
 
 
 # ---------------------------------------------------------------- resume

@@ -167,8 +167,13 @@ def inspect(args: list[str]) -> int:
     from pretrain.tokens.inspection import inspect_split
     from pretrain.tokens.shards import MANIFEST
 
-    corpus = open_corpus([a.folder], a.tokenizer)
     folder = Path(a.folder).expanduser()
+    if not a.tokenizer and not (folder / MANIFEST).is_file():
+        raise UsageError(
+            f"{folder} has no {MANIFEST}; for token shards of another program add --tokenizer gpt2, or the path of "
+            f"their tokenizer.json"
+        )
+    corpus = open_corpus([a.folder], a.tokenizer)
     print(f"{a.folder}: vocabulary of {corpus.tokenizer.vocab_size:,}", end="")
     print(f", {corpus.bytes_per_token:.2f} bytes of text per token" if corpus.bytes_per_token else "")
     if (folder / MANIFEST).is_file():

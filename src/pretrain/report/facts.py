@@ -226,8 +226,8 @@ def data_rows(run: Run) -> list[tuple[str, str]]:
         size = sum(shard.text_bytes for shard in shards)
         rows.append((
             name,
-            f"{manifest.documents(split):,} documents, {manifest.tokens(split):,} tokens, {size:,} bytes of text"
-            f" in {len(shards):,} shard{'s' * (len(shards) != 1)}",
+            f"{_many(manifest.documents(split), 'document')}, {_many(manifest.tokens(split), 'token')},"
+            f" {_many(size, 'byte')} of text in {_many(len(shards), 'shard')}",
         ))  # fmt: skip
     rows += [
         ("vocabulary", f"{manifest.vocab_size:,} tokens, {manifest.bytes_per_token:.2f} bytes of text each on average"),
@@ -236,6 +236,10 @@ def data_rows(run: Run) -> list[tuple[str, str]]:
     problems = getattr(manifest, "problems", {})
     rows += [(f"problem: {what}", f"{count:,} times") for what, count in sorted(problems.items())]
     return rows
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 # The configuration -----------------------------------------------------------------------------------------------

@@ -325,7 +325,10 @@ def _subtitle(views: Sequence[View]) -> str:
     if view.run is None:
         return f"{view.folder} has not begun yet"
     model = view.run.config.model
-    parameters = f"{view.size.parameters / 1e6:.1f} million parameters, " if view.size else ""
+    count = view.size.parameters if view.size else 0
+    parameters = (
+        f"{count / 1e6:.1f} million parameters, " if count >= 1e6 else f"{count:,} parameters, " if count else ""
+    )
     return f"A GPT of {parameters}{model.layers} layers of width {model.width}, context {model.context_length} tokens"
 
 

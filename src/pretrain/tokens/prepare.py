@@ -63,6 +63,9 @@ SHARD_TOKENS = 100_000_000
 LEARN_BYTES = 200_000_000
 """Text that a bpe is trained on at most, taken evenly from all of it: more changes few merges, and costs memory."""
 
+HELD_CHARACTERS = 4 * JOB_BYTES
+"""Of a text that is done in this process."""
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -208,11 +211,11 @@ class _Preparation:
         if not self.here:
             self.progress.say(f"text      {name}: about {self.size / 1e6:,.0f} MB")
             return
-        documents = [
-            d for job in self.jobs for piece in job.pieces for d in self.read(piece, self.data.field, Counter())
-        ]
-        size = sum(utf8_bytes(document.text) for document in documents)
-        count = sum(not document.continues for document in documents)
+        size = count = 0
+        for piece in (piece for job in self.jobs for piece in job.pieces):
+            for document in self.read(piece, self.data.field, Counter()):
+                size += utf8_bytes(document.text)
+                count += not document.continues
         if size + count < self.needed:  # a token stands for at least one byte in every tokenizer
             raise DataError(self.too_short("training", size + count, "bytes"))
         self.progress.say(f"text      {name}: {size / 1e6:.1f} MB in {count:,} document{'s' * (count != 1)}")
@@ -384,15 +387,28 @@ def _size(jobs: Sequence[Job]) -> int:
 
 
 def _holding(read: Read) -> Read:
-    """Read each piece once and hold its documents: for small text, which several stages go through."""
+    """Read each piece once and hold its documents: for small text, which several stages go through.
+
+    What comes out of a compressed file may be far more than was expected, and is then read each time.
+    """
     held: dict[Piece, tuple[list[Document], Counter[str]]] = {}
 
     def read_held(piece: Piece, field: str, problems: Counter[str]) -> Iterator[Document]:
-        if piece not in held:
-            found: Counter[str] = Counter()
-            held[piece] = list(read(piece, field, found)), found
-        problems.update(held[piece][1])
-        return iter(held[piece][0])
+        if piece in held:
+            problems.update(held[piece][1])
+            yield from held[piece][0]
+            return
+        documents, characters, found = [], 0, Counter[str]()
+        for document in read(piece, field, found):
+            characters += len(document.text)
+            if characters <= HELD_CHARACTERS:
+                documents.append(document)
+            else:
+                documents.clear()
+            yield document
+        problems.update(found)
+        if characters <= HELD_CHARACTERS:
+            held[piece] = documents, found
 
     return read_held
 

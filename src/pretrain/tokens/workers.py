@@ -88,12 +88,18 @@ class _Pool:
             driver.join()
 
     def _drive(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:  # what is not raised here would leave the main thread waiting
+            self.events.put((0, "error", error))
+
+    def _work(self) -> None:
         process = None
-        while self._todo:
-            try:
+        while True:
+            with self._lock:
+                if not self._todo:
+                    break
                 task = self._todo.popleft()
-            except IndexError:
-                break
             outcome: tuple[str, Any] | None = None
             for attempt in range(TRIES):
                 process = process or self._start()

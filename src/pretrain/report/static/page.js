@@ -142,7 +142,7 @@
 
   const isLogarithmic = (plot) => plot.logarithmic || (plot.id === "loss" && byId("logarithmic").checked);
   const positive = (plot, line, value) => isLogarithmic(plot) && !line.scale && value <= 0 ? null : value;
-  const fade = (shade) => `${shade}55`;
+  const fade = (shade) => `${shade}70`;
 
   /** The value at a row, or the one before it that its curve has: curves are not measured at the same places. */
   function nearest(values, row, value) {
@@ -285,7 +285,7 @@
   function showNumbers() {
     if (several) return;
     const s = runs[0].stats;
-    const left = s.finished || !s.seconds_per_step ? null : (s.steps - s.step) * s.seconds_per_step;
+    const left = s.finished || !s.seconds_per_step || s.step >= s.steps ? null : (s.steps - s.step) * s.seconds_per_step;
     const tiles = [
       ["held-out loss", s.val_loss?.toFixed(3)],
       ["bits per byte", s.val_bpb?.toFixed(3)],

@@ -1,0 +1,98 @@
+"""How many tokens a configuration's data has: exactly from token shards, otherwise estimated from a sample of the text."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pretrain.config import Config
+from pretrain.errors import DataError
+from pretrain.text import embedded_name, find_pieces, read_piece
+from pretrain.text.pieces import Piece
+from pretrain.tokenizer import Tokenizer, build_tokenizer
+from pretrain.tokens.datasets import is_tokens, open_corpus
+
+SAMPLE_BYTES = 2_000_000
+"""Text that is read for an estimate, from up to four places."""
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """The vocabulary, and the tokens of both splits."""
+
+    vocab_size: int
+    train_tokens: int
+    val_tokens: int
+    text_bytes: int
+    """Bytes of text; 0 where the shards do not tell."""
+    exact: bool
+    source: str
+    """Where the numbers are from, in words."""
+    problem: str = ""
+    """Why training would refuse this data; empty if nothing was seen."""
+
+
+def look_at_data(config: Config) -> DataFacts:
+    """Tokens of ``config.data``. A DataError or UsageError where training would raise it too."""
+    data, paths = config.data, config.data.paths
+    if paths and is_tokens(paths):
+        corpus = open_corpus(paths, config.tokenizer.kind)
+        size = int(corpus.bytes_per_token * corpus.tokens("train"))
+        vocabulary = corpus.tokenizer.vocab_size
+        return DataFacts(vocabulary, corpus.tokens("train"), corpus.tokens("val"), size, True, ", ".join(paths))
+    pieces = find_pieces(paths, data.field)
+    size = sum(piece.size for piece in pieces)
+    sample = read_sample(pieces, data.field)
+    sampled = sum(len(text.encode()) for text in sample)
+    if not sample or not sampled:
+        raise DataError(f"{', '.join(paths)}: there is nothing but white space in the text")
+    vocabulary, per_token, how, problem = measure_tokens(config, sample, sampled >= size)
+    tokens = round(size / per_token)
+    held_out = 0.0 if data.val_paths else data.val_fraction
+    val = round(tokens * held_out)
+    if data.val_paths:
+        val = round(sum(piece.size for piece in find_pieces(data.val_paths, data.field)) / per_token)
+    name = ", ".join(paths) if paths else embedded_name()
+    return DataFacts(
+        vocabulary, tokens - round(tokens * held_out), val, size, False, f"{name}, {how}", problem
+    )  # fmt: skip
+
+
+def read_sample(pieces: list[Piece], field: str) -> list[str]:
+    """Documents of about SAMPLE_BYTES in all, from up to four pieces spread over the whole."""
+    places = pieces[:: max(1, math.ceil(len(pieces) / 4))] if pieces else []
+    texts: list[str] = []
+    for number, piece in enumerate(places, 1):
+        limit, read = SAMPLE_BYTES * number // len(places), sum(map(len, texts))
+        for document in read_piece(piece, field):
+            text = document.text[: SAMPLE_BYTES - read]
+            texts.append(text)
+            read += len(text)
+            if read >= limit:
+                break
+    return [text for text in texts if text.strip()]
+
+
+def measure_tokens(config: Config, sample: list[str], whole: bool) -> tuple[int, float, str, str]:
+    """The vocabulary, bytes of text a token, how these are known, and why training would refuse; from a sample.
+
+    ``whole`` says that the sample is all the text.
+    """
+    kind, wanted = config.tokenizer.kind, config.tokenizer.vocab_size
+    try:
+        tokenizer = build_tokenizer(kind, wanted, sample, config.tokenizer.pattern)
+    except DataError as error:
+        if kind != "bpe":
+            raise
+        per_token = min(4.7, max(1.0, 0.43 * math.log2(wanted) - 1.6))  # of English, by our measurements
+        return wanted, per_token, f"at about {per_token:.1f} bytes a token", str(error) if whole else ""
+    per_token = bytes_per_token(tokenizer, sample)
+    return tokenizer.vocab_size, per_token, f"at {per_token:.2f} bytes a token in a sample", ""
+
+
+def bytes_per_token(tokenizer: Tokenizer, sample: list[str]) -> float:
+    """Bytes of text that a token stands for, the boundaries between documents counted as tokens."""
+    text = [piece for piece in sample]
+    tokens = sum(len(ids) for ids in tokenizer.encode_documents(iter(text)))
+    tokens += len(text) if tokenizer.boundary_id is not None else 0
+    return sum(len(piece.encode()) for piece in text) / max(1, tokens)

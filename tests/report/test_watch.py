@@ -1,0 +1,351 @@
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.config import load_config
+from pretrain.errors import CheckpointError, UsageError
+from pretrain.report.answers import Model
+from pretrain.report.watch import Watcher
+from pretrain.training import Run
+from pretrain.training.metrics import append_jsonl, keep_steps
+from pretrain.training.watch import HEARTBEAT
+from tests.conftest import TINY
+from tests.report.conftest import Browser, records
+
+PROMPT = {"prompt": "Ada", "max_tokens": 12, "temperature": 0, "top_k": 0, "seed": 0}
+
+
+@contextmanager
+def watching(folder: Path) -> Iterator[Watcher]:
+    """The server, at work."""
+    with Watcher(folder) as watcher:
+        thread = threading.Thread(target=watcher.serve)
+        thread.start()
+        try:
+            yield watcher
+        finally:
+            watcher.stop()
+            thread.join()
+
+
+def ask(watcher: Watcher, path: str, body: Any = None, **headers: str) -> tuple[int, str]:
+    """A request as a program makes it; with a body, a POST as the page makes it but for the headers given."""
+    port = watcher.server.server_address[1]
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    own = {"Host": f"127.0.0.1:{port}"}
+    if body is not None:
+        own |= {"Origin": f"http://127.0.0.1:{port}", "X-Pretrain-Token": watcher.token}
+    headers = {**own, **{name.replace("_", "-"): value for name, value in headers.items()}}
+    text = body if body is None or isinstance(body, str) else json.dumps(body)
+    try:
+        connection.request("GET" if body is None else "POST", path, text, {k: v for k, v in headers.items() if v})
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+    finally:
+        connection.close()
+
+
+def data(watcher: Watcher, **asked: int) -> dict:
+    code, text = ask(watcher, "/data?" + "&".join(f"{name}={value}" for name, value in asked.items()))
+    assert code == 200
+    return json.loads(text)
+
+
+def beat(run: Run, age: float = 0.0, phase: str = "training", silent: float = 0.0) -> None:
+    told = {"step": 40, "phase": phase, "time": time.time() - age, "silent_seconds": silent, "pid": 1, "host": "x"}
+    (run.folder / HEARTBEAT).write_text(json.dumps(told))
+
+
+# What is served --------------------------------------------------------------------------------------------------
+
+
+def test_only_what_is_new_is_sent(make_run):
+    run = make_run()
+    with watching(run.folder) as watcher:
+        whole = data(watcher, generation=0)
+        assert whole["reset"]
+        assert len(whole["train"]["step"]) == 40
+        seen = {name: whole[f"{name}_seen"] for name in ("samples", "events")}
+        again = data(watcher, generation=whole["generation"], after=40, **seen)
+        assert not again["reset"]
+        assert again["train"]["step"] == again["val"]["step"] == []
+        assert (again["samples"], again["events"], again["facts"]) == (None, None, whole["facts"])
+        append_jsonl(run.metrics, *records(41, 50))
+        append_jsonl(run.samples, {"step": 50, "prompt": "", "text": "new"})
+        more = data(watcher, generation=whole["generation"], after=40, **seen)
+        assert more["train"]["step"] == list(range(41, 51))
+        assert (more["val"]["step"], more["stats"]["step"]) == ([50], 50)
+        assert more["samples"][-1]["text"] == "new"
+        assert more["facts"] != whole["facts"]
+        assert "this model after step 50" in ask(watcher, "/facts")[1]
+
+
+def test_a_resume_that_rewrites_the_file_begins_anew(make_run):
+    run = make_run()
+    with watching(run.folder) as watcher:
+        generation = data(watcher, generation=0)["generation"]
+        keep_steps(run.metrics, 20)
+        append_jsonl(run.metrics, *records(21, 60, **{"train/loss": 1.0}))
+        news = data(watcher, generation=generation, after=40)
+        assert news["reset"]
+        assert news["generation"] == generation + 1
+        assert len(news["train"]["step"]) == 60
+        assert news["train"]["train/loss"][30] == 1.0
+
+
+def test_how_the_run_is(make_run):
+    run = make_run()
+    with watching(run.folder) as watcher:
+        assert data(watcher)["status"] == "It has begun, and has not told yet what it does."
+        beat(run)
+        assert data(watcher)["status"] == "Training, 40 of 40 steps done."
+        beat(run, phase="measuring CORE", silent=300)
+        assert data(watcher)["status"] == "Measuring CORE, 40 of 40 steps done; nothing moved for 5 min."
+        beat(run, age=9000)
+        assert data(watcher)["status"].endswith("no sign of life for 2 h: it was stopped, or hangs.")
+        (run.folder / HEARTBEAT).write_text("{")
+        assert data(watcher)["beat"] is None
+        run.write_summary({"steps": 40, "vocab_size": 257})
+        assert data(watcher)["status"] == "Finished after 40 steps."
+
+
+def test_what_is_no_run(tmp_path: Path):
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "one.txt").touch()
+    with pytest.raises(CheckpointError, match="is not a run directory"):
+        Watcher(tmp_path / "letters")
+    with Watcher(tmp_path / "later") as first, pytest.raises(UsageError, match="--port 0 takes one that is free"):
+        Watcher(tmp_path / "later", first.server.server_address[1])
+    (tmp_path / "later").mkdir()
+    (tmp_path / "later" / "data.tmp").mkdir()
+    with Watcher(tmp_path / "later") as watcher:
+        assert not watcher.begun
+
+
+# Who may ask -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:8765", "127.0.0.1.evil.example", "[::", "0.0.0.0"])
+def test_names_of_others_are_not_answered(make_run, host: str):
+    run = make_run()
+    with watching(run.folder) as watcher:
+        for path, body in (("/", None), ("/data", None), ("/facts", None), ("/prompt", PROMPT)):
+            code, text = ask(watcher, path, body, Host=host, **({"Origin": f"http://{host}"} if body else {}))
+            assert code == 403
+            assert "Ada" not in text
+            assert watcher.token not in text
+        assert ask(watcher, "/data", Host="localhost:9999")[0] == 200  # through a tunnel
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Origin": ""},
+        {"Origin": "http://127.0.0.1:1"},
+        {"X_Pretrain_Token": "guess"},
+        {"X_Pretrain_Token": "é"},
+        {"X_Pretrain_Token": ""},
+    ],
+)
+def test_other_pages_cannot_prompt(make_run, headers: dict[str, str]):
+    run = make_run()
+    with watching(run.folder) as watcher:
+        assert ask(watcher, "/prompt", PROMPT, **headers)[0] == 403
+        assert watcher.answerer._process is None
+
+
+def test_requests_that_are_none(make_run):
+    run = make_run()
+    with watching(run.folder) as watcher:
+        assert ask(watcher, "/data?after=x")[0] == 400
+        assert ask(watcher, "/../config.toml")[0] == ask(watcher, "/", {})[0] == 404
+        for body in ("[]", "{", "x" * 300_000):
+            assert ask(watcher, "/prompt", body)[0] == 400
+        for wrong, why in (
+            ({"prompt": 1}, "prompt must be text"),
+            ({"top_k": None}, "top_k must be a number"),
+            ({"max_tokens": 10**9}, "at most 2,000 tokens"),
+            ({"temperature": -1}, "temperature must be 0 or more"),
+        ):
+            code, text = ask(watcher, "/prompt", PROMPT | wrong)
+            assert code == 200
+            assert why in json.loads(text)["error"]
+        assert watcher.answerer._process is None
+
+
+def test_it_listens_here_only(tmp_path: Path):
+    with Watcher(tmp_path / "later") as watcher:
+        assert watcher.server.socket.getsockname()[0] == "127.0.0.1"
+
+
+# Answers ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_is_what_sample_gives(trained: Run):
+    from pretrain.generation import sample_text
+
+    with watching(trained.folder) as watcher:
+        messages = [json.loads(line) for line in ask(watcher, "/prompt", PROMPT)[1].splitlines()]
+        assert [messages[0]["note"], messages[1]["step"]] == ["Loading the newest checkpoint.", 12]
+        assert "done" in messages[-1]
+        pieces = [message["text"] for message in messages if "text" in message]
+        options = {name: value for name, value in PROMPT.items() if name != "prompt"}
+        assert "".join(pieces) == "".join(sample_text(trained.load_model(), trained.tokenizer(), "Ada", **options))
+        assert len(pieces) > 1
+        process = watcher.answerer._process
+        if hasattr(os, "getpriority"):
+            assert os.getpriority(os.PRIO_PROCESS, process.pid) == 19
+        # What stops before its end frees the way for the next, from the same process.
+        answer = watcher.answerer.answer({**PROMPT, "max_tokens": 2000})
+        assert "note" in next(answer)
+        answer.close()
+        second = list(watcher.answerer.answer(PROMPT))
+        assert "".join(message.get("text", "") for message in second) == "".join(pieces)
+        assert watcher.answerer._process is process
+        process.kill()
+        process.wait()
+        assert "done" in list(watcher.answerer.answer(PROMPT))[-1]
+    assert watcher.answerer._process.poll() is not None
+
+
+def test_nothing_to_answer_with(make_run):
+    run = make_run()
+    with watching(run.folder) as watcher:
+        error = json.loads(ask(watcher, "/prompt", PROMPT)[1].splitlines()[-1])["error"]
+        assert "has no whole checkpoint yet" in error
+
+
+def test_a_newer_checkpoint_is_loaded(trained: Run, tmp_path: Path):
+    checkpoints = trained.checkpoints
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    for name in ("config.toml", "tokenizer.json", "data"):
+        (folder / name).symlink_to(trained.folder / name)
+    model = Model(folder)
+    for step in (8, 12):
+        (folder / "checkpoints" / f"step-{step:08d}").symlink_to(checkpoints / f"step-{step:08d}")
+        assert model.stale
+        loaded, _ = model.load()
+        assert model.step == step
+        assert not model.stale
+        assert model.load()[0] is loaded
+
+
+# In the browser --------------------------------------------------------------------------------------------------
+
+LAST = "return document.querySelector('figure[data-plot=loss] .u-legend td')?.textContent === arguments[0]"
+
+
+def test_steps_appear_as_they_come(make_run, browser: Browser, tmp_path: Path):
+    run = make_run()
+    beat(run)
+    with watching(run.folder) as watcher:
+        browser.open(watcher.address)
+        browser.until(LAST, "40")
+        browser.until("return document.getElementById('status').textContent.startsWith('Training, 40')")
+        append_jsonl(run.metrics, *records(41, 60))
+        append_jsonl(run.samples, {"step": 60, "prompt": "", "text": "fresh <i>"})
+        append_jsonl(run.events, {"step": 60, "event": "hang", "text": "quiet"})
+        browser.until(LAST, "60")
+        browser.until("return document.querySelector('#sample-texts').textContent === 'fresh <i>'")
+        browser.until("return document.querySelector('#events').textContent.includes('quiet')")
+        browser.until("return document.querySelector('#facts').textContent.includes('this model after step 60')")
+        browser.find("#config-1 summary").click()
+        keep_steps(run.metrics, 20)
+        browser.until(LAST, "20")
+        browser.until("return document.querySelector('#facts').textContent.includes('this model after step 20')")
+        assert browser.run("return document.getElementById('config-1').open")
+        assert browser.drawn("loss") > 1000
+        assert browser.complaints() == []
+        assert all(address.startswith(watcher.address) for address in browser.requests())
+        browser.shoot(tmp_path / "watch.png")
+
+
+def test_a_run_that_begins_while_it_is_watched(make_run, browser: Browser, tmp_path: Path):
+    with watching(tmp_path / "one") as watcher:
+        browser.open(watcher.address)
+        browser.until("return document.getElementById('status').textContent.includes('has not begun yet')")
+        make_run("one")
+        browser.until(LAST, "40")
+        browser.until("return document.querySelector('#facts').textContent.includes('guess any token')")
+        assert browser.complaints() == []
+
+
+def test_the_box_streams_an_answer(trained: Run, browser: Browser, tmp_path: Path):
+    with watching(trained.folder) as watcher:
+        browser.open(watcher.address)
+        browser.run("""window.grown = []; new MutationObserver(() =>
+            window.grown.push(document.getElementById("answer").textContent.length)
+          ).observe(document.getElementById("answer"), { childList: true, subtree: true });""")
+        browser.find("#prompt").send_keys("Ada <b>")
+        browser.find("#send").click()
+        browser.until("return document.getElementById('answer-note').textContent.startsWith('Written by the model')")
+        assert browser.find("#answer").text.startswith("Ada <b>")
+        assert browser.run("return window.grown.length") > 3
+        assert browser.find("#answer-note").text == "Written by the model after step 12."
+        browser.shoot(tmp_path / "answer.png")
+        browser.run("document.getElementById('max_tokens').value = 2000")
+        browser.find("#send").click()
+        browser.until("return document.getElementById('answer').textContent.length > 20")
+        browser.find("#stop").click()
+        browser.until("return document.getElementById('answer-note').textContent === 'Stopped.'")
+        browser.run("document.getElementById('max_tokens').value = ''")
+        browser.find("#send").click()
+        browser.until("return document.getElementById('answer-note').textContent === 'max_tokens must be a number'")
+        assert browser.complaints() == []
+
+
+def test_a_server_that_is_gone(make_run, browser: Browser):
+    run = make_run()
+    with watching(run.folder) as watcher:
+        browser.open(watcher.address)
+        browser.until(LAST, "40")
+    browser.until("return document.getElementById('status').textContent.includes('does not answer')")
+    browser.driver.get("about:blank")
+
+
+# The command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_the_command_ends_cleanly(make_run, name: str):
+    run = make_run()
+    words = [sys.executable, "-m", "pretrain", "watch", str(run.folder), "--port", "0"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        line = process.stdout.readline()
+        port = re.search(r"on http://127\.0\.0\.1:(\d+)/", line)[1]
+        connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=60)
+        connection.request("GET", "/")
+        assert b"<title>one</title>" in connection.getresponse().read()
+        process.send_signal(getattr(signal, name))
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, out.strip(), err) == (0, "", "")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_config_that_is_damaged_while_it_is_watched(make_run):
+    run = make_run()
+    with watching(run.folder) as watcher:
+        (run.folder / "config.toml").write_text("[train\n")
+        code, text = ask(watcher, "/data")
+        assert code == 500
+        assert "config.toml is damaged" in text
+        Run.create(run.folder, load_config("quickstart", **TINY))
+        assert ask(watcher, "/data")[0] == 200

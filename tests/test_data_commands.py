@@ -1,0 +1,67 @@
+"""The commands of ``pretrain data`` that make and read token shards, as a user meets them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pretrain.cli import main
+
+WRONG_USE = {
+    "no folder": (["prepare", "IN"], 2, "--out is missing"),
+    "no such text": (["prepare", "absent.txt", "--out", "o"], 1, "absent.txt: no such file"),
+    "negative workers": (["prepare", "IN", "--out", "o", "--workers", "-1"], 2, "--workers must be 0 or more"),
+    "empty shards": (["prepare", "IN", "--out", "o", "--shard-tokens", "0"], 2, "--shard-tokens must be 1 or more"),
+    "too few tokens": (
+        ["prepare", "IN", "--out", "o", "--vocab-size", "9"],
+        2,
+        "tokenizer.vocab_size must be at least",
+    ),
+    "too many tokens": (["prepare", "IN", "--out", "o"], 1, "the text is too small for tokenizer.vocab_size 4096"),
+    "no such tokenizer": (["prepare", "IN", "--out", "o", "--tokenizer", "gtp2"], 2, "did you mean 'gpt2'?"),
+    "fraction": (["prepare", "IN", "--out", "o", "--val-fraction", "1"], 2, "data.val_fraction must be in [0, 1)"),
+    "no such engine": (["prepare", "IN", "--out", "o", "--engine", "spark"], 2, "ray"),
+    "no shards": (["verify", "."], 1, "not a finished folder of token shards"),
+    "nothing to look at": (["inspect", "."], 2, "has no manifest.json; for token shards of another program add"),
+    "no tokens": (["inspect", ".", "--tokenizer", "byte"], 1, "there are no such files"),
+    "no folder to look at": (["inspect"], 2, "DIR"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_USE)
+def test_wrong_use_is_one_line_and_leaves_nothing(name: str, capsys, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "IN").mkdir()
+    (tmp_path / "IN" / "a.txt").write_text("some text, some text, and some more text. " * 20)
+    args, code, expected = WRONG_USE[name]
+    assert main(["data", *args]) == code
+    captured = capsys.readouterr()
+    assert expected in captured.err
+    assert captured.err.startswith("pretrain: ")
+    assert captured.err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["IN"]
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom pretrain.cli import main\n"
+        "try: main(['data', 'prepare', '--help'])\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'numpy', 'tokenizers', 'ray'} & set(sys.modules), sys.modules.keys()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "--shard-tokens" in result.stdout
+
+
+def test_the_embedded_corpus_from_text_to_training(tmp_path: Path, capsys):
+    out = str(tmp_path / "tokens")
+    assert main(["data", "prepare", "--out", out, "--tokenizer", "byte", "--val-fraction", "0.1"]) == 0
+    printed = capsys.readouterr().out
+    assert "1.00 bytes of text per token" in printed
+    assert printed.endswith(f"pretrain train --data {out}\n")
+    assert main(["data", "verify", out]) == 0
+    assert main(["data", "inspect", out]) == 0
+    assert "In the beginning God created the heaven and the earth" in capsys.readouterr().out
+    assert main(["data", "prepare", "--out", out, "--tokenizer", "byte", "--val-fraction", "0.1"]) == 0
+    assert "is complete; nothing left to prepare" in capsys.readouterr().out
