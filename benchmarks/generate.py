@@ -21,8 +21,8 @@ from torch import Tensor
 from pretrain.config import ModelConfig
 from pretrain.device import DTYPES
 from pretrain.generation import SamplingOptions, generate
-from pretrain.generation.packed import for_generation
 from pretrain.model import GPT
+from pretrain.model.packed import for_inference
 
 Generate = Callable[[GPT, Tensor, int], list[list[int]]]
 
@@ -51,7 +51,7 @@ def uncached(model: GPT, prompts: Tensor, texts: list[list[int]], every: int) ->
 
     One step in ``every`` is timed and counted for all, since this takes minutes; each must choose the same token.
     """
-    model = for_generation(model)  # the same cast weights: only the cache is missing
+    model = for_inference(model)  # the same cast weights: only the cache is missing
     whole = torch.cat((prompts, torch.tensor(texts, device=prompts.device)), dim=1)
     steps = range(prompts.shape[1] + every // 2, whole.shape[1], every)
     model(whole[:, : steps[0]], last_only=True)  # warm

@@ -9,6 +9,8 @@ STREET = [
     "errors",
     "config",
     "device",
+    "hardware",
+    "files",
     "text",
     "tokenizer",
     "tokens",

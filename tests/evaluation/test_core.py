@@ -192,6 +192,7 @@ def test_language_that_is_predicted_counts(made: Path):
     scorer, task = make_scorer(1000), read_tasks(made)[2]
     letters = torch.tensor([97 <= token <= 122 for token in range(257)])
     scorer.model.head.weight[~letters] = 0  # so that it writes nothing else
+    scorer = GPTScorer(scorer.model, scorer.tokenizer)
     right, wrong = [], []
     for index in range(len(task.examples)):
         before = prompts(task, index)[0].removesuffix(task.examples[index].continuations[0]).strip()

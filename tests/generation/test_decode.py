@@ -8,8 +8,8 @@ from tests.model.test_transformer import SMALL, VARIANTS, build
 
 from pretrain.config import ModelConfig
 from pretrain.generation import SamplingOptions, generate
-from pretrain.generation.packed import for_generation
 from pretrain.model import GPT, KVCache
+from pretrain.model.packed import for_inference
 
 CONTEXT = SMALL["context_length"]
 SPREAD = SamplingOptions(max_tokens=40, temperature=1.5, top_k=0)
@@ -145,13 +145,13 @@ def test_the_model_and_the_random_state_stay_as_they_are():
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1), (torch.float64, 0.0)])
-def test_made_ready_for_generation_it_gives_the_same_logits(name: str, dtype: torch.dtype, tolerance: float):
+def test_made_ready_for_inference_it_gives_the_same_logits(name: str, dtype: torch.dtype, tolerance: float):
     """Weights cast and packed once, instead of cast at each product."""
     model = variant(name, torch.float64 if dtype == torch.float64 else torch.float32)
     model.activation_dtype = dtype
     tokens = torch.randint(0, 40, (2, 16), generator=torch.Generator().manual_seed(4))
     before = {name: (p, p.clone()) for name, p in model.named_parameters()}
-    light = for_generation(model)
+    light = for_inference(model)
     torch.testing.assert_close(light(tokens), model(tokens), atol=tolerance, rtol=tolerance)
     assert light.embedding.weight is model.embedding.weight
     for name, parameter in model.named_parameters():

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.conftest import TINY
 
 from pretrain.config import load_config
 from pretrain.tokens import prepare
 from pretrain.training import Run, train
 from pretrain.training.metrics import append_jsonl
-from tests.conftest import TINY
 
 
 def records(first: int, last: int, **more: Any) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 import json
 import math
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def test_against_counting_by_hand(stream):
             return counts[token] / (total + kinds)
         return kinds / (total + kinds) / (vocabulary - kinds)
 
-    pairs = Counter(zip(train, train[1:], strict=False))
+    pairs = Counter(pairwise(train))
 
     def pair(before, token):
         total = sum(count for (first, _), count in pairs.items() if first == before)
@@ -43,7 +44,7 @@ def test_against_counting_by_hand(stream):
             return single(token)
         return (pairs[before, token] + followers * single(token)) / (total + followers)
 
-    guessed = list(zip(held_out, held_out[1:], strict=False))
+    guessed = list(pairwise(held_out))
     assert found.uniform == math.log(vocabulary)
     assert found.unigram == pytest.approx(-np.mean([math.log(single(token)) for _, token in guessed]))
     assert found.bigram == pytest.approx(-np.mean([math.log(pair(*both)) for both in guessed]))

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
+from tests.report.conftest import Browser, records
 
 from pretrain.report import write_report
 from pretrain.training import Run
 from pretrain.training.metrics import append_jsonl
-from tests.report.conftest import Browser, records
 
 
 @pytest.fixture
@@ -94,7 +94,8 @@ def test_text_can_be_read(run: Run, tmp_path: Path, browser: Browser, scheme: st
     """WCAG's contrast of text (4.5) and of lines that carry meaning (3)."""
     browser.open(write_report([run], tmp_path / "page.html"), scheme=scheme)
     names = ["paper", "panel", "mark", "ink", "quiet", "accent", "bad", *(f"series-{i}" for i in range(8))]
-    script = "const s = getComputedStyle(document.documentElement); return arguments[0].map((n) => s.getPropertyValue(`--${n}`))"
+    script = """const style = getComputedStyle(document.documentElement);
+      return arguments[0].map((name) => style.getPropertyValue(`--${name}`))"""
     colors = dict(zip(names, browser.run(script, names), strict=True))
 
     def light(color: str) -> float:

@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from tests.report.conftest import records
 
 from pretrain.cli import main
 from pretrain.config import load_config
@@ -16,7 +17,6 @@ from pretrain.report.page import run_names
 from pretrain.training import Run
 from pretrain.training.environment import ENVIRONMENT
 from pretrain.training.metrics import append_jsonl
-from tests.report.conftest import records
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)> & \u2028 <!-- \u202e 王 \ud800"
 
@@ -99,6 +99,7 @@ def test_no_text_of_a_run_becomes_part_of_the_page(make_run, tmp_path: Path):
     elements = read(write_report([run], tmp_path / "evil.html"))
     assert {tag for tag, _ in elements.tags} == {tag for tag, _ in clean.tags}
     assert len(elements.scripts) == 2
+    assert not set("<>&") & set(elements.scripts[0])
     assert not any(name.startswith("on") for _, attributes in elements.tags for name in attributes)
     sample = elements.data["runs"][0]["samples"][-1]
     assert sample["prompt"] == EVIL.replace("\ud800", "?")
@@ -181,7 +182,8 @@ def test_passwords_in_addresses_stay_here():
 
 
 def test_the_command_writes_the_page_and_pictures(make_run, tmp_path: Path, capsys, monkeypatch):
-    one, two = make_run("one"), make_run("two", steps=20)
+    one = make_run("one")
+    make_run("two", steps=20)
     assert main(["report", str(one.folder)]) == 0
     assert capsys.readouterr().out == f"Wrote {one.folder}/report.html\n"
     monkeypatch.chdir(tmp_path)

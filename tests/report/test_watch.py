@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.conftest import TINY
+from tests.report.conftest import Browser, records
 
 from pretrain.config import load_config
 from pretrain.errors import CheckpointError, UsageError
-from pretrain.report.answers import Model
+from pretrain.report.answers import CANCEL, Model, _send
 from pretrain.report.watch import Watcher
 from pretrain.training import Run
 from pretrain.training.metrics import append_jsonl, keep_steps
 from pretrain.training.watch import HEARTBEAT
-from tests.conftest import TINY
-from tests.report.conftest import Browser, records
 
 PROMPT = {"prompt": "Ada", "max_tokens": 12, "temperature": 0, "top_k": 0, "seed": 0}
 
@@ -210,7 +210,11 @@ def test_an_answer_is_what_sample_gives(trained: Run):
         if hasattr(os, "getpriority"):
             assert os.getpriority(os.PRIO_PROCESS, process.pid) == 19
         # What stops before its end frees the way for the next, from the same process.
-        answer = watcher.answerer.answer({**PROMPT, "max_tokens": 2000})
+        answer = watcher.answerer.answer({**PROMPT, "max_tokens": 100_000})
+        assert "note" in next(answer)
+        _send(process.stdin, CANCEL)
+        assert list(answer)[-1]["note"] == "Stopped."
+        answer = watcher.answerer.answer({**PROMPT, "max_tokens": 1000})
         assert "note" in next(answer)
         answer.close()
         second = list(watcher.answerer.answer(PROMPT))
@@ -328,8 +332,8 @@ def test_the_command_ends_cleanly(make_run, name: str):
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         line = process.stdout.readline()
-        port = re.search(r"on http://127\.0\.0\.1:(\d+)/", line)[1]
-        connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=60)
+        port = int(re.findall(r"on http://127\.0\.0\.1:(\d+)/", line)[0])
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         connection.request("GET", "/")
         assert b"<title>one</title>" in connection.getresponse().read()
         process.send_signal(getattr(signal, name))

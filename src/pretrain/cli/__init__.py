@@ -5,13 +5,16 @@ Everything heavy is imported inside the command that needs it, so that ``--help`
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import shlex
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -19,6 +22,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from pretrain.cli.completion import completion
+from pretrain.cli.launch import LOCAL_RANK, count_processes, is_process, launch, machines_join, one_voice
 from pretrain.cli.parsing import Command, did_you_mean, dispatch, listing, parse, value_of
 from pretrain.cli.report import report, watch
 from pretrain.config import Config, load_config, recipe_names, recipe_summary, recipe_text
@@ -26,6 +31,9 @@ from pretrain.errors import Interrupted, PretrainError, UsageError
 from pretrain.generation.options import SamplingOptions
 
 STARTED = time.monotonic()
+
+PATIENCE = 10.0
+"""Seconds that a process with nothing to say waits for the one that has."""
 
 
 @dataclass
@@ -42,11 +50,43 @@ class TrainArguments:
     """The run directory. Default: runs/RECIPE. One that exists is resumed."""
     resume_from: int = 0
     """Go back to the checkpoint of this step; what came after it is set aside. 0: go on from the newest."""
+    nproc: str = ""
+    """Start so many processes on this machine, which train together (docs/cluster.md). gpu: one for each GPU; auto: the
+    same, or one where there is no GPU. Empty: this one alone."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+
+    def __post_init__(self):
+        if self.nproc not in ("", "gpu", "auto") and not (self.nproc.isdecimal() and int(self.nproc) >= 1):
+            raise ValueError(f"--nproc must be a number of processes, gpu or auto, not '{self.nproc}'")
 
 
 def train(args: list[str]) -> int:
     """Train a model, or go on with a run that was stopped."""
+    with one_voice():
+        arguments = _train_arguments(args)
+    config, out = arguments.config, arguments.out or f"runs/{Path(arguments.recipe).stem}"
+    command = ["pretrain", "train", "--out", out] + (["--nproc", arguments.nproc] if arguments.nproc else [])
+    unused = 0
+    if not is_process():
+        count = count_processes(arguments.nproc or "auto", config.train.device)
+        if arguments.nproc and (count > 1 or machines_join()):
+            return launch(["train", *args], count, config.guard.grace_seconds, shlex.join(command))
+        unused = count - 1 if "WORLD_SIZE" not in os.environ else 0
+
+    from pretrain.report import explain, plot_run
+    from pretrain.training import Console, train
+
+    console = Console(command=command)
+    if unused:
+        console.say(f"gpus      1 of {unused + 1} will train; all of them with: --nproc gpu")
+    run = train(config, out, console, STARTED, arguments.resume_from)
+    if os.environ.get("RANK", "0") == "0":  # one of the processes that trained together speaks for all
+        plot_run(run)
+        console.say("\n" + explain(run))
+    return 0
+
+
+def _train_arguments(args: list[str]) -> TrainArguments:
     given = args[0] if args and not args[0].startswith("-") else ""
     out = value_of(args, "--out")
     if out and not given and Path(out, "config.toml").is_file():
@@ -55,17 +95,7 @@ def train(args: list[str]) -> int:
         base = Run.open(out).config
     else:
         base = load_config(given or "quickstart")
-    arguments = parse(TrainArguments, args, "train", TrainArguments(config=base))
-    out = arguments.out or f"runs/{Path(arguments.recipe).stem}"
-
-    from pretrain.report import explain, plot_run
-    from pretrain.training import Console, train
-
-    console = Console(command=["pretrain", "train", "--out", out])
-    run = train(arguments.config, out, console, STARTED, arguments.resume_from)
-    plot_run(run)
-    console.say("\n" + explain(run))
-    return 0
+    return parse(TrainArguments, args, "train", TrainArguments(config=base))
 
 
 @dataclass
@@ -284,7 +314,22 @@ def _tokenizer(args: list[str]) -> int:
     return dispatch(args, commands, "pretrain tokenizer")
 
 
+def _plan(args: list[str]) -> int:
+    """What a training comes to: parameters, memory, time, and what is unusual about it."""
+    from pretrain.cli.plan import plan
+
+    return plan(args)
+
+
+def _doctor(args: list[str]) -> int:
+    """What this machine can do, what is missing, and the command that mends it."""
+    from pretrain.cli.doctor import doctor
+
+    return doctor(args)
+
+
 COMMANDS: dict[str, Command] = {
+    "plan": _plan,
     "train": train,
     "eval": evaluate,
     "sample": sample,
@@ -294,6 +339,8 @@ COMMANDS: dict[str, Command] = {
     "data": _data,
     "tokenizer": _tokenizer,
     "recipes": recipes,
+    "doctor": _doctor,
+    "completion": completion,
 }
 
 HELP = """usage: pretrain COMMAND [ARGUMENTS]
@@ -313,14 +360,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and give its exit code: 0 done, 1 failed, 2 wrong use, 130 interrupted and safely stopped."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
-        _stop_on_signals()
-        return _run(args)
+        with _signals_interrupt():
+            return _run(args)
     except PretrainError as error:
-        if str(error):  # empty where another process has said it
+        if str(error):
             print(f"pretrain: {error}", file=sys.stderr)
+        elif is_process() and error.exit_code != Interrupted.exit_code:
+            # Another process says it. torchrun ends all when the first has gone, so let that be the other one.
+            with contextlib.suppress(KeyboardInterrupt):
+                time.sleep(PATIENCE)
         return error.exit_code
     except KeyboardInterrupt:
-        print("pretrain: interrupted; what was saved is safe, and the same command goes on from it", file=sys.stderr)
+        if LOCAL_RANK == 0:
+            text = "interrupted; what was saved is safe, and the same command goes on from it"
+            print(f"pretrain: {text}", file=sys.stderr)
         return Interrupted.exit_code
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -333,16 +386,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _stop_on_signals() -> None:
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
     """Let SIGTERM and SIGUSR1 (SLURM's warning) stop a command as Ctrl-C does; training has its own handlers."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    if threading.current_thread() is threading.main_thread():
-        for name in ("SIGTERM", "SIGUSR1"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), interrupt)
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():  # where Python cannot install handlers
+        numbers = []
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _run(args: list[str]) -> int:

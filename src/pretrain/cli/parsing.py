@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import tyro
@@ -36,11 +36,11 @@ def dispatch(args: list[str], commands: dict[str, Command], program: str) -> int
 
 def parse(kind: type[T], args: list[str], command: str, default: T | None = None) -> T:
     """Parse arguments into a dataclass; what tyro would show as a box becomes a one-line UsageError."""
-    options: dict[str, Any] = {} if default is None else {"default": default}
+    start: dict[str, Any] = {} if default is None else {"default": default}
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(kind, prog=f"pretrain {command}", args=args, **options)
+            return tyro.cli(kind, prog=f"pretrain {command}", args=args, **start)
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -52,21 +52,19 @@ def parse(kind: type[T], args: list[str], command: str, default: T | None = None
     message = re.sub(r"^Error parsing (?:\w*Arguments: |[\w.]*: (?=\w+\.))", "", message)
     unknown = re.match(r"Unrecognized options: (--[\w.-]+)", message)
     if unknown:
-        message = f"no option {unknown[1]}{did_you_mean(unknown[1], _options(kind))}"
+        message = f"no option {unknown[1]}{did_you_mean(unknown[1], [name for name, _, _ in options(kind)])}"
     raise UsageError(f"{message}; see pretrain {command} --help")
 
 
-def _options(kind: Any, prefix: str = "--") -> list[str]:
-    """The options of an arguments dataclass, as they are typed."""
-    names = []
+def options(kind: Any, prefix: str = "--") -> Iterator[tuple[str, type, dataclasses.Field[Any]]]:
+    """The fields of an arguments dataclass as they are typed, each with the dataclass that it stands in."""
     for each in dataclasses.fields(kind):
         if each.name in ("config", "options"):  # dataclasses whose fields stand beside the others
-            names += _options(each.default_factory)
+            yield from options(each.default_factory)
         elif prefix == "--" and kind is Config:
-            names += _options(each.default_factory, f"--{each.name}.")
+            yield from options(each.default_factory, f"--{each.name}.")
         else:
-            names.append(prefix + (each.name if "." in prefix else each.name.replace("_", "-")))
-    return names
+            yield prefix + (each.name if "." in prefix else each.name.replace("_", "-")), kind, each
 
 
 def value_of(args: list[str], option: str) -> str:

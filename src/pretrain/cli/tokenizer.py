@@ -15,6 +15,7 @@ import tyro
 
 from pretrain.cli.parsing import Command, parse
 from pretrain.errors import DataError, UsageError
+from pretrain.files import write_atomically
 
 if TYPE_CHECKING:
     from pretrain.text import Piece
@@ -74,7 +75,6 @@ def train(args: list[str]) -> int:
     from pretrain.text import find_pieces
     from pretrain.tokenizer import build_tokenizer
     from pretrain.tokens.progress import Progress
-    from pretrain.tokens.shards import write_atomically
 
     # Of what is printed, standard output has only the JSON where that is asked for.
     console = Console(stderr=a.json, highlight=False, soft_wrap=True)

@@ -36,6 +36,8 @@ BATCH_TOKENS = {"cpu": 1024}
 GPU_BATCH_TOKENS = 16384
 """The same for every other device, which wants to be filled."""
 
+SPARE_BATCHES = 16
+"""One forward pass more costs about as much as this part of a full one; padding may cost as much, and no more."""
 
 MEMORY_BATCHES = 4
 """How many batches of tokens may be remembered at once, in keys and values, while options are continued."""
@@ -44,12 +46,6 @@ MEMORY_BATCHES = 4
 def batch_tokens(scorer: Scorer) -> int:
     """Tokens in one forward pass on the scorer's device."""
     return BATCH_TOKENS.get(next(scorer.model.parameters()).device.type, GPU_BATCH_TOKENS)
-
-
-def shared_length(common: int) -> int:
-    """How much of a common beginning is run once: a multiple of a few tokens, so that many questions agree on it."""
-    step = 4 if common < 64 else 16
-    return common // step * step
 
 
 @dataclass(frozen=True)
@@ -217,7 +213,7 @@ class _Line:
 def score_options(scorer: Scorer, questions: Iterable[list[Option]]) -> None:
     """Give every option its losses and hits, with as little computed as that takes."""
     alone: list[_Line] = []
-    shared: dict[int, list[list[_Line]]] = {}  # length of the shared beginning → the lines of each question
+    shared: list[tuple[int, list[_Line]]] = []  # length of the shared beginning, and the lines of a question
     for options in questions:
         lines: dict[tuple[int, ...], _Line] = {}
         for option in options:
@@ -225,39 +221,60 @@ def score_options(scorer: Scorer, questions: Iterable[list[Option]]) -> None:
                 read = tuple(option.tokens[:-1])
                 lines.setdefault(read, _Line(read, [])).options.append(option)
         first = min((option.start for option in options), default=1) - 1
-        cut = shared_length(min(first, _common(list(lines)))) if len(lines) > 1 else 0
-        if cut:
-            shared.setdefault(cut, []).append(list(lines.values()))
+        common = min(first, _common(list(lines))) if len(lines) > 1 else 0
+        if common:
+            shared.append((common, list(lines.values())))
         else:
             alone += lines.values()
     tokens = batch_tokens(scorer)
-    for batch in _batches(sorted(alone, key=lambda line: len(line.tokens)), tokens):
+    for batch in _batches(alone, tokens, tokens // SPARE_BATCHES):
         _score(scorer, batch)
-    for cut, groups in sorted(shared.items()):
-        groups.sort(key=lambda lines: max(len(line.tokens) for line in lines))
-        count = max(1, tokens // cut)
-        for start in range(0, len(groups), count):
-            _score_shared(scorer, cut, groups[start : start + count])
+    for cut, groups in _alike(shared, tokens, tokens // SPARE_BATCHES):
+        _score_shared(scorer, cut, groups, tokens)
 
 
-def _score_shared(scorer: Scorer, cut: int, groups: list[list[_Line]]) -> None:
+def _alike(
+    shared: list[tuple[int, list[_Line]]], tokens: int, spare: int
+) -> Iterator[tuple[int, list[list[_Line]]]]:
+    """Put questions with beginnings of about one length together: how much of them is run once, and their lines.
+
+    What a beginning is longer than the shortest of its group is run by each option, ``spare`` tokens at most in all;
+    those that are run once are about ``tokens`` at most.
+    """
+    cut, again, groups = 0, 0, []
+    for common, lines in sorted(shared, key=lambda each: each[0]):
+        again += (common - cut) * (len(lines) - 1)
+        if groups and (again > spare or (len(groups) + 1) * cut > tokens):
+            yield cut, groups
+            groups = []
+        if not groups:
+            cut, again = common, 0
+        groups.append(lines)
+    if groups:
+        yield cut, groups
+
+
+def _score_shared(scorer: Scorer, cut: int, groups: list[list[_Line]], tokens: int) -> None:
     """Score questions, each a list of lines that have their first ``cut`` tokens in common."""
     beginnings = torch.tensor([lines[0].tokens[:cut] for lines in groups])
     room = max(len(line.tokens) for lines in groups for line in lines) - cut
     memory = scorer.remember(beginnings, room)
     owner = {id(line): row for row, lines in enumerate(groups) for line in lines}
-    every = sorted((line for lines in groups for line in lines), key=lambda line: len(line.tokens))
-    for batch in _batches(every, MEMORY_BATCHES * batch_tokens(scorer)):  # in which the remembered tokens count
+    every = [line for lines in groups for line in lines]
+    for batch in _batches(every, MEMORY_BATCHES * tokens, tokens // SPARE_BATCHES):  # remembered tokens count in it
         _score(scorer, batch, cut, memory, [owner[id(line)] for line in batch])
 
 
-def _batches(lines: list[_Line], tokens: int) -> Iterator[list[_Line]]:
-    """Cut lines, sorted by length, into batches of about so many tokens, padding counted."""
+def _batches(lines: list[_Line], tokens: int, spare: int) -> Iterator[list[_Line]]:
+    """Put lines of about one length together: at most about ``tokens`` in a batch, and ``spare`` of padding."""
     batch: list[_Line] = []
-    for line in lines:
-        if batch and (len(batch) + 1) * len(line.tokens) > tokens:
+    padding = 0
+    for line in sorted(lines, key=lambda line: len(line.tokens)):
+        longer = len(line.tokens) - len(batch[-1].tokens) if batch else 0
+        padding += longer * len(batch)
+        if batch and (padding > spare or (len(batch) + 1) * len(line.tokens) > tokens):
             yield batch
-            batch = []
+            batch, padding = [], 0
         batch.append(line)
     if batch:
         yield batch

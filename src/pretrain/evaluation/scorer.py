@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.model import GPT, KVCache
+from pretrain.model.packed import for_inference
 from pretrain.tokenizer import Tokenizer
 
 CHUNK_ELEMENTS = 2**22
@@ -57,7 +58,7 @@ class GPTScorer:
     """Scores with a GPT of ours: on a CPU in fp32, in which a loss is the same in any batch, elsewhere as it is set.
 
     Args:
-        model: on any device.
+        model: on any device; its weights as they are now count, and what it learns later does not.
         tokenizer: its own.
     """
 
@@ -65,6 +66,8 @@ class GPTScorer:
         self.model, self.tokenizer = model, tokenizer
         self.context_length = model.config.context_length
         self.device = model.embedding.weight.device
+        with _fp32_on_cpu(model):
+            self._ready = for_inference(model)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """See :class:`Scorer`."""
@@ -90,17 +93,25 @@ class GPTScorer:
         size = max(1, CHUNK_ELEMENTS // self.model.vocab_size)
         for start in range(0, len(places), size):
             mine = ((which >= start) & (which < start + size)).nonzero()[:, 0]
-            logits = self.model.logits(needed[start : start + size])
+            logits = self._ready.logits(needed[start : start + size])
             losses[mine], hits[mine] = compare(logits, which[mine] - start, wanted[mine, 2])
         return losses, hits
 
     def _stream(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
-        dtype = self.model.activation_dtype
-        self.model.activation_dtype = torch.float32 if self.device.type == "cpu" else dtype
-        try:
-            return self.model.stream(tokens.to(self.device), cache)
-        finally:
-            self.model.activation_dtype = dtype
+        with _fp32_on_cpu(self._ready):
+            return self._ready.stream(tokens.to(self.device), cache)
+
+
+@contextmanager
+def _fp32_on_cpu(model: GPT) -> Iterator[None]:
+    """While entered, a model on a CPU computes in fp32."""
+    dtype = model.activation_dtype
+    if model.embedding.weight.device.type == "cpu":
+        model.activation_dtype = torch.float32
+    try:
+        yield
+    finally:
+        model.activation_dtype = dtype
 
 
 def compare(logits: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

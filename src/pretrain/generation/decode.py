@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from pretrain.generation.options import SamplingOptions
-from pretrain.generation.packed import for_generation
 from pretrain.generation.sampling import choose, penalize_repetition
 from pretrain.model import GPT, KVCache
+from pretrain.model.packed import for_inference
 
 
 @torch.inference_mode()
@@ -49,9 +49,25 @@ def generate(
         ended: rows that the caller adds to this set give no more tokens.
     """
     assert all(prompts), "a prompt needs at least one token"
-    model = for_generation(model)
+    model = for_inference(model)
+    was_training = model.training  # where it is no copy
+    model.eval()
+    try:
+        yield from _generate(model, prompts, options, end, seeds, set() if ended is None else ended)
+    finally:
+        model.train(was_training)
+
+
+def _generate(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    options: SamplingOptions,
+    end: int | None,
+    seeds: Sequence[int] | None,
+    ended: set[int],
+) -> Iterator[tuple[int, int]]:
+    """:func:`generate` with a model that is ready for it."""
     context = model.config.context_length
-    ended = set() if ended is None else ended
     texts = [list(prompt) for prompt in prompts]
     seeds = range(options.seed, options.seed + len(texts)) if seeds is None else seeds
     draws = [random.Random(seed) for seed in seeds]

@@ -53,9 +53,8 @@ def look_at_data(config: Config) -> DataFacts:
     if data.val_paths:
         val = round(sum(piece.size for piece in find_pieces(data.val_paths, data.field)) / per_token)
     name = ", ".join(paths) if paths else embedded_name()
-    return DataFacts(
-        vocabulary, tokens - round(tokens * held_out), val, size, False, f"{name}, {how}", problem
-    )  # fmt: skip
+    train = tokens - round(tokens * held_out)
+    return DataFacts(vocabulary, train, val, size, False, f"{name}, {how}", problem)
 
 
 def read_sample(pieces: list[Piece], field: str) -> list[str]:
@@ -92,7 +91,6 @@ def measure_tokens(config: Config, sample: list[str], whole: bool) -> tuple[int,
 
 def bytes_per_token(tokenizer: Tokenizer, sample: list[str]) -> float:
     """Bytes of text that a token stands for, the boundaries between documents counted as tokens."""
-    text = [piece for piece in sample]
-    tokens = sum(len(ids) for ids in tokenizer.encode_documents(iter(text)))
-    tokens += len(text) if tokenizer.boundary_id is not None else 0
-    return sum(len(piece.encode()) for piece in text) / max(1, tokens)
+    tokens = sum(len(ids) for ids in tokenizer.encode_documents(sample))
+    tokens += len(sample) if tokenizer.boundary_id is not None else 0
+    return sum(len(text.encode()) for text in sample) / max(1, tokens)

@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from pretrain.errors import PretrainError
+from pretrain.files import write_atomically
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokens import TokenStream, is_tokens, open_corpus
-from pretrain.tokens.shards import MANIFEST, write_atomically
+from pretrain.tokens.shards import MANIFEST
 from pretrain.training import Run
 
 CACHE = "baselines.json"

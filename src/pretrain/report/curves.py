@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,7 +36,7 @@ class Tail:
         self._forget()
 
     def _forget(self) -> None:
-        self._inode, self._offset, self._end = 0, 0, b""
+        self._offset, self._end = 0, b""
 
     def new(self) -> Iterator[dict[str, Any] | None]:
         """The records that are whole and not given yet; None first if all that was given before is void."""
@@ -49,13 +48,11 @@ class Tail:
                 yield None
             return
         with handle:
-            inode = os.fstat(handle.fileno()).st_ino
             handle.seek(self._offset - len(self._end))
-            if self._offset and (inode != self._inode or handle.read(len(self._end)) != self._end):
+            if handle.read(len(self._end)) != self._end:  # the last line given is not there any more
                 self._forget()
                 yield None
                 handle.seek(0)
-            self._inode = inode
             for line in handle:
                 if not line.endswith(b"\n"):  # still being written, or cut short by a crash
                     return

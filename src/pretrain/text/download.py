@@ -34,6 +34,7 @@ from typing import Literal
 import httpx2
 
 from pretrain.errors import DataError, UsageError
+from pretrain.files import sync_folder, write_atomically
 from pretrain.text.catalogue import hugging_face
 
 try:
@@ -275,7 +276,7 @@ class _Downloader:
         os.fsync(part.fileno())
         os.replace(partial_file(item), item.file)
         _note(item).unlink(missing_ok=True)
-        _sync_folder(item.file.parent)
+        sync_folder(item.file.parent)
 
     def _request(self, item: Download, part: FileIO, have: int, told: _Told | None) -> _Told:
         headers = _authorization(item.url)
@@ -467,9 +468,7 @@ def _note(item: Download) -> Path:
 
 
 def _write_note(item: Download, told: _Told) -> None:
-    temporary = item.file.with_name(f"{item.file.name}.part.note.new")
-    temporary.write_text(json.dumps(asdict(told)), encoding="utf-8")
-    os.replace(temporary, _note(item))
+    write_atomically(_note(item), json.dumps(asdict(told)))
 
 
 def _read_note(item: Download) -> _Told | None:
@@ -549,13 +548,3 @@ def _parquet_problem(file: Path) -> str:
     except (OSError, ValueError) as error:
         return " ".join(str(error).split())
     return ""
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a renaming last through a loss of power, where the system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

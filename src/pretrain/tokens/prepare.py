@@ -31,6 +31,7 @@ from typing import Any
 
 from pretrain.config import Config, DataConfig, TokenizerConfig
 from pretrain.errors import DataError, Interrupted, PretrainError, UsageError
+from pretrain.files import write_atomically
 from pretrain.text import Document, embedded_name
 from pretrain.text.pieces import EMBEDDED, Piece, find_pieces, read_piece
 from pretrain.text.split import TRAIN, VAL, find_tail, join_surveys
@@ -53,7 +54,7 @@ from pretrain.tokens.jobs import (
 )
 from pretrain.tokens.on_ray import run_on_ray
 from pretrain.tokens.progress import Progress
-from pretrain.tokens.shards import MANIFEST, PLAN, Manifest, Shard, utf8_bytes, write_atomically
+from pretrain.tokens.shards import MANIFEST, PLAN, Manifest, Shard, utf8_bytes
 from pretrain.tokens.workers import Function, run_here, run_in_processes
 
 PLAN_FORMAT = 1

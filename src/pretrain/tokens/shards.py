@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.errors import DataError
+from pretrain.files import write_atomically
 from pretrain.tokenizer import Tokenizer
 
 FORMAT = 2
@@ -200,28 +201,3 @@ def write_shard(folder: Path, split: str, index: int, texts: Iterable[str], toke
 def utf8_bytes(text: str) -> int:
     """The length of a text in UTF-8."""
     return len(text) if text.isascii() else len(text.encode())
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Write a small file, so that it is there whole or not at all, and safe on the disk when this returns."""
-    temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as out:
-            out.write(text)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(file.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder safe on the disk, where the system can."""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

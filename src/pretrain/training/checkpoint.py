@@ -9,7 +9,6 @@ Nothing is pickled, so loading a checkpoint runs no code from it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -30,11 +29,14 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from pretrain.config import CheckpointConfig
+from pretrain.files import read_bounded, sha256_of, sync_folder, write_atomically
 from pretrain.training.world import World
 
 SAVE_TIMEOUT = timedelta(hours=1)
 COMMIT = "COMMIT"
 STATE = "state.json"
+STATE_BYTES = 2**28
+"""More than the plain values of any run take."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Checkpoint:
     @property
     def state(self) -> dict[str, Any]:
         """The plain values saved beside the tensors."""
-        return json.loads((self.folder / STATE).read_text(encoding="utf-8"))
+        return json.loads(read_bounded(self.folder / STATE, STATE_BYTES))
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Fill these tensors in place with the saved ones of the same names; names not asked for are left alone."""
@@ -58,7 +60,7 @@ class Checkpoint:
     def broken(self) -> str:
         """What is wrong with the files, in a few words; empty if every byte is as it was written."""
         try:
-            hashes = dict(json.loads((self.folder / COMMIT).read_text(encoding="utf-8")))
+            hashes = dict(json.loads(read_bounded(self.folder / COMMIT, STATE_BYTES)))
         except (ValueError, TypeError):
             return f"{COMMIT} is not what was written"
         if STATE not in hashes:
@@ -67,7 +69,7 @@ class Checkpoint:
             file = self.folder / name
             if Path(name).name != name or not file.is_file():
                 return f"{name} is missing"
-            if _sha256(file) != digest:
+            if sha256_of(file) != digest:
                 return f"{name} is not what was written"
         return ""
 
@@ -127,15 +129,12 @@ def _commit(temporary: Path, final: Path) -> None:
     """Make what lies in ``temporary`` last, then make it exist: hashes, rename, marker."""
     hashes = {}
     for file in sorted(temporary.iterdir()):
-        _sync(file)
-        hashes[file.name] = _sha256(file)
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+        hashes[file.name] = sha256_of(file)
     temporary.rename(final)
-    _sync(final.parent)
-    marker = final / f"{COMMIT}.tmp"
-    marker.write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
-    _sync(marker)
-    marker.rename(final / COMMIT)
-    _sync(final)
+    sync_folder(final.parent)
+    write_atomically(final / COMMIT, json.dumps(hashes, indent=2) + "\n")
 
 
 class CheckpointWriter:
@@ -274,17 +273,3 @@ def run_tensors(
         for parameter, values in optimizer.state.items():
             tensors |= {f"optim.{names[parameter]}.{key}": value for key, value in values.items()}
     return tensors | extra
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Ask the disk to really have a file, or a folder's list of files."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 
 from pretrain.config import Config, config_from_dict, config_to_dict
 from pretrain.errors import CheckpointError, UsageError
+from pretrain.files import write_atomically
 from pretrain.model import GPT
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokens import Corpus, is_tokens, open_corpus
@@ -117,9 +118,7 @@ class Run:
         """Make the directory and write ``config.toml``. A UsageError when it cannot be written."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            temporary = folder / "config.toml.tmp"
-            temporary.write_text(tomli_w.dumps(config_to_dict(config)), encoding="utf-8")
-            os.replace(temporary, folder / "config.toml")
+            write_atomically(folder / "config.toml", tomli_w.dumps(config_to_dict(config)))
         except OSError as error:
             raise UsageError(f"cannot write to {folder}: {error.strerror}; choose another folder with --out") from None
         return Run(folder, config)
@@ -161,9 +160,7 @@ class Run:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write ``summary.json`` atomically; with it the run is finished."""
-        temporary = self.folder / "summary.json.tmp"
-        temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, self.folder / "summary.json")
+        write_atomically(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     def tokenizer(self) -> Tokenizer:
         """The run's tokenizer."""

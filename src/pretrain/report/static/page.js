@@ -224,6 +224,7 @@
     ctx.setLineDash([5 * ratio, 4 * ratio]);
     ctx.font = `${11 * ratio}px system-ui, sans-serif`;
     ctx.textAlign = "right";
+    ctx.textBaseline = "bottom";
     for (const { label, value } of levels.values()) {
       const y = Math.round(u.valToPos(value, "y", true));
       if (!(y > bbox.top && y < bbox.top + bbox.height)) continue;
@@ -231,7 +232,7 @@
       ctx.moveTo(bbox.left, y);
       ctx.lineTo(bbox.left + bbox.width, y);
       ctx.stroke();
-      ctx.fillText(`${label} ${plain(value)}`.slice(0, 60), bbox.left + bbox.width - 4 * ratio, y - 4 * ratio);
+      ctx.fillText(`${label} ${plain(value)}`.slice(0, 60), bbox.left + bbox.width - 4 * ratio, y - 2 * ratio);
     }
     ctx.restore();
   }
@@ -295,7 +296,7 @@
       ["tokens", s.tokens == null ? null : short.format(s.tokens)],
       ["time", s.time == null ? null : duration(s.time)],
       ["left, about", left == null ? null : duration(left)],
-      ["tokens a second", s.tokens_per_second == null ? null : short.format(s.tokens_per_second)],
+      ["tokens a second", s.tokens_per_second == null ? null : s.tokens_per_second < 1e5 ? grouped.format(s.tokens_per_second) : short.format(s.tokens_per_second)],
       ["parameters", s.parameters == null ? null : short.format(s.parameters)],
       ["skipped steps", s.skipped || null],
     ];
@@ -398,7 +399,8 @@
   // Live -------------------------------------------------------------------------------------------------------------
 
   function live() {
-    const run = runs[0], status = byId("status"), POLL = 2000, MOST_ROWS = 20000;
+    const run = runs[0], status = byId("status"), MOST_ROWS = 20000;
+    const POLL = 2000, LONGEST = 15000, SHARE = 0.01; // of this machine's time for the page, beside training
     let timer;
 
     function take(news) {
@@ -443,7 +445,9 @@
       try {
         const answer = await fetch(`data?${asked}`);
         if (!answer.ok) throw new Error(answer.status);
-        take(await answer.json());
+        const news = await answer.json(), begin = performance.now();
+        take(news);
+        wait = Math.min(LONGEST, Math.max(POLL, (performance.now() - begin) / SHARE));
       } catch (error) {
         if (!(error instanceof TypeError || /^Error: \d+$/.test(error))) throw error;
         status.textContent = "The server of this page does not answer; start it again with the same command.";

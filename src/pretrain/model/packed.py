@@ -1,4 +1,4 @@
-"""A model made ready for generation: its weights in the dtype and the layout in which one token is made fastest."""
+"""A model made ready to be used, not trained: its weights in the dtype and the layout in which it computes fastest."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from pretrain.model import GPT
-from pretrain.model.transformer import Linear
+from pretrain.model.transformer import GPT, Linear
 
 
-def for_generation(model: GPT) -> GPT:
-    """A copy of a model for generation: in evaluation mode, not compiled, sharing all weights that stay as they are.
+def for_inference(model: GPT) -> GPT:
+    """A copy of a model as it is now: in evaluation mode, not compiled, sharing all weights that stay as they are.
 
     The weights of matrix products are cast to ``activation_dtype`` once instead of at every step. On a CPU they are
-    also packed in oneDNN's blocked layout, in which products with few rows take half the time or less
-    (benchmarks/generate.py), at the price of a copy. A model that is spread over processes stays as it is.
+    also packed in oneDNN's blocked layout, in which products take half the time or less (benchmarks/generate.py and
+    core.py), at the price of a copy. A model that is spread over processes is given back as it is.
     """
     if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
-        return model.eval()
+        return model
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     light = copy.deepcopy(model, shared).eval()
     for module in list(light.modules()):

@@ -1,0 +1,129 @@
+"""Several processes: what each of them holds, and what they send one another in a step.
+
+The three ways are those of ``training/parallel.py``: ddp holds everything everywhere and adds gradients up; fsdp
+spreads weights, gradients and moments over all processes and fetches a block's weights when they are needed; hsdp does
+so within a machine and adds gradients up between machines. N processes, P parameters, b bytes of an activation's value.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from pretrain.config import Config
+from pretrain.hardware import GPU
+from pretrain.plan.count import count_parameters, matrices, meta_model
+from pretrain.plan.memory import Working
+
+GPUS_PER_MACHINE = 8
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How processes share a model."""
+
+    kind: str
+    """none (one process), ddp, fsdp or hsdp."""
+    processes: int = 1
+    per_machine: int = 1
+
+    @property
+    def shards(self) -> int:
+        """In how many parts weights, gradients and moments are held."""
+        return {"fsdp": self.processes, "hsdp": self.per_machine}.get(self.kind, 1)
+
+    @property
+    def machines(self) -> int:
+        """Machines, the last perhaps not full."""
+        return math.ceil(self.processes / self.per_machine)
+
+
+def layout(kind: str, processes: int) -> Layout:
+    """Processes on machines of eight."""
+    return Layout(kind if processes > 1 else "none", processes, min(processes, GPUS_PER_MACHINE))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters of a model as FSDP groups them: every block by itself, and all the rest."""
+
+    blocks: int
+    largest_block: int
+    root: int
+
+
+def sizes(config: Config, vocab_size: int) -> Sizes:
+    """Count the parameters of each group."""
+    model = meta_model(config.model, vocab_size)
+    blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
+    return Sizes(sum(blocks), max(blocks), sum(p.numel() for p in model.parameters()) - sum(blocks))
+
+
+def memory_parts(
+    working: Working, config: Config, vocab_size: int, where: Layout, micro_steps: int, dtype: torch.dtype
+) -> dict[str, int]:
+    """Bytes that each process holds at the worst moment of a step, by part, from a rehearsal of its micro-batch."""
+    parts = {
+        "weights": working.weights,
+        "gradients": working.gradients,
+        "moments": working.moments,
+        "weight copies": working.casts,
+        "activations": working.activations,
+        "logits chunk": working.chunk,
+        "temporary": working.temporary,
+    }
+    if where.shards == 1:
+        return parts
+    size, shards = sizes(config, vocab_size), where.shards
+    for name in ("weights", "gradients", "moments"):
+        parts[name] = math.ceil(parts[name] / shards)
+    # Under way in the dtype of the products: the rest of the model at all times, and of the blocks two, each once as
+    # it arrives and once in place, or all of them if they are not given back after the forward pass.
+    gathered = 4 * size.largest_block if config.parallel.reshard else size.blocks + size.largest_block
+    parts["weight copies"] = dtype.itemsize * (size.root + gathered)
+    # A group's whole gradients in fp32 until they are added up; with several micro-batches those of the whole model.
+    waiting = size.blocks + size.root if micro_steps > 1 else max(size.root, 2 * size.largest_block)
+    parts["whole gradients"] = 4 * waiting
+    parts["temporary"] = math.ceil(parts["temporary"] / shards)
+    return parts
+
+
+def traffic(config: Config, vocab_size: int, where: Layout, micro_steps: int, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes that each process sends in an optimizer step: ``inside`` its machine at best, and ``between`` machines.
+
+    A ring all-reduce of X bytes over N processes sends 2 X (N - 1) / N from each, an all-gather or a reduce-scatter half
+    of that (Patarasu and Yuan 2009).
+    """
+    size, N = sizes(config, vocab_size), where.processes
+    P, b = size.blocks + size.root, dtype.itemsize
+    if N == 1:
+        return {"inside": 0, "between": 0}
+    by_muon = matrices(count_parameters(config.model, vocab_size)) if config.optim.kind == "muon" else 0
+    muon_bytes = 2 if dtype == torch.bfloat16 else 4
+
+    def ring(elements: float, bytes_each: int, over: int) -> int:
+        return round(elements * bytes_each * (over - 1) / over)
+
+    if where.kind == "ddp":
+        sent = 2 * ring(P, 4, N) + ring(by_muon, muon_bytes, N)
+        return {"inside": sent, "between": sent if where.machines > 1 else 0}
+    shards, fetched = where.shards, 2 if config.parallel.reshard else 1
+    sent = micro_steps * ring(size.root + fetched * size.blocks, b, shards) + ring(P, 4, shards)
+    sent += 2 * ring(by_muon / shards, muon_bytes, shards)
+    if where.kind == "fsdp":
+        return {"inside": sent, "between": sent if where.machines > 1 else 0}
+    return {"inside": sent, "between": 2 * ring(P / shards, 4, where.machines)}
+
+
+def traffic_seconds(sent: dict[str, int], where: Layout, gpu: GPU) -> float:
+    """How long that takes where the links carry what is published; the slower link decides where a ring uses both."""
+    inside = sent["inside"] / (gpu.link_gb * 1e9)
+    between = sent["between"] / ((gpu.network_gb or gpu.link_gb) * 1e9)
+    return inside + between if where.kind == "hsdp" else max(inside, between)
+
+
+def kind_that_fits(parameters: int, free_bytes: int) -> str:
+    """Ddp if weights, gradients, two moments and room to work fit in 60 % of a device's free memory, else fsdp."""
+    return "ddp" if 20 * parameters < 0.6 * free_bytes else "fsdp"
