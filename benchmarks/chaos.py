@@ -60,6 +60,29 @@ def phase(out: Path) -> str:
     return beat["phase"] if time.time() - beat["time"] < 1.5 else "starting"
 
 
+def wait_for(target: str, out: Path, process: subprocess.Popen, seconds: float) -> None:
+    """Wait ``seconds``, from the start or from when training goes on; or then, until a checkpoint is being written."""
+    begun = time.time()
+    if target != "anything":
+        while process.poll() is None and not beats_since(out, begun):
+            time.sleep(0.02)
+    end = time.monotonic() + (seconds if target != "a save" else seconds / 3)
+    while process.poll() is None and time.monotonic() < end:
+        time.sleep(0.005)
+    if target == "a save":
+        while process.poll() is None and not any(out.glob("checkpoints/*.tmp")):
+            pass
+        time.sleep(seconds / 1000)
+
+
+def beats_since(out: Path, moment: float) -> bool:
+    try:
+        beat = json.loads((out / "heartbeat.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return beat["time"] > moment and beat["beats"] > 0
+
+
 def differences(one: Run, other: Run) -> list[str]:
     """Everything in which two finished runs differ, but for the clock."""
     found = []
@@ -103,10 +126,9 @@ def main() -> int:
             process = subprocess.Popen(
                 command(out, extra), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
             )
-            try:
-                # Long enough on average to come to the end in about so many deaths.
-                process.wait(draw.uniform(0.0, 2 * (4 + 1.3 * usual / arguments.kills)))
-            except subprocess.TimeoutExpired:
+            target = draw.choice(["anything", "a step", "a step", "a save", "a save"])
+            wait_for(target, out, process, draw.uniform(0.0, 6.0))
+            if process.poll() is None:
                 where = phase(out)
                 process.kill()
                 process.wait()

@@ -66,7 +66,13 @@ def one_round(folder: Path, recipe: str, steps: int, fields: dict[str, object]) 
     tokens = folder / f"tokens-{kind}-{size}"
     if not tokens.exists():
         pretrain("data", "prepare", "--tokenizer", kind, "--vocab-size", size, "--val-fraction", 0.01, "--out", tokens)
-    given = {**fields, "train.steps": steps, "eval.every": steps, "checkpoint.every": steps // 2, "sample.max_tokens": 0}
+    given = {
+        **fields,
+        "train.steps": steps,
+        "eval.every": steps,
+        "checkpoint.every": steps // 2,
+        "sample.max_tokens": 0,
+    }
     flags = [text for field, value in given.items() for text in flag(field, value)]
     plan = json.loads(pretrain("plan", recipe, "--data", tokens, *flags, "--json")[0])
     run = folder / f"run-{time.monotonic_ns()}"

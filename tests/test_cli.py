@@ -11,6 +11,7 @@ from tests.conftest import TINY
 
 from pretrain.cli import main
 from pretrain.config import load_config
+from pretrain.training import Run
 
 
 def options(**changes: object) -> list[str]:
@@ -74,11 +75,13 @@ def test_where_a_run_goes_by_default(args: list[str], monkeypatch, tmp_path: Pat
 
     def train(config, out, console, started, resume_from):
         seen.append((config, out, console.command))
+        return Run(Path(out), config)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pretrain.training, "train", train)
     monkeypatch.setattr(pretrain.report, "plot_run", lambda _run: None)
-    monkeypatch.setattr(pretrain.report, "explain", lambda _run: "")
+    monkeypatch.setattr(pretrain.report, "explain", lambda _run, _page: "")
+    monkeypatch.setattr(pretrain.report, "write_report", lambda _runs, file: file)
     assert main(["train", *args]) == 0
     ((config, out, command),) = seen
     recipe = "shakespeare" if "shakespeare" in args else "quickstart"

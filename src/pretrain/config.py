@@ -430,6 +430,21 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class LogConfig:
+    """Where the numbers go beside metrics.jsonl (docs/logging.md)."""
+
+    backends: tuple[Literal["auto", "none", "tensorboard", "wandb", "trackio"], ...] = ("auto",)
+    """Tools that the numbers and samples go to. auto: TensorBoard, if it is installed."""
+    project: str = "pretrain"
+    """Project in Weights & Biases and trackio."""
+    name: str = ""
+    """Name of the run there. Empty: that of the run directory."""
+
+    def __post_init__(self):
+        _require(bool(self.project), "log.project is empty; name the project that the runs belong to")
+
+
+@dataclass(frozen=True)
 class SampleConfig:
     """Text sampled at every validation."""
 
@@ -463,6 +478,7 @@ class Config:
     guard: GuardConfig = field(default_factory=GuardConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self):
         tokens, length = self.train.batch_tokens, self.model.context_length
@@ -491,7 +507,7 @@ FREE_FIELDS = frozenset(
     {"train.micro_batch", "train.compile", "train.device", "train.activation_checkpointing"}
     | {f"guard.{name}" for name in ("max_skips", "grace_seconds", "hang_factor", "hang_seconds")}
 )
-FREE_SECTIONS = frozenset({"eval", "checkpoint", "parallel", "sample"})
+FREE_SECTIONS = frozenset({"eval", "checkpoint", "parallel", "sample", "log"})
 
 
 def _nearest_multiple(value: int, of: int) -> int:

@@ -73,7 +73,7 @@ def train(args: list[str]) -> int:
             return launch(["train", *args], count, config.guard.grace_seconds, shlex.join(command))
         unused = count - 1 if "WORLD_SIZE" not in os.environ else 0
 
-    from pretrain.report import explain, plot_run
+    from pretrain.report import explain, plot_run, write_report
     from pretrain.training import Console, train
 
     console = Console(command=command)
@@ -82,7 +82,12 @@ def train(args: list[str]) -> int:
     run = train(config, out, console, STARTED, arguments.resume_from)
     if os.environ.get("RANK", "0") == "0":  # one of the processes that trained together speaks for all
         plot_run(run)
-        console.say("\n" + explain(run))
+        try:
+            page = write_report([run], run.folder / "report.html")
+        except Exception as error:  # a trained model is not to be lost for a picture of it
+            console.say(f"no report was written ({error}); try: pretrain report {out}")
+            page = None
+        console.say("\n" + explain(run, page))
     return 0
 
 

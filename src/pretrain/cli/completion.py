@@ -74,24 +74,21 @@ def places() -> dict[str, Place]:
 
     found = {"": Place("", _helps(COMMANDS))}
     for name, command in COMMANDS.items():
-        if _arguments(name, command):
-            found[name] = _place(name, name, command)
+        kind = _arguments(name, command.__module__) or _arguments(name, f"pretrain.cli.{name}")
+        if kind:
+            found[name] = Place(_help(command), _words(name), list(_options(kind)))
             continue
         table = import_module(f"pretrain.cli.{name}").COMMANDS  # a group, such as data
         found[name] = Place(_help(command), _helps(table))
-        found |= {f"{name} {inner}": _place(f"{name} {inner}", inner, command) for inner, command in table.items()}
+        for inner, command in table.items():
+            path, kind = f"{name} {inner}", _arguments(inner, command.__module__)
+            found[path] = Place(_help(command), _words(path), list(_options(kind)))
     return found
 
 
-def _place(path: str, name: str, command: Command) -> Place:
-    kind = _arguments(name, command)
-    assert kind is not None, f"pretrain {path} has no dataclass {name.capitalize()}Arguments beside it"
-    return Place(_help(command), _words(path), list(_options(kind)))
-
-
-def _arguments(name: str, command: Command) -> type | None:
+def _arguments(name: str, module: str) -> type | None:
     """The dataclass of a command's arguments: it stands beside the command and is named after it."""
-    return getattr(import_module(command.__module__), f"{name.capitalize()}Arguments", None)
+    return getattr(import_module(module), f"{name.capitalize()}Arguments", None)
 
 
 def _words(path: str) -> dict[str, str]:

@@ -233,9 +233,7 @@ def score_options(scorer: Scorer, questions: Iterable[list[Option]]) -> None:
         _score_shared(scorer, cut, groups, tokens)
 
 
-def _alike(
-    shared: list[tuple[int, list[_Line]]], tokens: int, spare: int
-) -> Iterator[tuple[int, list[list[_Line]]]]:
+def _alike(shared: list[tuple[int, list[_Line]]], tokens: int, spare: int) -> Iterator[tuple[int, list[list[_Line]]]]:
     """Put questions with beginnings of about one length together: how much of them is run once, and their lines.
 
     What a beginning is longer than the shortest of its group is run by each option, ``spare`` tokens at most in all;

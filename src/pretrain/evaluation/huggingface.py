@@ -1,4 +1,8 @@
-"""Models of Hugging Face transformers, from a local directory, measured like ours: ``hf:DIR``."""
+"""Hugging Face models from a local directory, measured like runs: ``hf:DIR``.
+
+hf:DIR → read_as_ours → GPT, Tokenizer    gpt2, llama, qwen3 and exports of ours
+hf:DIR → HFScorer                         everything else, by transformers; never by code from the directory
+"""
 
 from __future__ import annotations
 
@@ -11,13 +15,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.errors import DataError, UsageError
+from pretrain.errors import CheckpointError, DataError, PretrainError, UsageError
 from pretrain.evaluation.scorer import CHUNK_ELEMENTS, compare
+from pretrain.model import GPT
+from pretrain.model.huggingface import OWN, load_hf, read_config
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokens import IGNORE
 
 PREFIX = "hf:"
 """What marks the directory of a transformers model where a run directory may stand."""
+
+
+def read_as_ours(place: str) -> tuple[GPT, Tokenizer] | None:
+    """The model of ``hf:DIR`` as one of ours, fp32 on the CPU, and its tokenizer; None where it must be transformers'.
+
+    Raises:
+        CheckpointError: there is no model.
+        PretrainError: an export of ours is damaged, which transformers could not read either.
+    """
+    folder = Path(place.removeprefix(PREFIX)).expanduser()
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{place}: no model there (no config.json); give hf: and a directory that has one")
+    try:
+        model, tokenizer = load_hf(folder), Tokenizer.load(folder / "tokenizer.json")
+        if tokenizer.vocab_size > model.vocab_size:
+            raise DataError(f"{place}: tokenizer.json has more tokens than the model ({model.vocab_size:,}); mend one")
+    except PretrainError:
+        if read_config(folder).get("model_type") == OWN:
+            raise
+        return None
+    return model, tokenizer
 
 
 class HFScorer(nn.Module):
@@ -30,16 +57,12 @@ class HFScorer(nn.Module):
 
     Raises:
         UsageError: transformers is not installed.
-        DataError: the directory is absent or cannot be loaded without running code from it.
+        DataError: the directory cannot be loaded without running code from it.
     """
 
     def __init__(self, place: str, device: torch.device, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.folder = Path(place.removeprefix(PREFIX)).expanduser()
-        if not (self.folder / "config.json").is_file():
-            raise DataError(
-                f"{place}: no model there (no config.json); give hf: and a directory that transformers saved"
-            )
         try:
             from transformers import AutoModelForCausalLM, AutoTokenizer
         except ImportError:

@@ -34,8 +34,8 @@ class LossResult:
 
     @property
     def loss(self) -> float:
-        """Mean cross-entropy in nats per token."""
-        return self.nats / self.tokens
+        """Mean cross-entropy in nats per token; NaN of no tokens."""
+        return self.nats / self.tokens if self.tokens else math.nan
 
     @property
     def perplexity(self) -> float:

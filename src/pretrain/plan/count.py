@@ -8,7 +8,7 @@ from pretrain.config import Config, ModelConfig
 from pretrain.model import GPT
 from pretrain.model.transformer import Linear, layer_kinds, window_length
 
-PARTS = ("embedding", "value_embeddings", "attention", "mlp", "head", "other")
+PARTS: tuple[str, ...] = ("embedding", "value_embeddings", "attention", "mlp", "head", "other")
 
 
 def meta_model(config: ModelConfig, vocab_size: int) -> GPT:
@@ -24,7 +24,7 @@ def count_parameters(config: ModelConfig, vocab_size: int) -> dict[str, int]:
     are ``other``. A tied head counts as the embedding it shares.
     """
     model = meta_model(config, vocab_size)
-    counts = dict.fromkeys(PARTS, 0)
+    counts: dict[str, int] = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():  # a tied head appears once, as the embedding
         counts[_part(name, parameter)] += parameter.numel()
     return counts

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import functools
 import json
+import math
 import operator
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -15,22 +16,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pretrain.device import choose_device, choose_precision, keep_freed_memory
 from pretrain.errors import DataError, UsageError
 from pretrain.evaluation import CoreResult, GPTScorer, LossResult, Scorer, Task, evaluate_core, evaluate_loss
-from pretrain.evaluation.huggingface import PREFIX, HFScorer
+from pretrain.evaluation.huggingface import PREFIX, HFScorer, read_as_ours
 from pretrain.text import read_documents
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokens import DataOrder, Manifest, TrainingBatches, prepared_dataset, validation_batches
 from pretrain.tokens.shards import write_shard
 from pretrain.training import Run
 
-HF_CONTEXT = 1024
-"""Tokens in a row where a transformers model sets no limit, or a higher one."""
+HF_CONTEXT = 2048
+"""Tokens in a row where a Hugging Face model sets no limit, or a higher one."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,7 @@ def measure(place: str, what: What, device_name: str = "auto", say: Callable[[st
     if place.startswith(PREFIX):
         if what.batches or not (what.data or what.core):
             raise UsageError(f"{place} has no text of its own to measure on; give --data or --core, and no --batches")
-        model = scorer = HFScorer(place, device, torch.float32 if device.type == "cpu" else torch.bfloat16)
-        numbers: dict[str, float] = {}
-        if what.data:
-            length = min(model.context_length or HF_CONTEXT, HF_CONTEXT)
-            numbers = _on_text(model, model.tokenizer(), what.data, length, rows=4)
-        return Measured(place, None, numbers, _core(scorer, what, say))
+        return _measure_hf(place, what, device, say)
     sources: dict[str, dict[str, float]] = {}
     run = Run.open(place)
     checkpoint = run.newest_checkpoint()
@@ -100,15 +95,32 @@ def measure(place: str, what: What, device_name: str = "auto", say: Callable[[st
         numbers = _estimates(gpt, tokenizer, run, what.batches)
     else:
         numbers, sources = _on_split(gpt, tokenizer, run, what.split, optional=bool(what.core))
-    core = _core(GPTScorer(gpt, tokenizer), what, say)
+    core = _core(lambda: GPTScorer(gpt, tokenizer), what, say)
     return Measured(str(run.folder), checkpoint.step, numbers, core, sources)
 
 
-def _core(scorer: Scorer, what: What, say: Callable[[str], None]) -> CoreResult | None:
+def _measure_hf(place: str, what: What, device: torch.device, say: Callable[[str], None]) -> Measured:
+    """A Hugging Face model: by our own code where that can be it, and else by transformers."""
+    on_cpu = device.type == "cpu"
+    if ours := read_as_ours(place):
+        model, tokenizer = ours[0].to(device), ours[1]
+        model.activation_dtype = choose_precision("fp32" if on_cpu else "auto", device).dtype
+        length, scorer = model.config.context_length, lambda: GPTScorer(model, tokenizer)
+    else:
+        model = theirs = HFScorer(place, device, torch.float32 if on_cpu else torch.bfloat16)
+        length, scorer = theirs.context_length or HF_CONTEXT, lambda: theirs
+        tokenizer = theirs.tokenizer() if what.data else None
+    numbers: dict[str, float] = {}
+    if what.data and tokenizer:
+        numbers = _on_text(model, tokenizer, what.data, min(length, HF_CONTEXT), rows=4)
+    return Measured(place, None, numbers, _core(scorer, what, say))
+
+
+def _core(scorer: Callable[[], Scorer], what: What, say: Callable[[str], None]) -> CoreResult | None:
     if not what.core:
         return None
     return evaluate_core(
-        scorer,
+        scorer(),
         what.core,
         what.max_per_task,
         lambda task: say(f"{task.label}: accuracy {task.accuracy:.4f} of {task.examples:,} in {task.seconds:.1f} s"),
@@ -119,7 +131,7 @@ def _on_split(
     model: nn.Module, tokenizer: Tokenizer, run: Run, split: str, optional: bool
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """A pass over a split of the run's own text: its numbers, and those of each data set where there are several."""
-    datasets = [dataset for dataset in run.corpus().datasets if dataset.tokens(split)]
+    datasets = [dataset for dataset in run.corpus().datasets if dataset.tokens(split) > 1]
     if not datasets:
         if optional:
             return {}, {}
@@ -180,14 +192,17 @@ def _estimates(model: nn.Module, tokenizer: Tokenizer, run: Run, batches: int) -
 
 def json_line(measured: Measured) -> str:
     """One JSON object; NaN, which JSON has not, is null."""
-    tree: dict[str, Any] = {"model": measured.model, "step": measured.step, **measured.numbers}
+    tree: dict[str, Any] = {"model": measured.model, "step": measured.step, **_without_nan(measured.numbers)}
     if measured.sources:
-        tree["sources"] = measured.sources
-    tree = {key: None if isinstance(value, float) and np.isnan(value) else value for key, value in tree.items()}
+        tree["sources"] = {source: _without_nan(numbers) for source, numbers in measured.sources.items()}
     if measured.core is not None:
         tasks = {task.label: {k: v for k, v in asdict(task).items() if k != "label"} for task in measured.core.tasks}
         tree["core"] = {"core": measured.core.core, "missing": measured.core.missing, "tasks": tasks}
     return json.dumps(tree)
+
+
+def _without_nan(numbers: dict[str, float]) -> dict[str, float | None]:
+    return {name: None if math.isnan(value) else value for name, value in numbers.items()}
 
 
 def tables(every: Sequence[Measured]) -> str:
@@ -246,7 +261,10 @@ def _aligned(rows: list[list[str]]) -> str:
 
 
 def write_csv(file: Path, every: Sequence[Measured]) -> None:
-    """One line for each number: model, step, measure, value; for tasks of CORE also centered, examples, seconds."""
+    """One line for each number: model, step, measure, value; for tasks of CORE also centered, examples, seconds.
+
+    The measure of a single data set is named as ``val_loss/DATA``.
+    """
     with open(file, "w", encoding="utf-8", newline="") as out:
         writer = csv.writer(out)
         writer.writerow(["model", "step", "measure", "value", "centered", "examples", "seconds"])
@@ -254,6 +272,9 @@ def write_csv(file: Path, every: Sequence[Measured]) -> None:
             first = [measured.model, "" if measured.step is None else measured.step]
             for name, value in measured.numbers.items():
                 writer.writerow([*first, name, value, "", "", ""])
+            for source, numbers in measured.sources.items():
+                for name, value in numbers.items():
+                    writer.writerow([*first, f"{name}/{source}", value, "", "", ""])
             if measured.core is not None:
                 for task in measured.core.tasks:
                     numbers = [task.accuracy, task.centered, task.examples, round(task.seconds, 3)]

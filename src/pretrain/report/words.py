@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import shlex
+from pathlib import Path
 
 from pretrain.training import Run
 
 
-def explain(run: Run) -> str:
+def explain(run: Run, page: Path | None = None) -> str:
     """What a finished run made, how good it is, and the next command to type."""
     summary = run.summary
     assert summary is not None, "only a finished run can be explained"
@@ -31,7 +32,7 @@ def explain(run: Run) -> str:
             f" {bpb / 8:.0%} of its size. Random guessing of bytes would be 8."
         )
     lines += [
-        f"  Plot: {run.folder / 'loss.png'}   Numbers of every step: {run.metrics}",
+        f"  Numbers of every step: {run.metrics}" + (f"   All of it on a page: {page}" if page else ""),
         f'Next, let it write:  pretrain sample {folder} --prompt "{run.config.sample.prompt.strip() or "And"}"',
     ]
     return "\n".join(lines)

@@ -69,6 +69,7 @@ from pretrain.training.checkpoint import (
     run_tensors,
 )
 from pretrain.training.console import Console
+from pretrain.training.environment import write_environment
 from pretrain.training.guard import Guard
 from pretrain.training.init_from import load_initial, resolve_init
 from pretrain.training.loss_scale import LossScale
@@ -295,6 +296,9 @@ class Trainer:
         self.settled_in = False  # the first step, which may compile, is done
         self.stop = StopRequest(config.guard.grace_seconds)
         self.watch = Watch(run.folder if world.first else None, config.guard, self.hang, world.sign_of_life)
+        if world.first:
+            facts = {"step": self.done, "precision": self.precision.name, "processes": world.size}
+            write_environment(run.folder, self.device, **facts)
         console.describe(run, self.corpus, self.model, self.batches, self.precision, self.done)
         if world.size > 1:
             console.say(f"processes {world.size} ({kind}), {world.rows(config.batch_rows)} rows of the batch each")

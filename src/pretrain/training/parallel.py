@@ -194,7 +194,7 @@ def wants_compiler(train: TrainConfig, device: torch.device, say: Callable[[str]
     """Whether to compile: if asked to, or on a GPU (a CPU takes about a minute for it); and only if it works."""
     if train.compile == "off" or (train.compile == "auto" and device.type != "cuda"):
         return False
-    if problem := _compiler_problem(device):
+    if problem := compiler_problem(device):
         say(f"torch.compile does not work here ({problem}); going on without it")
     return not problem
 
@@ -216,7 +216,7 @@ def use_fp8(model: GPT, emulate: bool = False) -> None:
     convert_to_float8_training(model.blocks, config=Float8LinearConfig(emulate=emulate), module_filter_fn=in_tiles)
 
 
-def _compiler_problem(device: torch.device) -> str:
+def compiler_problem(device: torch.device) -> str:
     """Why torch.compile cannot work here, in a line; empty if it can, tried on the smallest program."""
     try:
         torch.compile(lambda x: x + 1, dynamic=False)(torch.zeros(8, device=device))

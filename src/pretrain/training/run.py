@@ -1,7 +1,7 @@
 """The run directory: the only thing that commands share.
 
 config.toml  tokenizer.json  data/  metrics.jsonl  samples.jsonl  events.jsonl  checkpoints/  summary.json  loss.png
-heartbeat.json  lock
+environment.json  heartbeat.json  lock  baselines.json  report.html  tensorboard/
 """
 
 from __future__ import annotations
