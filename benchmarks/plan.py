@@ -3,7 +3,7 @@
     python benchmarks/plan.py [--rounds 3] [--only NAME] [--cpu-time]
 
 Plan and run take turns, so that what else the machine does falls on both; medians are shown. Memory is the most that a
-process held (ru_maxrss); time is from the end of the first step to the end of the last, validations and saves included.
+process held (ru_maxrss); time is from the end of the first step to the end of the last, with one validation between.
 On a machine that others use too, --cpu-time lets every clock of plan and run count the seconds that their process
 computes (with OMP_NUM_THREADS=1), not those that it waits for others.
 """
@@ -25,15 +25,22 @@ CASES = {
     "quickstart, bf16": ("quickstart", 60, {"train.precision": "bf16"}),
     "quickstart, 16k tokens a step": ("quickstart", 10, {"train.batch_tokens": 16384}),
     "quickstart, checkpointed, 8 rows": (
-        "quickstart", 40, {"train.activation_checkpointing": True, "train.micro_batch": 8}
-    ),  # fmt: skip
+        "quickstart",
+        40,
+        {"train.activation_checkpointing": True, "train.micro_batch": 8},
+    ),
     "laptop, 4 rows": ("laptop", 6, {"train.micro_batch": 4}),
     "laptop, 32 rows, fp32": ("laptop", 4, {"train.precision": "fp32"}),
     "storybot, dropout": ("storybot", 6, {"tokenizer.vocab_size": 4096, "model.dropout": 0.1}),
     "GPT-2 124M, context 256": (
-        "gpt2-124m", 4, {"model.context_length": 256, "train.batch_tokens": 2048, "train.micro_batch": 4}
-    ),  # fmt: skip
-}  # fmt: skip
+        "gpt2-124m",
+        4,
+        {"model.context_length": 256, "train.batch_tokens": 2048, "train.micro_batch": 4},
+    ),
+}
+
+VALIDATED = 4096
+"""Tokens of the validation that is measured."""
 
 CPU_TIME = "PRETRAIN_BENCHMARK_CPU_TIME"
 
@@ -69,8 +76,9 @@ def one_round(folder: Path, recipe: str, steps: int, fields: dict[str, object]) 
     given = {
         **fields,
         "train.steps": steps,
-        "eval.every": steps,
-        "checkpoint.every": steps // 2,
+        "eval.every": steps - 1,
+        "eval.tokens": VALIDATED,
+        "checkpoint.every": 0,  # saved once, after the last step
         "sample.max_tokens": 0,
     }
     flags = [text for field, value in given.items() for text in flag(field, value)]
@@ -79,7 +87,11 @@ def one_round(folder: Path, recipe: str, steps: int, fields: dict[str, object]) 
     _, held = pretrain("train", recipe, "--data", tokens, "--out", run, *flags)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     took = records[-1]["time"] - records[0]["time"]
-    return plan["memory"]["total"], held, plan["seconds"] - plan["step_seconds"], took
+    # The plan has two validations, the last one of all tokens and after the last step.
+    validation = plan["seconds"] - steps * plan["step_seconds"]
+    here = min(VALIDATED, plan["data"]["val_tokens"])
+    validation *= here / (here + plan["data"]["val_tokens"])
+    return plan["memory"]["total"], held, (steps - 1) * plan["step_seconds"] + validation, took
 
 
 def flag(field: str, value: object) -> list[str]:

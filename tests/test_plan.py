@@ -1,10 +1,38 @@
 import dataclasses
+import json
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from pretrain.config import ModelConfig, load_config
+from pretrain.cli import main
+from pretrain.config import Config, ModelConfig, load_config
+from pretrain.device import Precision
 from pretrain.errors import UsageError
-from pretrain.plan import activation_bytes, count_parameters, flops_per_token, resolve, rows_that_fit
+from pretrain.hardware import GPUS
+from pretrain.model import GPT
+from pretrain.optim import build_optimizers
+from pretrain.plan import (
+    Plan,
+    activation_bytes,
+    count_parameters,
+    describe,
+    flops_per_token,
+    make_plan,
+    matrices,
+    resolve,
+    rows_that_fit,
+)
+from pretrain.plan.cluster import Layout, layout, memory_parts, sizes, traffic, traffic_seconds
+from pretrain.plan.count import moment_bytes
+from pretrain.plan.data import look_at_data
+from pretrain.plan.memory import Working, rehearse
+from pretrain.plan.speed import Speed, measure_speed
+from pretrain.plan.words import duration, rounded, size
+from pretrain.text import embedded_documents
+from pretrain.tokenizer import build_tokenizer
 
 
 def test_nanochat_of_2025_at_depth_20():
@@ -24,7 +52,7 @@ def test_nanochat_of_2026(depth: int, total: int, scaling: int, steps: int, batc
     config, said = resolve(load_config("nanochat", **{"model.depth": depth}), 32768)
     counts = count_parameters(config.model, 32768)
     assert sum(counts.values()) == total
-    assert counts["matrices"] + counts["head"] == scaling
+    assert matrices(counts) + counts["head"] == scaling
     assert (config.train.steps, config.train.batch_tokens) == (steps, batch)
     assert config.optim.lr == pytest.approx(0.02 * (batch / 2**19) ** 0.5)
     assert f"train.steps = {steps:,}" in said
@@ -62,10 +90,6 @@ def test_rows_that_fit_divide_the_batch():
 
 
 def test_the_activation_estimate_is_near_what_a_pass_keeps():
-    import torch
-
-    from pretrain.model import GPT
-
     config = load_config("storybot", **{"model.layers": 3, "train.batch_tokens": 512})
     model = GPT(config.model, 300)
     model.init_weights(torch.Generator().manual_seed(0))
@@ -82,3 +106,340 @@ def test_the_activation_estimate_is_near_what_a_pass_keeps():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(tokens, tokens)
     assert sum(kept.values()) / 2 == pytest.approx(activation_bytes(config, 4), rel=0.35)
+
+
+LLAMA_7B = {
+    "model.layers": 32,
+    "model.width": 4096,
+    "model.heads": 32,
+    "model.mlp": "swiglu",
+    "model.mlp_width": 11008,
+    "model.norm_weight": True,
+    "model.embedding_norm": False,
+    "model.qk_norm": False,
+    "model.smear": False,
+    "model.residual_scalars": False,
+    "model.context_length": 4096,
+    "train.batch_tokens": 4096 * 1024,
+    "optim.kind": "adamw",
+    "optim.lr": 3e-4,
+}
+"""Llama 2 with 7 billion parameters (arXiv 2307.09288)."""
+
+
+def test_published_models_by_part():
+    with_biases = {"model.bias": True, "model.qkv_bias": True, "model.vocab_multiple": 1}
+    gpt2 = count_parameters(load_config("gpt2-124m", **with_biases).model, 50257)
+    assert gpt2 == {
+        "embedding": 50257 * 768,
+        "value_embeddings": 0,
+        "attention": 12 * 4 * 768**2,
+        "mlp": 12 * 8 * 768**2,
+        "head": 0,
+        "other": 1024 * 768 + 12 * (4 * 768 + 9 * 768) + 2 * 768,
+    }
+    assert sum(gpt2.values()) == 124_439_808
+    llama = count_parameters(load_config("quickstart", **LLAMA_7B).model, 32000)
+    assert sum(llama.values()) == 6_738_415_616
+    assert (llama["embedding"], llama["head"]) == (32000 * 4096,) * 2
+    assert (llama["attention"], llama["mlp"]) == (32 * 4 * 4096**2, 32 * 3 * 4096 * 11008)
+
+
+EVERYTHING = {"model.value_embeddings": True, "model.backout": True, "model.norm_weight": True, "model.bias": True}
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_moments_are_those_of_real_optimizers(kind: str):
+    config = load_config("quickstart", **{**EVERYTHING, "model.layers": 2, "optim.kind": kind})
+    model = GPT(config.model, 300)
+    model.init_weights(torch.Generator().manual_seed(0))
+    held = 0
+    for optimizer in build_optimizers(model, config.optim):
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        held += sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.numel() > 1)
+    # AdamW's moments of single numbers were left out with its step counters, which are no moments.
+    single = sum(p.numel() == 1 for p in model.parameters())
+    assert moment_bytes(config, count_parameters(config.model, 300)) == held + 8 * single
+
+
+SMALL = {"model.layers": 2, "model.width": 64, "model.heads": 2, "train.batch_tokens": 1024}
+
+
+def real_peak(config: Config, rows: int, dtype: torch.dtype) -> int:
+    """Bytes that torch's own profiler sees allocated at most in two training steps."""
+    from torch.profiler import ProfilerActivity, profile
+
+    def steps() -> None:
+        model = GPT(config.model, 300, 0)
+        model.init_weights(torch.Generator().manual_seed(0))
+        model.activation_dtype = dtype
+        optimizers = build_optimizers(model, config.optim, dtype)
+        for _ in range(2):
+            tokens = torch.zeros(rows, config.model.context_length, dtype=torch.long)
+            model(tokens, tokens).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.found_inf = torch.zeros(())  # type: ignore[attr-defined]
+                optimizer.step()
+            model.zero_grad(set_to_none=True)
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        steps()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fields"),
+    [
+        (torch.float32, {}),
+        (torch.bfloat16, {"model.context_length": 512}),  # another attention than for short contexts
+        (torch.float32, {"optim.kind": "adamw", "model.dropout": 0.1}),
+    ],
+)
+def test_a_rehearsal_holds_what_a_real_step_holds(dtype: torch.dtype, fields: dict[str, Any]):
+    config = load_config("quickstart", **{**SMALL, **fields})
+    rows = config.batch_rows
+    assert rehearse(config, 300, rows, 1, dtype, "cpu").peak == pytest.approx(real_peak(config, rows, dtype), rel=1e-3)
+
+
+def test_what_a_rehearsal_tells_apart():
+    config = load_config("quickstart", **SMALL)
+    counts = count_parameters(config.model, 300)
+    small, large = (rehearse(config, 300, rows, 1, torch.bfloat16, "cpu") for rows in (4, 8))
+    assert small.weights == small.gradients == 4 * sum(counts.values())
+    assert small.moments == pytest.approx(moment_bytes(config, counts), rel=1e-2)
+    assert small.casts == 2 * matrices(counts)
+    assert large.activations == pytest.approx(2 * small.activations, rel=0.05)
+    again = rehearse(config, 300, 8, 2, torch.bfloat16, "cpu")  # its gradients lie beside the next activations
+    assert large.peak + 0.9 * large.gradients < again.peak
+    checkpointed = dataclasses.replace(config, train=dataclasses.replace(config.train, activation_checkpointing=True))
+    assert rehearse(checkpointed, 300, 8, 1, torch.bfloat16, "cpu").activations < 0.5 * large.activations
+    on_gpu = rehearse(config, 300, 8, 1, torch.bfloat16, "cuda")  # never holds the scores of attention
+    assert on_gpu.activations < large.activations
+
+
+WORKING = Working(
+    rows=1, weights=4000, moments=8000, gradients=4000, casts=1000, activations=500, chunk=100, peak=18000
+)  # fmt: skip
+
+
+def test_memory_of_processes():
+    config = load_config("quickstart", **{"optim.kind": "adamw", "model.layers": 3})
+    alone = memory_parts(WORKING, config, 300, layout("none", 1), 1, torch.bfloat16)
+    assert sum(alone.values()) == 18000
+    assert memory_parts(WORKING, config, 300, layout("ddp", 8), 1, torch.bfloat16) == alone
+    fsdp = memory_parts(WORKING, config, 300, layout("fsdp", 16), 1, torch.bfloat16)
+    hsdp = memory_parts(WORKING, config, 300, layout("hsdp", 16), 1, torch.bfloat16)
+    assert fsdp["moments"] == pytest.approx(8000 / 16, rel=0.01)
+    assert hsdp["moments"] == pytest.approx(8000 / 8, rel=0.01)
+    size = sizes(config, 300)
+    assert 3 * size.largest_block == size.blocks
+    assert size.root == 2 * 300 * 256 + 256 * 0 + config.model.smear * (1 + 24) + 2 * 3  # embedding, head, gates
+    accumulated = memory_parts(WORKING, config, 300, layout("fsdp", 16), 2, torch.bfloat16)
+    assert accumulated["whole gradients"] == 4 * (size.blocks + size.root) > fsdp["whole gradients"]
+
+
+def test_shards_are_those_of_a_dry_run_on_many_processes():
+    """7 billion parameters on 512 processes: fully_shard itself, on a process group that sends nothing."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    config = load_config("quickstart", **LLAMA_7B)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=512)
+    try:
+        with torch.device("meta"):
+            model = GPT(config.model, 32000)
+        mesh = init_device_mesh("cpu", (512,))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        local = sum(p.to_local().nbytes for p in model.parameters() if isinstance(p, DTensor))
+    finally:
+        dist.destroy_process_group()
+    whole = 4 * sum(count_parameters(config.model, 32000).values())
+    working = Working(1, whole, 2 * whole, whole, 0, 0, 0, 4 * whole)
+    planned = memory_parts(working, config, 32000, layout("fsdp", 512), 1, torch.bfloat16)
+    assert planned["weights"] == planned["gradients"] == local
+    assert planned["moments"] == pytest.approx(2 * local, abs=1)
+
+
+def test_traffic_of_a_step():
+    config = load_config("quickstart", **{"optim.kind": "adamw"})
+    size = sizes(config, 4096)
+    P = size.blocks + size.root
+    assert traffic(config, 4096, layout("none", 1), 1, torch.bfloat16) == {"inside": 0, "between": 0}
+    ddp = traffic(config, 4096, layout("ddp", 8), 4, torch.bfloat16)
+    assert ddp == {"inside": 2 * round(P * 4 * 7 / 8), "between": 0}  # once a step, however many micro-batches
+    fsdp = traffic(config, 4096, layout("fsdp", 16), 3, torch.bfloat16)
+    gathers, scatter = 3 * 2 * (size.root + 2 * size.blocks) * 15 / 16, 4 * P * 15 / 16
+    assert fsdp["between"] == fsdp["inside"] == pytest.approx(gathers + scatter, abs=4)
+    hsdp = traffic(config, 4096, layout("hsdp", 16), 3, torch.bfloat16)
+    assert hsdp["between"] == pytest.approx(2 * 4 * P / 8 / 2, abs=4)
+    assert hsdp["inside"] == pytest.approx((gathers + scatter) / (15 / 16) * 7 / 8, abs=4)
+    muon = traffic(load_config("quickstart"), 4096, layout("ddp", 8), 1, torch.bfloat16)
+    assert muon["inside"] - ddp["inside"] == 2 * size.blocks * 7 / 8
+
+    h100 = GPUS["h100"]
+    assert traffic_seconds({"inside": 450e9, "between": 0}, layout("ddp", 8), h100) == 1.0
+    assert traffic_seconds({"inside": 50e9, "between": 50e9}, layout("fsdp", 16), h100) == 1.0
+    assert traffic_seconds({"inside": 450e9, "between": 50e9}, layout("hsdp", 16), h100) == 2.0
+
+
+def test_data_is_counted_or_estimated(tmp_path: Path):
+    assert main(["data", "prepare", "--out", str(tmp_path / "tokens")]) == 0
+    manifest = json.loads((tmp_path / "tokens" / "manifest.json").read_text())
+    counted = {
+        split: sum(shard["tokens"] for shard in manifest["shards"] if shard["split"] == split)
+        for split in ("train", "val")
+    }
+    exact = look_at_data(load_config("quickstart", **{"data.paths": [str(tmp_path / "tokens")]}))
+    assert (exact.exact, exact.train_tokens, exact.val_tokens) == (True, counted["train"], counted["val"])
+    assert exact.vocab_size == 4096
+    estimate = look_at_data(load_config("quickstart"))
+    assert not estimate.exact
+    assert estimate.train_tokens == pytest.approx(exact.train_tokens, rel=0.05)
+    assert estimate.val_tokens == pytest.approx(exact.val_tokens, rel=0.05)
+
+
+def test_estimates_of_other_vocabularies(text_file: Path):
+    text = text_file.read_text(encoding="utf-8")
+    for kind, vocabulary in (("byte", 257), ("char", len(set(text)))):
+        config = load_config("quickstart", **{"data.paths": [str(text_file)], "tokenizer.kind": kind})
+        facts = look_at_data(config)
+        tokens = len(build_tokenizer(kind, 0, [text]).encode(text))
+        assert facts.vocab_size == vocabulary
+        assert facts.train_tokens + facts.val_tokens == pytest.approx(tokens, rel=0.01)
+    config = load_config("quickstart", **{"data.paths": [str(text_file)], "tokenizer.vocab_size": 50000})
+    facts = look_at_data(config)
+    assert facts.vocab_size == 50000
+    assert "too small for tokenizer.vocab_size 50000" in facts.problem
+
+
+def tiny_plan(text_file: Path, **fields: Any) -> Plan:
+    given = {**SMALL, "data.paths": [str(text_file)], "tokenizer.kind": "byte", "train.steps": 1000, **fields}
+    hardware = {name: given.pop(name) for name in ("gpu", "gpus", "parallel") if name in given}
+    return make_plan(load_config("quickstart", **given), measure=False, **{"gpu": "h100", **hardware})
+
+
+def test_a_plan_adds_up(text_file: Path):
+    plan = tiny_plan(text_file, **{"train.micro_batch": 4})
+    assert plan.tokens == 1024 * 1000
+    assert plan.epochs == plan.tokens / plan.data.train_tokens
+    assert (plan.micro_batch, plan.micro_steps) == (4, 2)
+    assert plan.step_seconds == pytest.approx(1024 * plan.flops_per_token / (0.1 * 989e12))
+    assert plan.utilisation == pytest.approx(0.1)
+    # 6 validations before the last, which all take the whole of the held-out text, forward only
+    validated = 7 * plan.data.val_tokens * plan.step_seconds / 1024 / 3
+    assert plan.seconds == pytest.approx(1000 * plan.step_seconds + validated)
+    state = 4 * sum(plan.parameters.values()) + moment_bytes(plan.config, plan.parameters)
+    assert plan.checkpoint_bytes == state
+    shown = json.loads(json.dumps(plan.as_dict()))
+    assert shown["parameters"]["total"] == sum(plan.parameters.values())
+    assert shown["memory"]["limit"] == 80e9
+    words = describe(plan)
+    assert f"{sum(plan.parameters.values()):,} parameters" in words
+    assert "assumed 10% of the peak" in words
+
+
+def test_a_plan_of_many_gpus(text_file: Path):
+    one = tiny_plan(text_file, **{"train.batch_tokens": 128 * 64})
+    many = tiny_plan(text_file, gpus=16, parallel="fsdp", **{"train.batch_tokens": 128 * 64})
+    assert (many.layout, many.micro_batch) == (Layout("fsdp", 16, 8), 4)
+    assert many.memory["weights"] == pytest.approx(one.memory["weights"] / 16, rel=0.02)
+    assert many.step_seconds == max(one.step_seconds / 16, many.traffic_seconds)
+    assert tiny_plan(text_file, gpus=16).layout.kind == "ddp"  # so small a model fits everywhere
+    words = describe(many)
+    assert "16 x NVIDIA H100 SXM" in words
+    assert "between machines" in words
+
+
+def test_a_micro_batch_is_made_to_fit(text_file: Path):
+    fields = {"model.width": 4096, "train.batch_tokens": 128 * 2048, "train.micro_batch": 2048}
+    plan = tiny_plan(text_file, gpu="rtx3090", **fields)
+    assert plan.micro_batch < 2048
+    assert sum(plan.memory.values()) <= 24e9
+
+
+WARNINGS: dict[str, tuple[dict[str, Any], str]] = {
+    "epochs": ({"train.steps": 1000}, "epochs: beyond about 4"),
+    "tokens": ({"train.steps": 60}, "tokens for each parameter"),
+    "vocabulary": ({"model.width": 4, "model.layers": 1, "model.heads": 1}, "of the parameters are tables"),
+    "seldom": ({"tokenizer.kind": "gpt2"}, "A vocabulary of 50,257"),
+    "refused": ({"tokenizer.kind": "bpe", "tokenizer.vocab_size": 30000}, "Training will refuse this"),
+    "large batch": ({"train.batch_tokens": 2**22, "train.steps": 60}, "tokens is large"),
+    "few steps": ({"train.steps": 10}, "hardly a training"),
+    "small batch": ({"train.batch_tokens": 128, "train.steps": 10**8}, "tokens is small"),
+    "rate": ({"optim.kind": "adamw", "optim.lr": 0.5}, "optim.lr 0.5 is unusual"),
+    "short": ({"model.context_length": 32768, "train.batch_tokens": 32768}, "fewer than one context"),
+    "saves": ({"train.steps": 10**9, "checkpoint.every": 0}, "a crash may cost"),
+    "memory": ({"gpu": "t4", "model.width": 16384, "train.batch_tokens": 128}, "does not fit in memory"),
+    "idle": ({"gpus": 16}, "8 have nothing to do"),
+    "uneven": ({"gpus": 3}, "do not divide among 3 GPUs"),
+    "network": ({"gpus": 8}, "The network decides"),
+}
+
+
+@pytest.mark.parametrize("name", WARNINGS)
+def test_warnings(name: str, text_file: Path):
+    fields, expected = WARNINGS[name]
+    assert any(expected in warning for warning in tiny_plan(text_file, **fields).warnings)
+
+
+def test_a_sound_plan_has_no_warnings(tmp_path: Path):
+    """A fifth of a nanochat of depth 12 on text enough: 20 tokens a parameter, an epoch."""
+    text = "\n".join(document.text for document in embedded_documents())
+    for number in range(2):
+        (tmp_path / f"{number}.txt").write_text(text[:2_000_000])
+    fields = {"model.width": 32, "model.heads": 1, "model.layers": 4, "tokenizer.vocab_size": 512}
+    config = load_config("quickstart", **fields, **{"data.paths": [str(tmp_path)], "train.steps": 1500})
+    assert make_plan(config, gpu="h100", measure=False).warnings == []
+
+
+def test_speed_is_measured_with_real_steps():
+    config = load_config("quickstart", **SMALL)
+    random_state = torch.get_rng_state()
+    speed = measure_speed(config, 300, 4, Precision("fp32", torch.device("cpu")), 0, seconds=0.05)
+    assert isinstance(speed, Speed)
+    assert min(speed.micro_step, speed.update, speed.evaluation) > 0
+    assert speed.step(3) == 3 * speed.micro_step + speed.update
+    assert torch.equal(torch.get_rng_state(), random_state)
+    too_much = measure_speed(config, 300, 4, Precision("fp32", torch.device("cpu")), 2**60)
+    assert too_much == "the model does not fit in this device's memory"
+
+
+def test_the_command(capsys, text_file: Path):
+    given = [text for name, value in {**SMALL, "tokenizer.kind": "byte"}.items() for text in (f"--{name}", str(value))]
+    assert main(["plan", "--data", str(text_file), *given, "--gpu", "h100", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["hardware"] == "NVIDIA H100 SXM"
+    assert main(["plan", "--data", str(text_file), *given, "--gpu", "a100", "--mfu", "0.5"]) == 0
+    assert "assumed 50% of the peak" in capsys.readouterr().out
+    for wrong, expected in (
+        (["--gpu", "h1000"], "--gpu h1000 is not known"),
+        (["--gpus", "8"], "--gpus 8 needs --gpu"),
+        (["--gpus", "0"], "--gpus must be at least 1"),
+        (["--mfu", "40"], "--mfu must be between 0 and 1"),
+        (["--data", "/nowhere.txt"], "/nowhere.txt"),
+    ):
+        assert main(["plan", *given, *wrong]) in (1, 2)
+        assert expected in capsys.readouterr().err
+
+
+def test_numbers_for_people():
+    assert [size(n) for n in (1234, 20_971_652, 1.5e9, 81e12)] == ["1.23 kB", "21 MB", "1.5 GB", "81 TB"]
+    assert [rounded(n) for n in (990, 1_060_000, 2.95e11)] == ["990", "1.06 million", "295 billion"]
+    assert [duration(n) for n in (59.6, 600, 7200, 10 * 86400)] == [
+        "60 seconds",
+        "10 minutes",
+        "2.0 hours",
+        "10.0 days",
+    ]

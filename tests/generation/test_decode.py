@@ -143,6 +143,21 @@ def test_the_model_and_the_random_state_stay_as_they_are():
         assert torch.equal(parameter, before[name])
 
 
+def test_a_model_spread_over_processes_is_used_as_it_is_and_trains_on():
+    """It cannot be copied; so its dropout is off while text is made, and on again afterwards."""
+    model = build(ModelConfig(**SMALL, dropout=0.5))
+    expected = rows_of(model, [[5]], SPREAD)
+    next(model.parameters()).device_mesh = None  # type: ignore[attr-defined]  # what such a model is known by
+    assert for_inference(model) is model
+    assert rows_of(model.train(), [[5]], SPREAD) == expected
+    assert model.training
+    assert model.blocks[0].training
+    left = generate(model, [[5]], SPREAD)
+    next(left)
+    left.close()  # as when nobody reads on
+    assert model.training
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1), (torch.float64, 0.0)])
 def test_made_ready_for_inference_it_gives_the_same_logits(name: str, dtype: torch.dtype, tolerance: float):

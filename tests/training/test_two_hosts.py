@@ -33,7 +33,15 @@ class Host:
         """One process of a run of two machines that meet at ``meet``."""
         command = ["ip", "netns", "exec", self.namespace, sys.executable, "-m", "torch.distributed.run"]
         command += ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={meet}:29500"]
-        command += [f"--local-addr={self.address}", "-m", "pretrain", "train", *args]
+        # Both namespaces have one host name, so that they must be told who of them waits for the other.
+        command += [
+            f"--rdzv-conf=is_host={int(self.address == meet)}",
+            f"--local-addr={self.address}",
+            "-m",
+            "pretrain",
+            "train",
+            *args,
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": self.device}
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -100,5 +108,5 @@ def test_a_host_that_dies_is_named(hosts: tuple[Host, Host], text_file: Path, tm
     assert dying.wait(timeout=30) != 0
     _, errors = staying.communicate(timeout=120)
     assert staying.returncode != 0
-    assert "pretrain: waiting for other processes failed: rank " in errors
+    assert "pretrain: waiting for other processes failed: rank 1 on " in errors
     assert " s, last seen " in errors

@@ -52,13 +52,16 @@ class Sizes:
     blocks: int
     largest_block: int
     root: int
+    shard: int
+    """Of what the first process holds: it has a row more of what does not divide."""
 
 
-def sizes(config: Config, vocab_size: int) -> Sizes:
-    """Count the parameters of each group."""
+def sizes(config: Config, vocab_size: int, shards: int = 1) -> Sizes:
+    """Count the parameters of each group, and of one of ``shards`` parts of all."""
     model = meta_model(config.model, vocab_size)
     blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
-    return Sizes(sum(blocks), max(blocks), sum(p.numel() for p in model.parameters()) - sum(blocks))
+    shard = sum(math.ceil(p.shape[0] / shards) * p[0].numel() for p in model.parameters())
+    return Sizes(sum(blocks), max(blocks), sum(p.numel() for p in model.parameters()) - sum(blocks), shard)
 
 
 def memory_parts(
@@ -76,9 +79,9 @@ def memory_parts(
     }
     if where.shards == 1:
         return parts
-    size, shards = sizes(config, vocab_size), where.shards
-    for name in ("weights", "gradients", "moments"):
-        parts[name] = math.ceil(parts[name] / shards)
+    size = sizes(config, vocab_size, where.shards)
+    parts["weights"] = parts["gradients"] = 4 * size.shard
+    parts["moments"] = round(parts["moments"] * size.shard / (size.blocks + size.root))
     # Under way in the dtype of the products: the rest of the model at all times, and of the blocks two, each once as
     # it arrives and once in place, or all of them if they are not given back after the forward pass.
     gathered = 4 * size.largest_block if config.parallel.reshard else size.blocks + size.largest_block
@@ -86,15 +89,15 @@ def memory_parts(
     # A group's whole gradients in fp32 until they are added up; with several micro-batches those of the whole model.
     waiting = size.blocks + size.root if micro_steps > 1 else max(size.root, 2 * size.largest_block)
     parts["whole gradients"] = 4 * waiting
-    parts["temporary"] = math.ceil(parts["temporary"] / shards)
+    parts["temporary"] = math.ceil(parts["temporary"] / where.shards)
     return parts
 
 
 def traffic(config: Config, vocab_size: int, where: Layout, micro_steps: int, dtype: torch.dtype) -> dict[str, int]:
     """Bytes that each process sends in an optimizer step: ``inside`` its machine at best, and ``between`` machines.
 
-    A ring all-reduce of X bytes over N processes sends 2 X (N - 1) / N from each, an all-gather or a reduce-scatter half
-    of that (Patarasu and Yuan 2009).
+    A ring all-reduce of X bytes over N processes sends 2 X (N - 1) / N from each, an all-gather or a reduce-scatter
+    half of that (Patarasu and Yuan 2009).
     """
     size, N = sizes(config, vocab_size), where.processes
     P, b = size.blocks + size.root, dtype.itemsize

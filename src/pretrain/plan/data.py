@@ -1,4 +1,4 @@
-"""How many tokens a configuration's data has: exactly from token shards, otherwise estimated from a sample of the text."""
+"""How many tokens a configuration's data has: exactly from token shards, otherwise estimated from a sample of text."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ CPU_HEAP, GPU_CACHE = 0.4, 0.1
 """What an allocator holds beyond the tensors alive, as a share of all but weights and moments. On a CPU 0.19 to 0.53
 was measured (docs/plan.md); on a GPU it is an assumption."""
 
-PROCESS_BYTES, CUDA_BYTES = 430_000_000, 600_000_000
+PROCESS_BYTES, CUDA_BYTES = 480_000_000, 600_000_000
 """What Python with torch, and the driver on a GPU, take before any tensor."""
 
 WRITING = 2
@@ -219,7 +219,7 @@ def make_plan(
 
 
 def choose_hardware(config: Config, gpu: str) -> Hardware:
-    """This machine's device, or a GPU by name. A UsageError when there is none of that name."""
+    """A GPU by name, or the device of this machine. A UsageError when there is none of that name."""
     wanted = config.train.precision
     if gpu not in ("", "none"):
         if gpu not in GPUS:

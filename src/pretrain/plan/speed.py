@@ -15,7 +15,7 @@ from pretrain.model import GPT
 from pretrain.optim import build_optimizers
 
 SECONDS = 5.0
-"""How long a measurement may take, besides making the model."""
+"""How long a measurement takes."""
 
 EVALUATION_SHARE = 1 / 3
 """The forward pass's part of the arithmetic of a training step."""
@@ -54,7 +54,9 @@ def assume_speed(flops_per_token: int, tokens: int, flops_per_second: float) -> 
     return Speed(tokens * seconds, 0.0, seconds * EVALUATION_SHARE)
 
 
-def measure_speed(config: Config, vocab_size: int, rows: int, precision: Precision, needed: int) -> Speed | str:
+def measure_speed(
+    config: Config, vocab_size: int, rows: int, precision: Precision, needed: int, seconds: float = SECONDS
+) -> Speed | str:
     """Time a few real micro-batches and updates on random tokens; or why that is not possible here, in words.
 
     Args:
@@ -63,6 +65,7 @@ def measure_speed(config: Config, vocab_size: int, rows: int, precision: Precisi
         rows: of the planned micro-batch; fewer are measured where that would take long, and their time multiplied.
         precision: of activations, and the device.
         needed: bytes of memory that the planned micro-batch is expected to take.
+        seconds: how long it may take, besides making the model.
     """
     device, length = precision.device, config.model.context_length
     if needed > free_memory(device):
@@ -93,9 +96,9 @@ def measure_speed(config: Config, vocab_size: int, rows: int, precision: Precisi
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
-        end = time.perf_counter() + SECONDS
+        end = time.perf_counter() + seconds
         first = _seconds(lambda: micro_step(1), device)
-        while rows > 1 and first * rows > SECONDS:  # at the latest one row is measured
+        while rows > 1 and first * rows > seconds:  # at the latest one row is measured
             rows = -(-rows // 2)
         micro_step(rows)  # as often as it is measured first, memory is fetched and programs are compiled
         update()

@@ -121,8 +121,8 @@ def unusual_batch(plan: Plan) -> str:
         )
     if batch < law / BATCH_SPAN:
         return (
-            f"A batch of {batch:,} tokens is small for {rounded(plan.tokens)} tokens in all: its gradients are noisy and"
-            f" the hardware waits; about {rounded(law)} is usual (arXiv 2505.13738)."
+            f"A batch of {batch:,} tokens is small for {rounded(plan.tokens)} tokens in all: its gradients are noisy"
+            f" and the hardware waits; about {rounded(law)} is usual (arXiv 2505.13738)."
         )
     return ""
 

@@ -13,7 +13,7 @@ NAMES = {
     "mlp": "MLP",
     "other": "norms, scalars, positions",
 }
-MACHINE_TEXT = 100
+LINE = 100
 """Characters in a line of a warning."""
 
 
@@ -36,14 +36,13 @@ def describe(plan: Plan) -> str:
     lines += table([(NAMES.get(k, k), f"{v:,}", f"{v / total:.0%}") for k, v in plan.parameters.items() if v])
     lines.append(
         f"training   {train.steps:,} steps of {train.batch_tokens:,} tokens = {rounded(plan.tokens)} tokens,"
-        f" {plan.epochs:,.1f} epochs, {plan.tokens / total:.2g} tokens for each parameter"
+        f" {ratio(plan.epochs)} epochs, {ratio(plan.tokens / total)} tokens for each parameter"
     )
     passes = f", {plan.micro_steps} times" if plan.micro_steps > 1 else ""
     each = " on each GPU" if where.processes > 1 else ""
     lines.append(f"batch      {config.batch_rows:,} rows; {plan.micro_batch} at once{each}{passes}")
-    lines.append(
-        f"arithmetic {operations(plan.flops_per_token)} a token, {operations(plan.flops_per_token * plan.tokens)} in all"
-    )
+    flops = plan.flops_per_token
+    lines.append(f"arithmetic {operations(flops)} a token, {operations(flops * plan.tokens)} in all")
     lines.append(f"memory     {size(sum(plan.memory.values()))} of {size(plan.hardware.memory)}{each}")
     lines += table([(name, size(value), "") for name, value in plan.memory.items() if value])
     if plan.host_memory:
@@ -66,7 +65,7 @@ def describe(plan: Plan) -> str:
     )
     lines += [f"derived    {line}" for line in plan.derived]
     for text in plan.warnings:
-        lines += textwrap.wrap(text, MACHINE_TEXT, initial_indent="warning    ", subsequent_indent=" " * 11)
+        lines += textwrap.wrap(text, LINE, initial_indent="warning    ", subsequent_indent=" " * 11)
     return "\n".join(lines)
 
 
@@ -90,6 +89,11 @@ def size(count: float) -> str:
         if count >= scale:
             return f"{count / scale:.3g} {unit}" if count < 999.5 * scale else f"{count / scale:,.0f} {unit}"
     return f"{count / 1e3:.3g} kB"
+
+
+def ratio(value: float) -> str:
+    """Two digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def rounded(count: float) -> str:

@@ -17,16 +17,23 @@ from typing import Any, Literal
 from safetensors.torch import save_file
 
 from pretrain.config import FREE_SECTIONS, config_to_dict
-from pretrain.errors import UsageError
+from pretrain.errors import DataError, UsageError
 from pretrain.model.huggingface import OWN, hf_type, obstacles, to_hf
+from pretrain.report.facts import public
+from pretrain.report.measure import stored_core
 from pretrain.report.standalone import standalone
+from pretrain.text import embedded_name
 from pretrain.tokenizer import Tokenizer
-from pretrain.tokens.shards import Manifest
+from pretrain.tokens import Dataset, Manifest, is_tokens
+from pretrain.tokens.shards import MANIFEST, PLAN
 from pretrain.training import Run
 from pretrain.training.checkpoint import Checkpoint
 from pretrain.training.metrics import read_jsonl
 
 CONFIGURATION, MODELING = "configuration_pretrain", "modeling_pretrain"
+
+LAST_STEPS = 50
+"""Steps over which the training loss of a model card is a mean."""
 
 
 def export_run(run: Run, format: Literal["hf", "safetensors"], out: Path, checkpoint: Checkpoint | None = None) -> str:
@@ -97,20 +104,13 @@ def export_run(run: Run, format: Literal["hf", "safetensors"], out: Path, checkp
 
 
 def model_card(run: Run, checkpoint: Checkpoint, name: str) -> str:
-    """README.md of an export: what the model is, what it learned from, how good it is, how to load it."""
+    """README.md of an export: what the model is, what it learned from, how good it is, how to load it, its settings."""
     config, summary = run.config, run.summary
     kind = hf_type(config.model)
     own = kind == OWN
     trust = ", trust_remote_code=True" if own else ""
     tokens = checkpoint.step * config.train.batch_tokens
-    manifest = Manifest.load(run.data)
-    documents = {split: sum(s.documents for s in manifest.shards if s.split == split) for split in ("train", "val")}
     facts = [
-        f"Text: {', '.join(config.data.paths) or 'the King James Bible (public domain)'}",
-        *(
-            f"{title}: {manifest.tokens(split):,} tokens in {documents[split]:,} documents"
-            for title, split in (("Training text", "train"), ("Held-out text", "val"))
-        ),
         f"Trained on {tokens:,} tokens in {checkpoint.step:,} steps"
         + (f", beginning with the weights of {config.train.init_from}" if config.train.init_from else ""),
         f"Tokenizer: {Path(config.tokenizer.kind).name}, {run.tokenizer().vocab_size:,} tokens",
@@ -118,13 +118,23 @@ def model_card(run: Run, checkpoint: Checkpoint, name: str) -> str:
     ]
     if summary and summary["steps"] == checkpoint.step:
         facts.insert(0, f"Parameters: {summary['parameters']:,}")
-    validated = [r for r in read_jsonl(run.metrics) if r.get("val/loss") is not None and r["step"] <= checkpoint.step]
-    if validated:
-        last = validated[-1]
+    records = [record for record in read_jsonl(run.metrics) if record["step"] <= checkpoint.step]
+    losses = [record["train/loss"] for record in records[-LAST_STEPS:] if record.get("train/loss") is not None]
+    if losses:
+        facts.append(f"Training loss: {sum(losses) / len(losses):.4f} nats per token (mean of {len(losses)} steps)")
+    if last := next((record for record in reversed(records) if record.get("val/loss") is not None), None):
         facts.append(
             f"Held-out loss: {last['val/loss']:.4f} nats per token"
             + (f", {last['val/bpb']:.4f} bits per byte" if last.get("val/bpb") is not None else "")
             + f" (after step {last['step']:,})"
+        )
+    core = _core(run, checkpoint)
+    measured = next((record for record in reversed(records) if record.get("val/core") is not None), None)
+    if measured and not core:
+        count = config.eval.core_max_per_task
+        facts.append(
+            f"CORE: {measured['val/core']:.4f} after step {measured['step']:,}, the mean of the tasks of"
+            f" {public(config.eval.core_bundle) or 'the bundle'}" + (f", {count:,} questions each" if count else "")
         )
     if own:
         reasons = ", ".join(min(obstacles(config.model).values(), key=len))
@@ -136,6 +146,8 @@ def model_card(run: Run, checkpoint: Checkpoint, name: str) -> str:
     else:
         how = f"It computes what transformers' `{kind}` does, and is loaded as that."
     settings = {section: table for section, table in config_to_dict(config).items() if section not in FREE_SECTIONS}
+    for name in ("paths", "val_paths"):
+        settings["data"][name] = [public(path) for path in settings["data"][name]]
     bos = (
         f" Every document began with `{_boundary(run.tokenizer())}`; the tokenizer does not add it by itself."
         if _boundary(run.tokenizer())
@@ -154,7 +166,10 @@ checked for harmful or wrong statements.
 
 {chr(10).join(f"- {fact}" for fact in facts)}
 
-## Loading
+## Data
+
+{_data(run)}
+{core}## Loading
 
 {how}{bos}
 
@@ -174,6 +189,84 @@ print(tokenizer.decode(model.generate(ids, max_new_tokens=50, do_sample=True)[0]
 {_json(settings).strip()}
 ```
 """
+
+
+def _data(run: Run) -> str:
+    """What the model learned from: a table with a line for each data set, as far as its files tell."""
+    data = run.config.data
+    names = [public(path) for path in data.paths] or [embedded_name()]
+    try:
+        corpus = run.corpus()
+    except DataError:
+        return f"{', '.join(names)}; its tokens were no longer there when this was written.\n"
+    rows = [["data", "training tokens", "documents", "bytes", "held-out tokens", "documents", "bytes"]]
+    shared = len(corpus.datasets) > 1
+    if shared:
+        rows[0].append("share of rows")
+    train = max(1, corpus.tokens("train"))
+    for number, dataset in enumerate(corpus.datasets):
+        name = ", ".join(names)
+        if is_tokens(data.paths):
+            name = public(dataset.name) + _made_from(Path(dataset.name).expanduser())
+        rows.append([name, *_sizes(dataset, "train"), *_sizes(dataset, "val")])
+        if data.stream:
+            rows[-1][1:4] = "tokenized while training", "", ""
+        if shared:
+            weight = data.weights[number] / sum(data.weights) if data.weights else dataset.tokens("train") / train
+            rows[-1].append(f"{weight:.1%}")
+    return _table(rows)
+
+
+def _sizes(dataset: Dataset, split: str) -> list[str]:
+    """Tokens, documents and bytes of text; the last two are empty for files that do not tell."""
+    tokens = f"{dataset.tokens(split):,}"
+    if not dataset.tokenizer:
+        return [tokens, "", ""]
+    manifest = Manifest.load(Path(dataset.name).expanduser())
+    size = sum(shard.text_bytes for shard in manifest.shards if shard.split == split)
+    return [tokens, f"{manifest.documents(split):,}", f"{size:,}"]
+
+
+def _made_from(folder: Path) -> str:
+    """The text of which 'pretrain data prepare' made a folder; empty if it does not tell."""
+    if not (folder / MANIFEST).is_file():
+        return ""
+    try:
+        plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        files = [public(str(file)) or embedded_name() for file, *_ in plan["text"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    more = f" and {len(files) - 3:,} files more" if len(files) > 3 else ""
+    return f", made from {', '.join(files[:3])}{more}"
+
+
+def _core(run: Run, checkpoint: Checkpoint) -> str:
+    """The section on CORE; empty if 'pretrain eval --core' has not measured this checkpoint."""
+    stored = stored_core(run, checkpoint)
+    if not stored:
+        return ""
+    rows = [["task", "accuracy", "centered", "questions"]]
+    for label, task in stored["tasks"].items():
+        rows.append([label, f"{task['accuracy']:.4f}", f"{task['centered']:.4f}", f"{task['examples']:,}"])
+    rows.append([f"**{stored['name']}**", "", f"**{stored['core']:.4f}**", ""])
+    parts = []
+    if stored["missing"]:
+        parts.append("a part of CORE, which compares only with the same part of another model's")
+    if stored["max_per_task"]:
+        parts.append(f"of the first {stored['max_per_task']:,} questions of each task at most")
+    note = f"This is {', and '.join(parts)}.\n" if parts else ""
+    return f"## CORE\n\n{_table(rows)}\n{note}{chr(10) if note else ''}"
+
+
+def _table(rows: list[list[str]]) -> str:
+    """Markdown."""
+    lines = ["| " + " | ".join(map(_cells, row)) + " |" for row in rows]
+    lines.insert(1, "|" + " --- |" * len(rows[0]))
+    return "\n".join(lines) + "\n"
+
+
+def _cells(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _boundary(tokenizer: Tokenizer) -> str:

@@ -12,6 +12,7 @@ import math
 import operator
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,17 @@ from pretrain.device import choose_device, choose_precision, keep_freed_memory
 from pretrain.errors import DataError, UsageError
 from pretrain.evaluation import CoreResult, GPTScorer, LossResult, Scorer, Task, evaluate_core, evaluate_loss
 from pretrain.evaluation.huggingface import PREFIX, HFScorer, read_as_ours
+from pretrain.files import sha256_of
 from pretrain.text import read_documents
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokens import DataOrder, Manifest, TrainingBatches, prepared_dataset, validation_batches
 from pretrain.tokens.shards import write_shard
 from pretrain.training import Run
+from pretrain.training.checkpoint import COMMIT, Checkpoint
+from pretrain.training.metrics import append_jsonl, read_jsonl
+
+CORE_FILE = "core.jsonl"
+"""What CORE was measured to be, in the run directory."""
 
 HF_CONTEXT = 2048
 """Tokens in a row where a Hugging Face model sets no limit, or a higher one."""
@@ -94,8 +101,16 @@ def measure(place: str, what: What, device_name: str = "auto", say: Callable[[st
     elif what.batches:
         numbers = _estimates(gpt, tokenizer, run, what.batches)
     else:
-        numbers, sources = _on_split(gpt, tokenizer, run, what.split, optional=bool(what.core))
+        try:
+            numbers, sources = _on_split(gpt, tokenizer, run, what.split)
+        except (DataError, UsageError) as error:
+            if not what.core:
+                raise
+            say(f"no loss: {error}")  # CORE needs no text of the run
+            numbers = {}
     core = _core(lambda: GPTScorer(gpt, tokenizer), what, say)
+    if core is not None:
+        _store_core(run, checkpoint, core, what.max_per_task)
     return Measured(str(run.folder), checkpoint.step, numbers, core, sources)
 
 
@@ -128,13 +143,11 @@ def _core(scorer: Callable[[], Scorer], what: What, say: Callable[[str], None]) 
 
 
 def _on_split(
-    model: nn.Module, tokenizer: Tokenizer, run: Run, split: str, optional: bool
+    model: nn.Module, tokenizer: Tokenizer, run: Run, split: str
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """A pass over a split of the run's own text: its numbers, and those of each data set where there are several."""
     datasets = [dataset for dataset in run.corpus().datasets if dataset.tokens(split) > 1]
     if not datasets:
-        if optional:
-            return {}, {}
         why = "holds no text out" if split == "val" else "was trained on a stream, which keeps no tokens"
         raise UsageError(f"{run.folder} {why}; measure on other text with --data")
     results = {}
@@ -187,6 +200,27 @@ def _estimates(model: nn.Module, tokenizer: Tokenizer, run: Run, batches: int) -
     return numbers
 
 
+# Keeping CORE with the run, for its model card -----------------------------------------------------------------------
+
+
+def _store_core(run: Run, checkpoint: Checkpoint, core: CoreResult, max_per_task: int) -> None:
+    record = {"step": checkpoint.step, "weights": _weights(checkpoint), "max_per_task": max_per_task}
+    with suppress(OSError):  # a run that may only be read is measured all the same
+        append_jsonl(run.folder / CORE_FILE, {**record, "name": core.name, **_core_tree(core)})
+
+
+def stored_core(run: Run, checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The latest measurement of CORE of this checkpoint with the most questions: as JSON has it, with its name."""
+    weights = _weights(checkpoint)
+    found = [record for record in read_jsonl(run.folder / CORE_FILE) if record.get("weights") == weights]
+    return max(reversed(found), key=lambda each: sum(t["examples"] for t in each["tasks"].values()), default=None)
+
+
+def _weights(checkpoint: Checkpoint) -> str:
+    """What tells a checkpoint from another of the same step."""
+    return sha256_of(checkpoint.folder / COMMIT)
+
+
 # Showing ---------------------------------------------------------------------------------------------------------
 
 
@@ -196,9 +230,13 @@ def json_line(measured: Measured) -> str:
     if measured.sources:
         tree["sources"] = {source: _without_nan(numbers) for source, numbers in measured.sources.items()}
     if measured.core is not None:
-        tasks = {task.label: {k: v for k, v in asdict(task).items() if k != "label"} for task in measured.core.tasks}
-        tree["core"] = {"core": measured.core.core, "missing": measured.core.missing, "tasks": tasks}
+        tree["core"] = _core_tree(measured.core)
     return json.dumps(tree)
+
+
+def _core_tree(core: CoreResult) -> dict[str, Any]:
+    tasks = {task.label: {k: v for k, v in asdict(task).items() if k != "label"} for task in core.tasks}
+    return {"core": core.core, "missing": core.missing, "tasks": tasks}
 
 
 def _without_nan(numbers: dict[str, float]) -> dict[str, float | None]:

@@ -128,20 +128,21 @@ def train(
             keep_freed_memory()
         if not world.first:
             console = Console(quiet=True)
-        elif not Run.exists(out):
-            Run.check_new(out)
-        with lock_run(out) if world.first else contextlib.nullcontext():
+        with contextlib.ExitStack() as until_the_end:
 
-            def open_and_go_back() -> Run:
-                run = open_run(config, out, console)
-                if resume_from:
-                    go_back(run, resume_from, console.say)
+            def open_first() -> Run:
+                if not Run.exists(out):
+                    Run.check_new(out)
+                until_the_end.enter_context(lock_run(out))
+                try:
+                    run = open_run(config, out, console)
+                    if resume_from:
+                        go_back(run, resume_from, console.say)
+                except KeyboardInterrupt:
+                    raise Interrupted(f"stopped before the first step; go on with: {console.command}") from None
                 return run
 
-            try:
-                run = world.first_does(open_and_go_back)
-            except KeyboardInterrupt:
-                raise Interrupted(f"stopped before the first step; go on with: {console.command}") from None
+            run = world.first_does(open_first)
             if run.summary is None:
                 Trainer(run, console, started, world, resume_from).fit()
             else:
@@ -289,7 +290,8 @@ class Trainer:
                 keep_steps(file, finished)
         every = 1 if self.device.type == "cpu" else 10
         self.metrics = Metrics(run.metrics if world.first else None, finished, every)
-        self.val_losses = {r["step"]: r["val/loss"] for r in read_jsonl(run.metrics) if r.get("val/loss") is not None}
+        losses = {r["step"]: r["val/loss"] for r in read_jsonl(run.metrics) if r.get("val/loss") is not None}
+        self.val_losses: dict[int, float] = world.share(losses)  # for all to save at the same steps
         self.clock_start = started - state.get("seconds", 0.0)
         self.saved = self.done if checkpoint else 0
         self.skips = 0

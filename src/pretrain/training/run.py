@@ -7,6 +7,7 @@ environment.json  heartbeat.json  lock  baselines.json  report.html  tensorboard
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import tomllib
@@ -21,7 +22,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from pretrain.config import Config, config_from_dict, config_to_dict
-from pretrain.errors import CheckpointError, UsageError
+from pretrain.errors import CheckpointError, DataError, UsageError
 from pretrain.files import write_atomically
 from pretrain.model import GPT
 from pretrain.tokenizer import Tokenizer
@@ -172,6 +173,10 @@ class Run:
         Of a stream they are only the held-out ones. Raises DataError if they are no longer there, or torn.
         """
         paths = self.config.data.paths
+        if not self.data.is_dir():  # it was trained on token shards
+            gone = [path for path in paths if not Path(path).expanduser().exists() and not glob.glob(path)]
+            if gone:
+                raise DataError(f"{gone[0]}, on which {self.folder} was trained, is no longer there; put it back")
         if not is_tokens(paths):
             paths = [str(self.data)]
         return open_corpus(paths, str(self.folder / "tokenizer.json"))

@@ -1,0 +1,110 @@
+import io
+import math
+from typing import Any
+
+import pytest
+import rich.console
+import torch
+
+from pretrain.config import Config
+from pretrain.device import Precision
+from pretrain.training import Console, train
+from pretrain.training.console import Panel, clock
+
+
+def record(step: int, loss: float | None = 4.0, **more: Any) -> dict[str, Any]:
+    return {
+        "step": step,
+        "time": 2.0 * step,
+        "train/loss": loss,
+        "train/lr": 0.001,
+        "train/grad_norm": 0.5,
+        "train/tokens_per_second": 12_000,
+        **more,
+    }
+
+
+@pytest.fixture
+def panel() -> Panel:
+    made = Panel(Precision("bf16", torch.device("cpu")), share=1e-5, saved=0)
+    made.begin(0, 200)
+    return made
+
+
+def test_the_smoothed_loss_is_a_mean_of_the_last_steps(panel: Panel):
+    losses = [5.0, 4.0, 3.0, 2.0]
+    for step, loss in enumerate(losses, 1):
+        panel.step(record(step, loss), step)
+        panel.step(record(step, loss), step)  # on a GPU the same numbers come again until new ones are fetched
+    weights = [0.95 ** (len(losses) - 1 - i) for i in range(len(losses))]
+    assert panel.smoothed == pytest.approx(sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights))
+    panel.step(record(5, None), 5)  # a step whose loss was not finite
+    panel.step(record(6, math.inf), 6)
+    assert panel.smoothed == pytest.approx(sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights))
+
+
+def test_what_the_panel_shows(panel: Panel, monkeypatch):
+    assert "first step" in panel.draw().plain
+    now = [100.0]
+    monkeypatch.setattr("pretrain.training.console.time.monotonic", lambda: now[0])
+    for step in range(1, 51):
+        panel.step(record(step, 4.0), step)
+        now[0] += 2.0
+    panel.evaluated(record(50, 4.0, **{"val/loss": 4.4, "val/bpb": 1.7}))
+    text = panel.draw().plain
+    assert "step 50/200" in text
+    assert "25%" in text
+    assert "5:06 left" in text  # 150 steps of 100/49 seconds
+    assert "loss 4.000 (last 4.000)" in text
+    assert "validation 1.700 bits per byte at step 50" in text
+    assert "lr 1.00e-03" in text
+    assert "gradient norm 0.5" in text
+    assert "12,000 tokens/s" in text
+    assert "12% of peak bf16" in text
+    assert "no checkpoint yet" in text
+    panel.saved = 40
+    assert "checkpoint of step 40" in panel.draw().plain
+    panel.evaluated(record(60, 4.0, **{"val/loss": None, "val/bpb": None}))  # kept: the last that was finite
+    panel.step(record(61, None, **{"train/grad_norm": None}), 61)
+    text = panel.draw().plain
+    assert "validation 1.700" in text
+    assert "(last none)" in text
+    assert "gradient norm none" in text
+
+
+def run_on(console: Console, config: Config, out: Any, terminal: bool) -> str:
+    """What a run prints on a terminal, or into a pipe."""
+    buffer = io.StringIO()
+    console._console = rich.console.Console(
+        file=buffer, force_terminal=terminal, width=120, highlight=False, soft_wrap=True
+    )
+    train(config, out, console)
+    return buffer.getvalue()
+
+
+def test_piped_output_is_plain_lines(tiny: Config, tmp_path):
+    text = run_on(Console(), tiny, tmp_path / "run", terminal=False)
+    assert "\x1b" not in text
+    steps = [line for line in text.splitlines() if line.startswith("step ")]
+    assert [int(line.split()[1]) for line in steps] == list(range(1, 13))
+    assert all("bits per byte" in steps[i - 1] for i in (5, 10, 12))
+    assert "of peak" not in text
+
+
+def test_a_terminal_has_a_panel_and_events_above_it(tiny: Config, tmp_path, monkeypatch):
+    monkeypatch.setattr("pretrain.training.console.peak_flops", lambda device, dtype: 1e12)
+    text = run_on(Console(), tiny, tmp_path / "run", terminal=True)
+    assert "step 12/12" in text
+    assert "tokens/s" in text
+    assert "of peak fp32" in text
+    assert text.count("bits per byte   ") == 3  # the lines of three validations
+
+
+def test_a_quiet_console_shows_and_measures_nothing(tiny: Config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("pretrain.training.console.peak_flops", lambda *_: pytest.fail("measured"))
+    train(tiny, tmp_path / "run", Console(quiet=True))
+    assert capsys.readouterr().out == ""
+
+
+def test_clock():
+    assert [clock(seconds) for seconds in (0.4, 61, 3600, 90061)] == ["0:00", "1:01", "1:00:00", "25:01:01"]

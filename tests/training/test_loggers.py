@@ -1,0 +1,273 @@
+import importlib.util
+import json
+import sqlite3
+import sys
+import threading
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.config import Config, load_config
+from pretrain.errors import UsageError
+from pretrain.training import loggers
+from pretrain.training.loggers import Loggers, chosen, numbers, without_secrets
+
+
+def needs(module: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(importlib.util.find_spec(module) is None, reason=f"{module} is not installed")
+
+
+def config_of(*backends: str, **fields: Any) -> Config:
+    return load_config("quickstart", **{"log.backends": list(backends), **fields})
+
+
+def record(step: int, loss: float | None = None) -> dict[str, Any]:
+    return {"step": step, "time": 1.5 * step, "train/loss": 1.0 / step if loss is None else loss, "val/bpb": None}
+
+
+class Said(list):
+    """Hears what is said, from any thread."""
+
+    def __call__(self, text: str) -> None:
+        self.append(text)
+
+
+def events(folder: Path) -> dict[int, float]:
+    """The training losses that TensorBoard reads from event files; every step at most once."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(folder / "tensorboard"))
+    accumulator.Reload()
+    scalars = accumulator.Scalars("train/loss")
+    assert len({event.step for event in scalars}) == len(scalars)
+    return {event.step: event.value for event in scalars}
+
+
+@needs("tensorboard")
+def test_tensorboard_reads_what_was_logged(tmp_path: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    said = Said()
+    log = Loggers(tmp_path, config_of("auto"), 0, said)
+    log.log([record(1), record(2)])
+    log.text(2, "a sample with ``` in it")
+    log.close()
+    assert said == []
+    assert events(tmp_path) == pytest.approx({1: 1.0, 2: 0.5})
+    accumulator = EventAccumulator(str(tmp_path / "tensorboard"))
+    accumulator.Reload()
+    assert set(accumulator.Tags()["scalars"]) == {"train/loss", "time"}
+    assert {"sample/text_summary", "config/text_summary"} <= set(accumulator.Tags()["tensors"])
+    assert not (tmp_path / "loggers.json").exists()
+
+
+@needs("tensorboard")
+def test_steps_done_again_after_a_resume_replace_the_first(tmp_path: Path):
+    log = Loggers(tmp_path, config_of("tensorboard"), 0, Said())
+    log.log(record(step) for step in range(1, 8))
+    log.close()
+    log = Loggers(tmp_path, config_of("tensorboard"), 4, Said())  # killed after step 7, the checkpoint was of step 4
+    log.log([record(5, 55.0), record(6, 66.0)])
+    log.close()
+    assert events(tmp_path) == pytest.approx({1: 1, 2: 1 / 2, 3: 1 / 3, 4: 1 / 4, 5: 55, 6: 66})
+
+
+@needs("tensorboard")
+def test_steps_taken_back_after_a_spike_are_replaced(tmp_path: Path):
+    log = Loggers(tmp_path, config_of("tensorboard"), 0, Said())
+    log.log([*(record(step) for step in range(1, 6)), record(3, 33.0), record(4, 44.0)])
+    log.close()
+    assert events(tmp_path) == pytest.approx({1: 1, 2: 1 / 2, 3: 33, 4: 44})
+
+
+class FakeWandb(types.ModuleType):
+    """Records what a run is given."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.inits: list[dict[str, Any]] = []
+        self.logged: list[tuple[int, dict[str, Any]]] = []
+        self.finished = 0
+
+    def init(self, **options: Any) -> "FakeWandb":
+        self.inits.append(options)
+        return self
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        self.logged.append((step, values))
+
+    def finish(self) -> None:
+        self.finished += 1
+
+    Settings = dict
+    Html = str
+
+
+@pytest.fixture
+def wandb(monkeypatch) -> FakeWandb:
+    module = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setattr(loggers, "installed", lambda name: True)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    return module
+
+
+def test_wandb_goes_on_with_the_same_run_and_logs_no_step_twice(tmp_path: Path, wandb: FakeWandb):
+    run = tmp_path / "myrun"
+    run.mkdir()
+    log = Loggers(run, config_of("wandb"), 0, Said())
+    log.log(record(step) for step in range(1, 8))
+    log.text(7, "<b>")
+    log.close()
+    log = Loggers(run, config_of("wandb"), 4, Said())
+    log.log(record(step) for step in range(5, 10))
+    log.close()
+    assert [step for step, values in wandb.logged if "train/loss" in values] == list(range(1, 10))
+    assert (7, {"sample": "<pre>&lt;b&gt;</pre>"}) in wandb.logged
+    first, second = wandb.inits
+    assert first["id"] == second["id"] == json.loads((run / "loggers.json").read_text())["wandb"]["id"]
+    assert (first["name"], first["project"], first["resume"]) == ("myrun", "pretrain", "allow")
+    assert wandb.finished == 2
+
+
+def test_no_secret_reaches_a_logger(tmp_path: Path, wandb: FakeWandb):
+    url = "https://me:hunter2@host.example/a.txt?X-Amz-Signature=hunter3#hunter4"
+    log = Loggers(tmp_path, config_of("wandb", **{"data.paths": [url, "plain.txt"]}), 0, Said())
+    log.close()
+    assert wandb.inits[0]["config"]["data"]["paths"] == ["https://host.example/a.txt", "plain.txt"]
+    assert "hunter" not in repr(wandb.inits)
+    assert without_secrets(f"failed: {url} is gone") == "failed: https://host.example/a.txt is gone"
+    assert wandb.inits[0]["settings"]["x_disable_meta"]  # it would hold the command line
+
+
+def test_without_a_key_wandb_is_offline(tmp_path: Path, wandb: FakeWandb, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine other.example login me password secret\n")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    said = Said()
+    Loggers(tmp_path, config_of("wandb"), 0, said).close()
+    assert wandb.inits[0]["mode"] == "offline"
+    assert len(said) == 1
+    assert "wandb login" in said[0]
+    netrc.write_text("machine api.wandb.ai login user password secret\n")
+    Loggers(tmp_path, config_of("wandb"), 0, said).close()
+    assert wandb.inits[1]["mode"] is None
+    assert len(said) == 1
+
+
+def test_a_logger_that_fails_is_named_once_and_the_others_go_on(tmp_path: Path, wandb: FakeWandb, monkeypatch):
+    def log(values: dict[str, Any], step: int) -> None:
+        if step == 2:
+            raise ConnectionError("no route to https://me:hunter2@host/\nand more")
+        wandb.logged.append((step, values))
+
+    monkeypatch.setattr(wandb, "log", log)
+    other: list[int] = []
+    fine = types.SimpleNamespace(
+        log=lambda step, values: other.append(step), text=lambda *_: None, close=lambda: other.append(-1)
+    )
+    monkeypatch.setattr(loggers, "Trackio", lambda *_: fine)
+    said = Said()
+    handle = Loggers(tmp_path, config_of("wandb", "trackio"), 0, said)
+    handle.log(record(step) for step in range(1, 6))
+    handle.close()
+    assert said == ["the logger wandb failed (no route to https://host/); training goes on without it"]
+    assert [step for step, _ in wandb.logged] == [1]
+    assert other == [1, 2, 3, 4, 5, -1]
+
+
+def test_a_logger_that_cannot_begin(tmp_path: Path, wandb: FakeWandb, monkeypatch):
+    monkeypatch.setattr(wandb, "init", lambda **_: sys.exit(3))
+    said = Said()
+    handle = Loggers(tmp_path, config_of("wandb"), 0, said)
+    handle.log([record(1)])
+    handle.close()
+    assert said == ["the logger wandb failed (3); training goes on without it"]
+
+
+def test_a_logger_that_hangs_holds_nothing_up(tmp_path: Path, wandb: FakeWandb, monkeypatch):
+    free = threading.Event()
+    monkeypatch.setattr(wandb, "log", lambda *_, **__: free.wait(30))
+    monkeypatch.setattr(loggers, "LONGEST_QUEUE", 3)
+    said = Said()
+    handle = Loggers(tmp_path, config_of("wandb"), 0, said)
+    for step in range(1, 11):
+        handle.log([record(step)])
+    handle.close(seconds=0.2)
+    free.set()
+    assert len(said) == 2
+    assert "slower than training" in said[0]
+    assert "did not finish" in said[1]
+
+
+def test_missing_and_unwanted_loggers(monkeypatch, tmp_path: Path):
+    monkeypatch.setattr(loggers, "installed", lambda name: False)
+    said = Said()
+    assert chosen(("auto", "wandb"), said) == ()
+    assert said == ["log.backends names wandb, which is missing: pip install 'pretrain[wandb]'; going on without it"]
+    monkeypatch.setattr(loggers, "installed", lambda name: True)
+    assert chosen(("auto", "tensorboard", "wandb"), said) == ("tensorboard", "wandb")
+    assert chosen(("none",), said) == chosen((), said) == ()
+    quiet = Loggers(tmp_path, config_of("none"), 0, said)
+    quiet.log([record(1)])
+    quiet.close()
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UsageError, match=r"log.backends must be one of auto, none, tensorboard.*did you mean 'wandb'"):
+        config_of("wandbb")
+
+
+def test_a_folder_is_no_module(tmp_path: Path, monkeypatch):
+    (tmp_path / "some_logger").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert not loggers.installed("some_logger")
+    assert loggers.installed("json")
+
+
+def test_numbers_are_what_can_be_drawn():
+    assert numbers({"step": 3, "a": 1, "b": 0.5, "c": None, "d": "text", "e": True}) == {"a": 1, "b": 0.5}
+
+
+@needs("wandb")
+def test_the_real_wandb_offline(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    said = Said()
+    for done, steps in ((0, range(1, 4)), (2, range(3, 6))):
+        log = Loggers(tmp_path, config_of("wandb"), done, said)
+        log.log(record(step) for step in steps)
+        log.text(steps[-1], "a sample")
+        log.close()
+    assert said == []
+    files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len({file.name for file in files}) == 1  # parts of one run
+    assert all(b"train/loss" in file.read_bytes() for file in files)
+
+
+@needs("trackio")
+def test_the_real_trackio(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    code = """
+import sys
+from pathlib import Path
+from pretrain.config import load_config
+from pretrain.training.loggers import Loggers
+for done, steps in ((0, range(1, 4)), (2, range(3, 6))):
+    log = Loggers(Path(sys.argv[1]), load_config("quickstart", **{"log.backends": ["trackio"]}), done, sys.exit)
+    log.log({"step": step, "train/loss": 1.0 / step} for step in steps)
+    log.text(steps[-1], "a sample")
+    log.close()
+"""
+    import subprocess
+
+    run = tmp_path / "run"
+    run.mkdir()
+    result = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    (database,) = (tmp_path / "trackio").glob("pretrain*.db")
+    rows = sqlite3.connect(database).execute("SELECT run_name, step, metrics FROM metrics").fetchall()
+    assert len({name for name, _, _ in rows}) == 1
+    assert [step for _, step, metrics in rows if "train/loss" in str(metrics)] == [1, 2, 3, 4, 5]
