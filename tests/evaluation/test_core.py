@@ -1,5 +1,6 @@
 import csv
 import http.server
+import itertools
 import json
 import math
 import random
@@ -206,6 +207,26 @@ def test_language_that_is_predicted_counts(made: Path):
     for examples, correct in ((right, True), (wrong, False)):
         asked = replace(task, shots=0, delimiter="", examples=tuple(examples))
         assert all(answer.correct == correct for answer in answer_task(scorer, asked))
+
+
+def test_hardly_more_is_computed_than_must_be(made: Path, monkeypatch: pytest.MonkeyPatch):
+    """What options have in common is run once, and little is padding."""
+    scorer, task = make_scorer(2000), read_tasks(made)[0]
+    computed: list[int] = []
+    stream = GPTScorer._stream
+    monkeypatch.setattr(
+        GPTScorer, "_stream", lambda self, tokens, cache: computed.append(tokens.numel()) or stream(self, tokens, cache)
+    )
+    answer_task(scorer, task)
+    least = apart = 0
+    for index in range(len(task.examples)):
+        rows = sorted({tuple(row[:-1]) for row in scorer.encode(prompts(task, index))})
+        alike = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))
+        common = len(list(alike)) if len(rows) > 1 else 0
+        least += common + sum(len(row) - common for row in rows)
+        apart += sum(map(len, rows))
+    assert apart > 2 * least
+    assert sum(computed) < 1.25 * least
 
 
 def test_the_real_tasks(shared_data: Path):

@@ -154,7 +154,7 @@ def test_a_model_spread_over_processes_is_used_as_it_is_and_trains_on():
     assert model.blocks[0].training
     left = generate(model, [[5]], SPREAD)
     next(left)
-    left.close()  # as when nobody reads on
+    left.close()  # type: ignore[attr-defined]  # as when nobody reads on
     assert model.training
 
 
