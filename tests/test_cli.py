@@ -177,7 +177,7 @@ def test_a_read_only_folder(capsys, text_file: Path, tmp_path: Path):
 
 
 def test_help_imports_nothing_heavy():
-    for args in (["--help"], ["train", "--help"], ["sample", "--help"]):
+    for args in (["--help"], ["train", "--help"], ["sample", "--help"], ["plan", "--help"], ["doctor", "--help"]):
         code = (
             "import sys\nfrom pretrain.cli import main\n"
             f"try: main({args})\nexcept SystemExit: pass\n"

@@ -190,7 +190,7 @@ def real_peak(config: Config, rows: int, dtype: torch.dtype) -> int:
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     live = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
+        live += event.nbytes()  # type: ignore[attr-defined]
         peak = max(peak, live)
     return peak
 
@@ -281,7 +281,8 @@ def test_traffic_of_a_step():
     assert ddp == {"inside": 2 * round(P * 4 * 7 / 8), "between": 0}  # once a step, however many micro-batches
     fsdp = traffic(config, 4096, layout("fsdp", 16), 3, torch.bfloat16)
     gathers, scatter = 3 * 2 * (size.root + 2 * size.blocks) * 15 / 16, 4 * P * 15 / 16
-    assert fsdp["between"] == fsdp["inside"] == pytest.approx(gathers + scatter, abs=4)
+    assert fsdp["inside"] == pytest.approx(gathers + scatter, abs=4)
+    assert fsdp["between"] == fsdp["inside"] // 8  # eight rings, each with its own network
     hsdp = traffic(config, 4096, layout("hsdp", 16), 3, torch.bfloat16)
     assert hsdp["between"] == pytest.approx(2 * 4 * P / 8 / 2, abs=4)
     assert hsdp["inside"] == pytest.approx((gathers + scatter) / (15 / 16) * 7 / 8, abs=4)
@@ -404,6 +405,13 @@ def test_a_sound_plan_has_no_warnings(tmp_path: Path):
     assert make_plan(config, gpu="h100", measure=False).warnings == []
 
 
+def test_a_recipe_without_its_text_is_told_once():
+    config = load_config("nanochat-d20", **{"model.depth": 2, "train.tokens_per_parameter": 200.0})
+    warnings = make_plan(config, gpu="h100", measure=False).warnings
+    assert warnings[0].startswith("No text is given; of the embedded corpus this would be ")
+    assert not any("vocabulary" in warning.lower() for warning in warnings)
+
+
 def test_speed_is_measured_with_real_steps():
     config = load_config("quickstart", **SMALL)
     random_state = torch.get_rng_state()
@@ -438,7 +446,7 @@ def test_numbers_for_people():
     assert [size(n) for n in (1234, 20_971_652, 1.5e9, 81e12)] == ["1.23 kB", "21 MB", "1.5 GB", "81 TB"]
     assert [rounded(n) for n in (990, 1_060_000, 2.95e11)] == ["990", "1.06 million", "295 billion"]
     assert [duration(n) for n in (59.6, 600, 7200, 10 * 86400)] == [
-        "60 seconds",
+        "60 s",
         "10 minutes",
         "2.0 hours",
         "10.0 days",

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from pretrain.config import Config, load_config
 from pretrain.errors import CheckpointError, DeviceMemoryError, UsageError
 from pretrain.model import GPT
-from pretrain.training import Console, Run, Trainer, train
+from pretrain.training import Callback, Console, Run, Trainer, train
 from pretrain.training.checkpoint import Checkpoint, checkpoints
 from pretrain.training.loop import open_run
 from pretrain.training.metrics import read_jsonl
@@ -270,3 +270,36 @@ def test_making_room_for_moments_leaves_the_loss_scale(tiny: Config, tmp_path: P
     run = open_run(change(tiny, train__precision="fp16"), tmp_path / "run", Console(quiet=True))
     trainer = Trainer(run, Console(quiet=True), time.monotonic())
     assert float(trainer.loss_scale.scale) == 2.0**16
+
+
+def test_callbacks_hear_of_steps_validations_and_checkpoints(tiny: Config, tmp_path: Path):
+    heard: list[tuple] = []
+
+    class Listener(Callback):
+        def on_step(self, record):
+            heard.append(("step", record["step"]))
+
+        def on_evaluation(self, record, sample):
+            heard.append(("evaluation", record["step"], bool(sample)))
+
+        def on_checkpoint(self, path):
+            assert (path / "COMMIT").exists()
+            heard.append(("checkpoint", path.name))
+
+    train(tiny, tmp_path / "run", callbacks=[Listener()])
+    assert [event[1] for event in heard if event[0] == "step"] == list(range(1, 13))
+    assert [event[1:] for event in heard if event[0] == "evaluation"] == [(5, True), (10, True), (12, True)]
+    assert [event[1] for event in heard if event[0] == "checkpoint"] == [f"step-{n:08d}" for n in (4, 8, 12)]
+
+
+def test_a_logger_that_fails_never_stops_training(tiny: Config, tmp_path: Path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("the disk of the logger is gone")
+
+    monkeypatch.setattr("pretrain.training.loggers.TensorBoard.__init__", fail)
+    monkeypatch.setattr("pretrain.training.loggers.installed", lambda _: True)
+    said: list[str] = []
+    console = Console(quiet=True)
+    monkeypatch.setattr(console, "say", said.append)
+    assert train(change(tiny, log__backends=("tensorboard",)), tmp_path / "run", console).summary is not None
+    assert len([line for line in said if "the disk of the logger is gone" in line]) == 1

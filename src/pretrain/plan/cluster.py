@@ -94,10 +94,11 @@ def memory_parts(
 
 
 def traffic(config: Config, vocab_size: int, where: Layout, micro_steps: int, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes that each process sends in an optimizer step: ``inside`` its machine at best, and ``between`` machines.
+    """Bytes that each process sends in an optimizer step: ``inside`` its machine, and by its network ``between`` them.
 
     A ring all-reduce of X bytes over N processes sends 2 X (N - 1) / N from each, an all-gather or a reduce-scatter
-    half of that (Patarasu and Yuan 2009).
+    half of that (Patarasu and Yuan 2009). Of a ring through all processes only one in each machine sends to another
+    machine; the work is divided among as many rings as there are processes in a machine, each with its own network.
     """
     size, N = sizes(config, vocab_size), where.processes
     P, b = size.blocks + size.root, dtype.itemsize
@@ -111,12 +112,12 @@ def traffic(config: Config, vocab_size: int, where: Layout, micro_steps: int, dt
 
     if where.kind == "ddp":
         sent = 2 * ring(P, 4, N) + ring(by_muon, muon_bytes, N)
-        return {"inside": sent, "between": sent if where.machines > 1 else 0}
+        return {"inside": sent, "between": sent // where.per_machine if where.machines > 1 else 0}
     shards, fetched = where.shards, 2 if config.parallel.reshard else 1
     sent = micro_steps * ring(size.root + fetched * size.blocks, b, shards) + ring(P, 4, shards)
     sent += 2 * ring(by_muon / shards, muon_bytes, shards)
     if where.kind == "fsdp":
-        return {"inside": sent, "between": sent if where.machines > 1 else 0}
+        return {"inside": sent, "between": sent // where.per_machine if where.machines > 1 else 0}
     return {"inside": sent, "between": 2 * ring(P / shards, 4, where.machines)}
 
 

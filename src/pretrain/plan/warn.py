@@ -48,7 +48,7 @@ def does_not_fit(plan: Plan) -> str:
 
 def text_too_small(plan: Plan) -> str:
     """Training would refuse the data."""
-    return f"Training will refuse this: {plan.data.problem}." if plan.data.problem else ""
+    return f"Training will refuse this: {plan.data.problem}." if plan.data.problem and not without_text(plan) else ""
 
 
 def too_few_windows(plan: Plan) -> str:
@@ -63,12 +63,21 @@ def too_many_epochs(plan: Plan) -> str:
     """The text seen too often."""
     if plan.epochs <= EPOCHS:
         return ""
+    if without_text(plan):
+        return (
+            f"No text is given; of the embedded corpus this would be {plan.epochs:,.0f} epochs. Give yours with --data."
+        )
     steps = int(EPOCHS * plan.data.train_tokens / plan.config.train.batch_tokens)
     mend = f"give more text, or stop after --train.steps {steps}" if steps else "give more text"
     return (
         f"{plan.epochs:,.0f} epochs: beyond about {EPOCHS}, text seen again teaches less and less, and the model begins"
         f" to learn it by heart (arXiv 2305.16264); {mend}."
     )
+
+
+def without_text(plan: Plan) -> bool:
+    """Whether a recipe for large data is planned without any."""
+    return not plan.config.data.paths and plan.epochs > 100
 
 
 def too_large_a_model(plan: Plan) -> str:
@@ -93,7 +102,7 @@ def vocabulary_too_large(plan: Plan) -> str:
     tables = plan.parameters["embedding"] + plan.parameters["head"]
     parameters = sum(plan.parameters.values())
     share, vocabulary = tables / parameters, plan.data.vocab_size
-    if plan.data.train_tokens < TIMES_A_TOKEN * vocabulary:
+    if plan.data.train_tokens < TIMES_A_TOKEN * vocabulary and not without_text(plan):
         times = plan.data.train_tokens / vocabulary
         return (
             f"A vocabulary of {vocabulary:,} for {plan.data.train_tokens:,} tokens: on average each is seen"

@@ -55,8 +55,8 @@ def describe(plan: Plan) -> str:
     if where.processes > 1:
         lines.append(
             f"traffic    {size(plan.traffic['inside'])} sent by each GPU in a step"
-            + (f", {size(plan.traffic['between'])} of it between machines" if where.machines > 1 else "")
-            + (f": {plan.traffic_seconds:.2g} s, arithmetic included a step takes {plan.step_seconds:.2g} s")
+            + (f", {size(plan.traffic['between'])} between machines" if where.machines > 1 else "")
+            + f": {plan.traffic_seconds:.2g} s at least, beside arithmetic; the step takes {plan.step_seconds:.2g} s"
         )
         lines.append(f"loader     {size(plan.loader_rate)} of tokens a second")
     lines.append(
@@ -107,7 +107,7 @@ def rounded(count: float) -> str:
 def duration(seconds: float) -> str:
     """Seconds for people."""
     if seconds < 90:
-        return f"{seconds:.0f} seconds"
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1g} s"
     if seconds < 90 * 60:
         return f"{seconds / 60:.0f} minutes"
     if seconds < 48 * 3600:

@@ -16,7 +16,7 @@ import math
 import operator
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -72,6 +72,7 @@ from pretrain.training.console import Console
 from pretrain.training.environment import write_environment
 from pretrain.training.guard import Guard
 from pretrain.training.init_from import load_initial, resolve_init
+from pretrain.training.loggers import CLOSE_SECONDS, Callback, Loggers
 from pretrain.training.loss_scale import LossScale
 from pretrain.training.metrics import Metrics, append_jsonl, keep_steps, read_jsonl
 from pretrain.training.parallel import (
@@ -93,6 +94,9 @@ T = TypeVar("T")
 NOT_FINITE, SPIKE = 1, 2
 """Why a step was skipped, in ``train/skipped``."""
 
+LOGGERS_SECONDS = 3.0
+"""How long loggers may take to finish after a signal."""
+
 EVALUATION_TOKENS = 8192
 """Tokens in a validation batch at least: without a backward pass it may be larger than a micro-batch."""
 
@@ -103,6 +107,7 @@ def train(
     console: Console | None = None,
     started: float | None = None,
     resume_from: int = 0,
+    callbacks: Sequence[Callback] = (),
 ) -> Run:
     """Train as ``config`` says into the run directory ``out``, or go on with the run that is there, to its end.
 
@@ -112,6 +117,7 @@ def train(
         console: where progress is shown; nowhere by default.
         started: ``time.monotonic()`` when the whole job began, from which its seconds are counted.
         resume_from: go back to the checkpoint of this step first; 0: go on from the newest.
+        callbacks: code of your own, told of steps, validations and checkpoints.
 
     Raises:
         UsageError: the configuration cannot run here, or differs from that of the run in ``out``.
@@ -144,7 +150,7 @@ def train(
 
             run = world.first_does(open_first)
             if run.summary is None:
-                Trainer(run, console, started, world, resume_from).fit()
+                Trainer(run, console, started, world, resume_from, callbacks).fit()
             else:
                 console.say(f"{run.folder} is finished: {run.summary['steps']} steps; nothing left to train")
     return run
@@ -231,9 +237,18 @@ class Trainer:
         started: ``time.monotonic()`` when this job began.
         world: the processes that train together; this one alone by default.
         went_back_to: the step to which :func:`go_back` brought the run before, if it did.
+        callbacks: of :func:`train`.
     """
 
-    def __init__(self, run: Run, console: Console, started: float, world: World | None = None, went_back_to: int = 0):
+    def __init__(
+        self,
+        run: Run,
+        console: Console,
+        started: float,
+        world: World | None = None,
+        went_back_to: int = 0,
+        callbacks: Sequence[Callback] = (),
+    ):
         config = run.config
         self.world = world = world or World(choose_device(config.train.device))
         self.run, self.config, self.console, self.device = run, config, console, world.device
@@ -298,7 +313,10 @@ class Trainer:
         self.settled_in = False  # the first step, which may compile, is done
         self.stop = StopRequest(config.guard.grace_seconds)
         self.watch = Watch(run.folder if world.first else None, config.guard, self.hang, world.sign_of_life)
+        self.callbacks = callbacks if world.first else ()
+        self.loggers: Loggers | None = None
         if world.first:
+            self.loggers = Loggers(run.folder, config, finished, console.say)
             facts = {"step": self.done, "precision": self.precision.name, "processes": world.size}
             write_environment(run.folder, self.device, **facts)
         console.describe(run, self.corpus, self.model, self.batches, self.precision, self.done)
@@ -376,6 +394,9 @@ class Trainer:
                     reason = str(error).splitlines()[0][:200]
                     raise TrainingError(f"waiting for other processes failed: {behind} ({reason})") from error
                 raise
+            finally:
+                if self.loggers is not None:
+                    self.loggers.close(LOGGERS_SECONDS if self.stop.requested else CLOSE_SECONDS)
         if self.world.first:
             self.summarize()
 
@@ -425,6 +446,10 @@ class Trainer:
             self.console.say(f"the log of step {self.done} is not written yet ({error.strerror or error})")
         if evaluate:
             self.console.evaluated(self.metrics.last, text)
+            for callback in self.callbacks:
+                callback.on_evaluation(self.metrics.last, text)
+            if self.loggers is not None and text is not None:
+                self.loggers.text(self.done, text)
         loss = record.get("val/loss", math.inf)
         best = config.checkpoint.keep_best and loss < min(self.val_losses.values(), default=math.inf)
         if math.isfinite(loss):
@@ -629,7 +654,12 @@ class Trainer:
 
     def write_metrics(self) -> None:
         """Write what is waiting; steps that were skipped are told, and counted."""
-        for record in self.metrics.write():
+        records = self.metrics.write()
+        if self.loggers is not None:
+            self.loggers.log(records)
+        for record in records:
+            for callback in self.callbacks:
+                callback.on_step(record)
             if not record["train/skipped"]:
                 self.skips = 0
                 continue
@@ -721,6 +751,8 @@ class Trainer:
 
         def committed() -> None:
             self.saved = step
+            for callback in self.callbacks:
+                callback.on_checkpoint(self.run.checkpoints / f"step-{step:08d}")
             if self.world.first:
                 retire(self.run.checkpoints, self.config.checkpoint, self.val_losses)
 

@@ -1,0 +1,287 @@
+"""What the words say is true: commands, options, fields and links of README*.md and docs/*.md, and the site.
+
+Before every block of commands or Python a comment, which readers do not see, says how it is tested:
+
+    <!-- test: run -->               it runs, in a folder with FILES and one for each page, so that blocks build on each
+                                     other; FEW is added to trainings, which would take minutes
+    <!-- test: run in a shell -->    bash runs it, for redirections and the like
+    <!-- test: parse, WHY -->        its arguments are read as the command reads them, and then it ends: it needs GPUs,
+                                     a network or hours
+"""
+
+import gzip
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import tyro
+from tests.conftest import TINY
+
+import pretrain
+from pretrain.cli import main
+from pretrain.cli.completion import places
+from pretrain.config import Config
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("README*.md"), *ROOT.glob("docs/*.md"), ROOT / "CONTRIBUTING.md"])
+
+FEW = {"train.steps": 2, "eval.tokens": 256, "sample.max_tokens": 4, "tokenizer.vocab_size": 300}
+"""Fields that a training is given unless its command has them."""
+TEXTS = ("mybook.txt", "other.txt", "the-verdict.txt", "notes/one.txt", "essays/2026/two.md", "books/three.txt")
+PLACEHOLDERS = {"RECIPE": "quickstart"}
+PROGRAMS = {"pretrain", "torchrun", "srun", "make", "pip", "python"}
+"""Programs whose arguments are checked."""
+OTHERS = {"git", "cd", "export", "ssh", "mkdir", "sbatch", "kubectl", "ray", "hf", "pre-commit"}
+"""Programs that are not ours."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Lines of code in a page."""
+
+    place: str
+    language: str
+    lines: tuple[str, ...]
+    decision: str
+    """What the comment before it says."""
+
+    @property
+    def commands(self) -> list[str]:
+        """The commands in it; of a transcript the lines after $."""
+        if self.language not in ("", "sh"):
+            return []
+        typed = [line[2:] for line in self.lines if line.startswith("$ ")]
+        joined = "\n".join(typed or self.lines).replace("\\\n", " ").splitlines()
+        ours = [line for line in joined if line.split("#")[0].strip()]
+        known = any(line.split()[0] in PROGRAMS | OTHERS for line in ours)
+        return ours if typed or known or self.language == "sh" else []
+
+    @property
+    def tested(self) -> bool:
+        return bool(self.commands) or self.language == "python"
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    """The fenced and indented blocks of a page."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    i, decision = 0, ""
+    while i < len(lines):
+        start, fence = i, re.match(r"```(\w*)$", lines[i])
+        if fence:
+            i = lines.index("```", start + 1)
+            yield Block(f"{page.name}:{start + 1}", fence[1], tuple(lines[start + 1 : i]), decision)
+        elif lines[i].startswith("    ") and not lines[i - 1].strip():
+            while i < len(lines) and (lines[i].startswith("    ") or not lines[i].strip()):
+                i += 1
+            code = tuple(line[4:] for line in lines[start:i] if line.strip())
+            yield Block(f"{page.name}:{start + 1}", "", code, decision)
+            i -= 1
+        if lines[start].strip():
+            comment = re.fullmatch(r"<!-- test: (.+) -->", lines[start])
+            decision = comment[1] if comment else ""
+        i += 1
+
+
+def simple_commands(line: str) -> Iterator[list[str]]:
+    """The words of each command in a line of shell, without variables set for it and where its output goes."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;<>")
+    lexer.whitespace_split, words = True, []
+    for word in [*lexer, ";"]:
+        if not re.fullmatch(r"[|&;]+", word):
+            words.append(word)
+            continue
+        while words and re.match(r"[A-Z_]+=", words[0]):
+            words = words[1:]
+        if words:
+            yield words[: words.index(">")] if ">" in words else words
+        words = []
+
+
+class Parsed(Exception):
+    """The arguments are right, and the command need not go on."""
+
+
+def check_pretrain(args: list[str], patch: pytest.MonkeyPatch) -> None:
+    """Read the arguments of a command of ours as it does, and no more."""
+    if args == ["--help"]:
+        return
+    read = tyro.cli
+
+    def stop(*parameters: object, **options: object) -> None:
+        read(*parameters, **options)  # type: ignore[call-overload]
+        raise Parsed
+
+    with patch.context() as only:
+        only.setattr(tyro, "cli", stop)
+        with pytest.raises(Parsed):
+            main([PLACEHOLDERS.get(word, word) for word in args])
+            pytest.fail("it is refused", pytrace=False)
+
+
+def check(words: list[str], patch: pytest.MonkeyPatch) -> None:
+    """A command that is not run: it exists, and takes these arguments."""
+    program = words[0]
+    if "pretrain" in words and program in ("pretrain", "torchrun", "srun"):
+        check_pretrain(words[words.index("pretrain") + 1 :], patch)
+    elif program == "make":
+        text = (ROOT / "Makefile").read_text()
+        assert all(re.search(f"^{target}:", text, re.MULTILINE) for target in words[1:])
+    elif program == "pip":
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        named = [name for word in words for name in re.findall(r"\[(.*)\]", word)]
+        assert set(",".join(named).split(",")) - {""} <= set(extras)
+    elif program == "python" and words[1] != "-m":
+        assert (ROOT / words[1]).is_file()
+    else:
+        assert program in OTHERS | {"python"}, f"{program} is unknown; add it to OTHERS if it is not ours"
+
+
+@pytest.fixture(scope="module")
+def finished(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, for the commands that look at one."""
+    out = tmp_path_factory.mktemp("docs") / "run"
+    options = {**TINY, "data.paths": str(text_file)}
+    assert main(["train", "--out", str(out), *[word for name, v in options.items() for word in (f"--{name}", str(v))]]) == 0
+    return out
+
+
+@pytest.fixture
+def reader(finished: Path, text_file: Path, tmp_path: Path, monkeypatch) -> Path:
+    """A folder as a reader of the docs may have it."""
+    for name in TEXTS:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(text_file, tmp_path / name)
+    (tmp_path / "prompts.txt").write_text("Ada\nNoël\n")
+    with gzip.open(tmp_path / "more.jsonl.gz", "wt") as file:
+        file.write('{"text": "Ada sees Noël."}\n' * 50)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(words: list[str], finished: Path) -> None:
+    """Run a command of ours, in this process."""
+    args = words[1:]
+    for word in args:
+        if word.startswith("runs/") and args[0] != "train" and not Path(word).exists():
+            shutil.copytree(finished, word)
+    if args[0] == "train":
+        given = {**FEW, **({"tokenizer.vocab_size": 4096} if "tokens" in args else {})}
+        args += [word for name, value in given.items() if f"--{name}" not in args for word in (f"--{name}", str(value))]
+    assert main(args) == 0
+
+
+def run_python(code: str, finished: Path, patch: pytest.MonkeyPatch) -> None:
+    """Run Python, in which trainings are given FEW."""
+    if "load_config" not in code:
+        shutil.copytree(finished, "runs/mine")
+    load = pretrain.load_config
+    with patch.context() as only:
+        only.setattr(pretrain, "load_config", lambda *names, **fields: load(*names, **{**FEW, **fields}), raising=False)
+        exec(compile(code, "docs", "exec"), {})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands(page: Path, finished: Path, reader: Path, monkeypatch):
+    for block in filter(lambda block: block.tested, blocks(page)):
+        try:
+            if block.language == "python":
+                run_python("\n".join(block.lines), finished, monkeypatch)
+            elif block.decision == "run in a shell":
+                home = {"HOME": str(reader), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+                subprocess.run(["bash", "-ec", "\n".join(block.lines)], env={**os.environ, **home}, check=True)
+            else:
+                for line in block.commands:
+                    for words in simple_commands(line):
+                        if block.decision == "run" and words[0] == "pretrain":
+                            run(words, finished)
+                        else:
+                            check(words, monkeypatch)
+        except BaseException as error:
+            error.add_note(f"at {block.place}")
+            raise
+
+
+def test_every_block_has_a_decision():
+    decision = r"run|run in a shell|parse, \w.+"
+    missing = [
+        block.place
+        for page in PAGES
+        for block in blocks(page)
+        if block.tested and not re.fullmatch(decision, block.decision)
+    ]
+    assert not missing, f"no <!-- test: run --> or <!-- test: parse, WHY --> before {', '.join(missing)}"
+
+
+def test_names_in_the_text():
+    """Commands, options and fields of the configuration that are named between backticks exist."""
+    known = places()
+    options = {path: {name for option in place.options for name in option.names} for path, place in known.items()}
+    hidden = {"--help", "--version", "--max-restarts", "--extra-index-url", "--index-url"}
+    every = set().union(*options.values()) | hidden
+    sections = {section.name: {f.name for f in fields(section.default_factory)} for section in fields(Config)}  # type: ignore[arg-type]
+    wrong = []
+    for page in PAGES:
+        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for span in re.findall(r"`([^`\n]+)`", text):
+            words = span.split()
+            if words[0] == "pretrain" and len(words) > 1 and re.match(r"[a-z]", words[1]):
+                path = words[1] if f"{words[1]} {words[2] if len(words) > 2 else ''}" not in known else " ".join(words[1:3])
+                given = {word.partition("=")[0] for word in words if word.startswith("--")}
+                if path not in known or given - options[path] - hidden:
+                    wrong.append(f"{page.name}: {span}")
+            elif words[0].startswith("--") and words[0].partition("=")[0] not in every:
+                wrong.append(f"{page.name}: {span}")
+            field = re.fullmatch(r"(\w+)\.(\w+)", span)
+            files = {"bin", "tmp", "py", "toml", "json"}
+            if field and field[1] in sections and field[2] not in sections[field[1]] | files:
+                wrong.append(f"{page.name}: {span}")
+    assert not wrong
+
+
+def test_links_lead_somewhere():
+    broken = []
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
+            if not re.match(r"\w+:", target) and not (page.parent / target).exists():
+                broken.append(f"{page.name}: {target}")
+    assert not broken
+
+
+def test_languages_link_to_each_other():
+    readmes = [page for page in PAGES if page.name.startswith("README")]
+    assert len(readmes) == 4
+    for page in readmes:
+        top = page.read_text(encoding="utf-8")[:400]
+        assert all(f"({other.name})" in top for other in readmes if other != page)
+
+
+def test_the_same_commands_in_every_language():
+    """A translation shows commands of README.md, no others."""
+    first, *others = sorted((page for page in PAGES if page.name.startswith("README")), key=lambda page: len(page.name))
+    bare = {line.split("#")[0].strip() for block in blocks(first) for line in block.commands}
+    for page in others:
+        shown = {line.split("#")[0].strip() for block in blocks(page) for line in block.commands}
+        assert shown <= bare, page.name
+
+
+@pytest.mark.skipif(not find_spec("mkdocs") or not find_spec("mkdocstrings"), reason="needs pretrain[docs]")
+def test_the_site_is_built_without_a_warning(tmp_path: Path):
+    site = tmp_path / "site"
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(site)]
+    made = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert (made.returncode, made.stdout + made.stderr) == (0, "")
+    for page in site.glob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        assert not re.search(r"""<(script|img|link)[^>]+(src|href)=["']?(https?:)?//""", text), "it loads from elsewhere"
+        assert not re.search(r":(func|class|meth|data):", text), "a role of Sphinx is not shown as one"
