@@ -122,7 +122,7 @@ def check_pretrain(args: list[str], patch: pytest.MonkeyPatch) -> None:
 
     with patch.context() as only:
         only.setattr(tyro, "cli", stop)
-        with pytest.raises(Parsed):
+        with pytest.raises(Parsed):  # noqa: PT012 - so that a refusal fails, and not the missing exception
             main([PLACEHOLDERS.get(word, word) for word in args])
             pytest.fail("it is refused", pytrace=False)
 
@@ -150,7 +150,10 @@ def finished(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run, for the commands that look at one."""
     out = tmp_path_factory.mktemp("docs") / "run"
     options = {**TINY, "data.paths": str(text_file)}
-    assert main(["train", "--out", str(out), *[word for name, v in options.items() for word in (f"--{name}", str(v))]]) == 0
+    assert (
+        main(["train", "--out", str(out), *[word for name, v in options.items() for word in (f"--{name}", str(v))]])
+        == 0
+    )
     return out
 
 
@@ -234,7 +237,11 @@ def test_names_in_the_text():
         for span in re.findall(r"`([^`\n]+)`", text):
             words = span.split()
             if words[0] == "pretrain" and len(words) > 1 and re.match(r"[a-z]", words[1]):
-                path = words[1] if f"{words[1]} {words[2] if len(words) > 2 else ''}" not in known else " ".join(words[1:3])
+                path = (
+                    words[1]
+                    if f"{words[1]} {words[2] if len(words) > 2 else ''}" not in known
+                    else " ".join(words[1:3])
+                )
                 given = {word.partition("=")[0] for word in words if word.startswith("--")}
                 if path not in known or given - options[path] - hidden:
                     wrong.append(f"{page.name}: {span}")
@@ -248,11 +255,16 @@ def test_names_in_the_text():
 
 
 def test_links_lead_somewhere():
-    broken = []
-    for page in PAGES:
-        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
-            if not re.match(r"\w+:", target) and not (page.parent / target).exists():
-                broken.append(f"{page.name}: {target}")
+    links = [
+        (page, target)
+        for page in PAGES
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
+    ]
+    broken = [
+        f"{page.name}: {target}"
+        for page, target in links
+        if not re.match(r"\w+:", target) and not (page.parent / target).exists()
+    ]
     assert not broken
 
 
@@ -283,5 +295,7 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path):
     assert (made.returncode, made.stdout + made.stderr) == (0, "")
     for page in site.glob("*.html"):
         text = page.read_text(encoding="utf-8")
-        assert not re.search(r"""<(script|img|link)[^>]+(src|href)=["']?(https?:)?//""", text), "it loads from elsewhere"
+        assert not re.search(r"""<(script|img|link)[^>]+(src|href)=["']?(https?:)?//""", text), (
+            "it loads from elsewhere"
+        )
         assert not re.search(r":(func|class|meth|data):", text), "a role of Sphinx is not shown as one"

@@ -138,6 +138,22 @@ def test_a_stream_is_measured_on_what_it_holds_out(tmp_path: Path):
         measure(str(run.folder), What(split="train"))
 
 
+def test_what_cannot_be_measured_is_said_first(tmp_path: Path, text_file: Path, capsys):
+    run = str(train_on(tmp_path / "run", str(text_file)).folder)
+    capsys.readouterr()
+    nowhere, hf = str(tmp_path / "nowhere"), f"hf:{tmp_path}"
+    for places, more, said in (
+        ([run, nowhere], [], f"{nowhere} does not exist"),
+        ([run, hf], [], f"{hf} has no text of its own"),
+        ([run, hf], ["--data", str(text_file)], f"{hf}: no model there"),
+    ):
+        assert main(["eval", *places, "--json", *more]) in (1, 2)
+        out, error = capsys.readouterr()
+        assert out == ""
+        assert said in error
+        assert error.count("\n") == 1
+
+
 def test_core_needs_no_data_of_the_run(two_folders: list[str], tmp_path: Path):
     run = train_on(tmp_path / "run", two_folders[0])
     Path(two_folders[0]).rename(tmp_path / "moved")

@@ -21,7 +21,8 @@ Command = Callable[[list[str]], int]
 
 def listing(commands: dict[str, Command]) -> str:
     """The commands of a table, a line each, with the first line of their docstrings."""
-    return "\n".join(f"  {name:<10}{(command.__doc__ or '').strip()}" for name, command in commands.items())
+    width = max(map(len, commands)) + 2
+    return "\n".join(f"  {name:<{width}}{(command.__doc__ or '').strip()}" for name, command in commands.items())
 
 
 def dispatch(args: list[str], commands: dict[str, Command], program: str) -> int:

@@ -26,6 +26,14 @@ PREFIX = "hf:"
 """What marks the directory of a transformers model where a run directory may stand."""
 
 
+def check_folder(place: str) -> Path:
+    """The directory of ``hf:DIR``. A CheckpointError when there is no model in it."""
+    folder = Path(place.removeprefix(PREFIX)).expanduser()
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{place}: no model there (no config.json); give hf: and a directory that has one")
+    return folder
+
+
 def read_as_ours(place: str) -> tuple[GPT, Tokenizer] | None:
     """The model of ``hf:DIR`` as one of ours, fp32 on the CPU, and its tokenizer; None where it must be transformers'.
 
@@ -33,9 +41,7 @@ def read_as_ours(place: str) -> tuple[GPT, Tokenizer] | None:
         CheckpointError: there is no model.
         PretrainError: an export of ours is damaged, which transformers could not read either.
     """
-    folder = Path(place.removeprefix(PREFIX)).expanduser()
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{place}: no model there (no config.json); give hf: and a directory that has one")
+    folder = check_folder(place)
     try:
         model, tokenizer = load_hf(folder), Tokenizer.load(folder / "tokenizer.json")
         if tokenizer.vocab_size > model.vocab_size:

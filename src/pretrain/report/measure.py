@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from pretrain.device import choose_device, choose_precision, keep_freed_memory
 from pretrain.errors import DataError, UsageError
 from pretrain.evaluation import CoreResult, GPTScorer, LossResult, Scorer, Task, evaluate_core, evaluate_loss
-from pretrain.evaluation.huggingface import PREFIX, HFScorer, read_as_ours
+from pretrain.evaluation.huggingface import PREFIX, HFScorer, check_folder, read_as_ours
 from pretrain.files import sha256_of
 from pretrain.text import read_documents
 from pretrain.tokenizer import Tokenizer
@@ -70,6 +70,17 @@ class Measured:
     """The same numbers of each data set, where the run has several."""
 
 
+def check_places(places: Sequence[str], what: What) -> None:
+    """A PretrainError if there is no run or model at one of ``places``, or nothing that it can be measured on."""
+    for place in places:
+        if not place.startswith(PREFIX):
+            Run.open(place)
+        elif what.batches or not (what.data or what.core):
+            raise UsageError(f"{place} has no text of its own to measure on; give --data or --core, and no --batches")
+        else:
+            check_folder(place)
+
+
 def measure(place: str, what: What, device_name: str = "auto", say: Callable[[str], None] = lambda _: None) -> Measured:
     """Measure a run directory, or a transformers model as ``hf:DIR``.
 
@@ -85,9 +96,8 @@ def measure(place: str, what: What, device_name: str = "auto", say: Callable[[st
     device = choose_device(device_name)
     if device.type == "cpu":
         keep_freed_memory()
+    check_places([place], what)
     if place.startswith(PREFIX):
-        if what.batches or not (what.data or what.core):
-            raise UsageError(f"{place} has no text of its own to measure on; give --data or --core, and no --batches")
         return _measure_hf(place, what, device, say)
     sources: dict[str, dict[str, float]] = {}
     run = Run.open(place)
