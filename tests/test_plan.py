@@ -338,6 +338,8 @@ def test_a_plan_adds_up(text_file: Path):
     assert (plan.micro_batch, plan.micro_steps) == (4, 2)
     assert plan.step_seconds == pytest.approx(1024 * plan.flops_per_token / (0.1 * 989e12))
     assert plan.utilisation == pytest.approx(0.1)
+    again = tiny_plan(text_file, **{"train.micro_batch": 4, "train.activation_checkpointing": True})
+    assert again.step_seconds == pytest.approx(4 / 3 * plan.step_seconds)
     # 6 validations before the last, which all take the whole of the held-out text, forward only
     validated = 7 * plan.data.val_tokens * plan.step_seconds / 1024 / 3
     assert plan.seconds == pytest.approx(1000 * plan.step_seconds + validated)
@@ -406,7 +408,9 @@ def test_a_sound_plan_has_no_warnings(tmp_path: Path):
 
 
 def test_a_recipe_without_its_text_is_told_once():
-    config = load_config("nanochat-d20", **{"model.depth": 2, "train.tokens_per_parameter": 200.0})
+    config = load_config(
+        "nanochat-d20", **{"model.depth": 2, "train.micro_batch": 2, "train.tokens_per_parameter": 200.0}
+    )
     warnings = make_plan(config, gpu="h100", measure=False).warnings
     assert warnings[0].startswith("No text is given; of the embedded corpus this would be ")
     assert not any("vocabulary" in warning.lower() for warning in warnings)
@@ -440,6 +444,12 @@ def test_the_command(capsys, text_file: Path):
     ):
         assert main(["plan", *given, *wrong]) in (1, 2)
         assert expected in capsys.readouterr().err
+
+
+def test_the_published_rates_are_in_the_docs():
+    text = (Path(__file__).parents[1] / "docs" / "plan.md").read_text(encoding="utf-8")
+    for name, gpu in GPUS.items():
+        assert f"| `{name}` | {gpu.title} | {gpu.tflops:g} | {gpu.memory_gb} | {gpu.link_gb:g} |" in text
 
 
 def test_numbers_for_people():

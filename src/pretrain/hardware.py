@@ -91,15 +91,20 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 def matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
     """Operations per second of the best of some products of two square matrices, measured for about ``seconds``."""
-    size = 4096 if device.type == "cuda" else 1024
-    a = torch.full((size, size), 0.01, dtype=dtype, device=device)
-    best, end = float("inf"), time.perf_counter() + seconds
-    while best == float("inf") or time.perf_counter() < end:
-        begin = time.perf_counter()
-        torch.mm(a, a)
-        _synchronize(device)
-        best = min(best, time.perf_counter() - begin)
-    return 2 * size**3 / best
+    largest, size, best = 4096 if device.type == "cuda" else 1024, 256, 0.0
+    end = time.perf_counter() + seconds
+    while not best or time.perf_counter() < end:
+        a = torch.full((size, size), 0.01, dtype=dtype, device=device)
+        took = 0.0
+        for _ in range(3):
+            begin = time.perf_counter()
+            torch.mm(a, a)
+            _synchronize(device)
+            took = time.perf_counter() - begin
+            best = max(best, 2 * size**3 / took)
+        if took < seconds / 50:  # larger products come closer to the peak, where there is time for them
+            size = min(largest, 2 * size)
+    return best
 
 
 def _synchronize(device: torch.device) -> None:

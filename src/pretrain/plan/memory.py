@@ -93,8 +93,7 @@ def rehearse(config: Config, vocab_size: int, rows: int, micro_steps: int, dtype
         model.activation_dtype = dtype
         weights = holding.live
         if config.train.activation_checkpointing:
-            for block in model.blocks:
-                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            recompute_blocks(model)
         optimizers = build_optimizers(model, config.optim, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -138,6 +137,12 @@ def _as_on(device: str) -> Iterator[None]:
         yield
     finally:
         attention.PLAIN_LIMIT, CHUNK_ELEMENTS["cpu"] = limit, chunk
+
+
+def recompute_blocks(model: GPT) -> None:
+    """Let each block compute its activations again in the backward pass, as training does."""
+    for block in model.blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def _update(model: GPT, optimizers: list[torch.optim.Optimizer]) -> None:

@@ -201,7 +201,8 @@ def make_plan(
     if isinstance(speed, str):
         share = utilisation or assumed_utilisation(config.model, gpu_like)
         how = f"assumed {share:.0%} of the peak" + (f" ({speed})" if measure and hardware.here else "")
-        speed = assume_speed(flops, rows * config.model.context_length, share * peak)
+        again = config.train.activation_checkpointing
+        speed = assume_speed(flops, rows * config.model.context_length, share * peak, again)
     else:
         how = "measured here"
     sent = traffic(config, data.vocab_size, where, micro_steps, hardware.dtype)

@@ -13,6 +13,7 @@ from pretrain.config import Config, ModelConfig
 from pretrain.device import Precision, free_memory, keep_freed_memory
 from pretrain.model import GPT
 from pretrain.optim import build_optimizers
+from pretrain.plan.memory import recompute_blocks
 
 SECONDS = 5.0
 """How long a measurement takes."""
@@ -48,10 +49,14 @@ def assumed_utilisation(model: ModelConfig, gpu: bool) -> float:
     return 0.4 if model.width >= 768 else 0.25 if model.width >= 384 else 0.1
 
 
-def assume_speed(flops_per_token: int, tokens: int, flops_per_second: float) -> Speed:
-    """The speed of a micro-batch of ``tokens`` at so many operations a second, with nothing for the update."""
+def assume_speed(flops_per_token: int, tokens: int, flops_per_second: float, recomputed: bool = False) -> Speed:
+    """The speed of a micro-batch of ``tokens`` at so many operations a second, with nothing for the update.
+
+    ``recomputed`` says that the backward pass computes the forward pass again.
+    """
     seconds = flops_per_token / flops_per_second
-    return Speed(tokens * seconds, 0.0, seconds * EVALUATION_SHARE)
+    again = 1 + EVALUATION_SHARE if recomputed else 1
+    return Speed(tokens * seconds * again, 0.0, seconds * EVALUATION_SHARE)
 
 
 def measure_speed(
@@ -79,6 +84,8 @@ def measure_speed(
         model.tie_head()
         model.init_weights(torch.Generator(device).manual_seed(0))
         model.activation_dtype = precision.dtype
+        if config.train.activation_checkpointing:
+            recompute_blocks(model)
         if config.train.compile == "on" or (config.train.compile == "auto" and device.type == "cuda"):
             model.compile(dynamic=False)
         muon_dtype = torch.bfloat16 if precision.name == "bf16" else torch.float32

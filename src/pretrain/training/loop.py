@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from pretrain.config import Config, differences
 from pretrain.device import Precision, choose_device, choose_precision, free_memory, keep_freed_memory
@@ -34,6 +35,7 @@ from pretrain.errors import (
     DeviceMemoryError,
     Interrupted,
     PeerError,
+    PretrainError,
     TrainingError,
     UsageError,
 )
@@ -87,7 +89,7 @@ from pretrain.training.random_state import library_random_state, set_library_ran
 from pretrain.training.run import Run, lock_run
 from pretrain.training.signals import Stopped, StopRequest
 from pretrain.training.watch import Watch
-from pretrain.training.world import World, join_world
+from pretrain.training.world import SILENT_SECONDS, World, join_world
 
 T = TypeVar("T")
 
@@ -390,10 +392,9 @@ class Trainer:
             except Stopped:
                 raise self.leave() from None
             except (dist.DistError, RuntimeError) as error:
-                if self.world.size > 1 and (behind := self.world.behind()):
-                    reason = str(error).splitlines()[0][:200]
-                    raise TrainingError(f"waiting for other processes failed: {behind} ({reason})") from error
-                raise
+                if self.world.size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                    raise
+                raise self.lost(error) from error
             finally:
                 if self.loggers is not None:
                     self.loggers.close(LOGGERS_SECONDS if self.stop.requested else CLOSE_SECONDS)
@@ -462,6 +463,17 @@ class Trainer:
         if not last and (self.device.type == "cpu" or self.done % self.metrics.every == 0):
             self.check_stop()
 
+    def lost(self, error: Exception) -> PretrainError:
+        """What to leave with when other processes did not answer: which they are, said by one process."""
+        deadline = time.monotonic() + SILENT_SECONDS + 2
+        while not (behind := self.world.behind()) and time.monotonic() < deadline:
+            time.sleep(0.5)  # one that has just died is missed only after a while
+        if not self.world.speaks(behind):
+            return PeerError(1)
+        names = "; ".join(behind.values()) or "it is not known which"
+        reason = str(error).splitlines()[0][:200]
+        return TrainingError(f"waiting for other processes failed: {names} ({reason})")
+
     def check_stop(self) -> None:
         """Raise Stopped, in all processes at once, if one of them was asked to stop."""
         if self.world.any(self.stop.requested):
@@ -469,7 +481,7 @@ class Trainer:
 
     def hang(self, text: str) -> None:
         """Tell that nothing moves any more, and which processes are behind."""
-        behind = self.world.behind()
+        behind = "; ".join(self.world.behind().values())
         self.tell("hang", f"{text}; {behind}" if behind else text)
 
     def leave(self) -> Interrupted | PeerError:
@@ -714,6 +726,8 @@ class Trainer:
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Bring weights, moments and random states back to those of a checkpoint of any number of processes."""
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # after an evaluation it still has the weights of then, gathered
         tensors, state = self.tensors(), checkpoint.state
         if self.world.rank >= state["world"]:  # a process that was not there has no random state to go on with
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("random.")}

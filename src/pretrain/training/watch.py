@@ -59,8 +59,7 @@ class Watch:
 
     def __exit__(self, *_: object) -> None:
         self._end.set()
-        self._thread.join()
-        self._write()
+        self._thread.join(5)  # longer only if the store of the processes does not answer
 
     def beat(self, step: int, phase: str, seconds: float | None = None) -> None:
         """Something moved: ``step`` steps are done and ``phase`` begins; the last step took ``seconds``."""
@@ -83,6 +82,7 @@ class Watch:
             if self.config.hang_seconds and silent > self.limit and not self._told:
                 self._told = True
                 self._tell(silent)
+        self._write()
 
     def _tell(self, silent: float) -> None:
         text = f"no sign of life for {silent:.0f} s while {self.phase} after step {self.step}"

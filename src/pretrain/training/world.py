@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from pretrain.config import ParallelConfig
 from pretrain.device import choose_device
-from pretrain.errors import PeerError, PretrainError, UsageError
+from pretrain.errors import Interrupted, PeerError, PretrainError, UsageError
 
 T = TypeVar("T")
 
@@ -107,6 +108,7 @@ class World:
             result = work()
         except BaseException as error:
             code = error.exit_code if isinstance(error, PretrainError) else 1
+            code = Interrupted.exit_code if isinstance(error, KeyboardInterrupt) else code
             self.share((None, code))
             raise
         return self.share((result, 0))[0]
@@ -115,6 +117,8 @@ class World:
         """A UsageError that names the ranks and the fact, unless all processes have the same facts."""
         everybody = self.gather(facts)
         for name, value in everybody[0].items():
+            if not self.first and any(theirs != everybody[0] for theirs in everybody):
+                raise PeerError(UsageError.exit_code)  # rank 0 says it
             if different := [rank for rank, theirs in enumerate(everybody) if theirs[name] != value]:
                 ranks = ", ".join(map(str, different))
                 raise UsageError(
@@ -134,12 +138,25 @@ class World:
         if self.store is not None:
             self.store.set(f"life/{self.rank}", json.dumps(beat))
 
-    def behind(self) -> str:
-        """Which processes are silent or behind the others, in words; empty if none is known to be."""
+    def speaks(self, behind: dict[int, str]) -> bool:
+        """Whether this process speaks for all: the first of those that are not ``behind``."""
+        return self.rank == next((rank for rank in range(self.size) if rank not in behind), 0)
+
+    def behind(self) -> dict[int, str]:
+        """Which processes are silent or behind the others, by rank, in words; empty if none is known to be."""
+        found: list[dict[int, str]] = []
+        # In a thread, since a machine that is cut off from the store would wait for it without end.
+        asking = threading.Thread(target=lambda: found.append(self._behind()), daemon=True)
+        asking.start()
+        asking.join(SILENT_SECONDS)
+        cut_off = {rank: "this machine cannot reach the others" for rank in range(self.size) if rank != self.rank}
+        return found[0] if found else dict(list(cut_off.items())[:1])
+
+    def _behind(self) -> dict[int, str]:
         if self.store is None:
-            return ""
+            return {}
         beats: list[dict[str, Any]] = []
-        silent = []
+        silent: dict[int, str] = {}
         for rank in range(self.size):
             key = f"life/{rank}"
             beat = json.loads(self.store.get(key)) if self.store.check([key]) else {}
@@ -150,8 +167,8 @@ class World:
             if age > SILENT_SECONDS or beat["beats"] < furthest:
                 where = f" on {beat['host']}, process {beat['pid']}" if "host" in beat else ""
                 heard = f"silent for {age:.0f} s, " if age > SILENT_SECONDS and beat["time"] else ""
-                silent.append(f"rank {rank}{where} ({heard}last seen {beat['phase']} after step {beat['step']})")
-        return "; ".join(silent)
+                silent[rank] = f"rank {rank}{where} ({heard}last seen {beat['phase']} after step {beat['step']})"
+        return silent
 
 
 @contextmanager
@@ -203,5 +220,8 @@ def join_world(device: str, config: ParallelConfig) -> Iterator[World]:
             {"step": 0, "phase": "starting", "time": time.time(), "host": platform.node(), "pid": os.getpid()}
         )
         yield world
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        if backend == "nccl":  # to leave in order would wait for processes that may never answer
+            dist.distributed_c10d._abort_process_group()
+        raise
+    dist.destroy_process_group()
