@@ -1,5 +1,6 @@
 """The page in a real browser: what a person sees."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,9 @@ def test_dark_and_back(run: Run, tmp_path: Path, browser: Browser):
     browser.shoot(tmp_path / "dark.png")
     browser.prefer("light")
     browser.until("return getComputedStyle(document.body).backgroundColor === 'rgb(255, 255, 255)'")
+    deadline = time.monotonic() + 20  # the plot is drawn anew a moment later
+    while "#0b62b0" not in browser.colors("loss") and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert "#0b62b0" in browser.colors("loss")
 
 

@@ -26,7 +26,7 @@ from pretrain.plan.warn import warnings
 
 CPU_HEAP, GPU_CACHE = 0.4, 0.1
 """What an allocator holds beyond the tensors alive, as a share of all but weights and moments. On a CPU 0.19 to 0.53
-was measured (docs/plan.md); on a GPU it is an assumption."""
+was measured in five runs; on a GPU it is an assumption."""
 
 PROCESS_BYTES, CUDA_BYTES = 480_000_000, 600_000_000
 """What Python with torch, and the driver on a GPU, take before any tensor."""
@@ -193,7 +193,9 @@ def make_plan(
         rows //= 2  # as training does when memory runs out
 
     gpu_like = hardware.device != "cpu"
-    peak = hardware.gpu.tflops * 1e12 if hardware.gpu else peak_flops(_device(hardware), hardware.dtype)
+    peak = (
+        hardware.gpu.tflops * 1e12 if hardware.gpu else peak_flops(hardware.here or torch.device("cpu"), hardware.dtype)
+    )
     speed: Speed | str = "not measured"
     if measure and hardware.here and gpus == 1:
         precision = choose_precision(hardware.precision, hardware.here)
@@ -250,8 +252,3 @@ def with_surroundings(parts: dict[str, int], hardware: Hardware, state: int) -> 
         )
     memory = {**parts, "allocator": round(CPU_HEAP * churned), "process": PROCESS_BYTES, **saving}
     return memory, {}
-
-
-def _device(hardware: Hardware) -> torch.device:
-    assert hardware.here is not None
-    return hardware.here

@@ -765,6 +765,7 @@ class Trainer:
 
         def committed() -> None:
             self.saved = step
+            self.console.saved(step)
             for callback in self.callbacks:
                 callback.on_checkpoint(self.run.checkpoints / f"step-{step:08d}")
             if self.world.first:
