@@ -7,8 +7,9 @@
 
 Rivals take part where they can be imported: litdata, torchdata, tiktoken, gigatoken. Without ``--text`` the text is
 the embedded corpus, its lines shuffled anew until there are ``--megabytes``; real text has more different words, which
-costs encoders with a cache of words the most. Contenders run in processes of their own, in turn, ``--rounds`` times;
-the best is shown. Memory is the most that the process and its children held together (on Linux: proportional shares).
+costs encoders with a cache of words the most. Contenders run in processes of their own, ``--rounds`` times; the best is
+shown. Memory is the most that the process and its children held together (on Linux: proportional shares), in a run of
+its own.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ FILES = 8
 """Shards of the same tokens in the row of several shards."""
 SECONDS = 1.0
 """How long batches are drawn in a round."""
-LINES = 25
+LINES = 5
 """Lines of the embedded corpus in a document: about 4 kB."""
 
 GPT2_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -252,9 +253,9 @@ def compare_encode(file: Path, rounds: int) -> None:
     size = sum(len(json.loads(line)["text"].encode()) for line in file.open(encoding="utf-8"))
     print(f"\nencoding {size / 1e6:.0f} MB with GPT-2's vocabulary, {os.cpu_count()} cores, best of {rounds}")
     for name in encoders():
+        memory = worker("encode", name, str(file), watched=True)["peak"]
         results = [worker("encode", name, str(file)) for _ in range(rounds)]
         best = min(result["seconds"] for result in results)
-        memory = max(result["peak"] for result in results)
         print(
             f"{name:<30}{size / best / 1e6:7.1f} MB/s   {int(results[0]['tokens']):,} tokens   {memory / 1e6:6.0f} MB",
             flush=True,
@@ -300,7 +301,7 @@ def compare_prepare(file: Path, folder: Path, rounds: int) -> None:
     for name in encoders():
         kind, _, which = name.partition(", ")
         best, memory = float("inf"), 0.0
-        for _ in range(rounds):
+        for number in range(rounds + 1):
             out = folder / "out"
             shutil.rmtree(out, ignore_errors=True)
             if kind == "pretrain":
@@ -311,7 +312,7 @@ def compare_prepare(file: Path, folder: Path, rounds: int) -> None:
                 out.mkdir()
                 command = [sys.executable, __file__, "worker", "prepare", name, str(file), str(out / "train.bin")]
                 hidden = []
-            _, seconds, peak = run(command, without(folder / "hidden", hidden))
+            _, seconds, peak = run(command, without(folder / "hidden", hidden), watched=number == 0)
             best, memory = min(best, seconds), max(memory, peak)
         tokens = sum(each.stat().st_size for each in (folder / "out").glob("*.bin")) // 2
         print(f"{name:<30}{size / best / 1e6:7.1f} MB/s   {tokens:,} tokens   {memory / 1e6:6.0f} MB", flush=True)
@@ -327,8 +328,13 @@ def without(folder: Path, packages: list[str]) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
 
-def run(command: list[str], environment: dict[str, str] | None = None) -> tuple[str, float, float]:
-    """Run a command: what it printed, its seconds, and the most bytes that it and its children held together."""
+def run(
+    command: list[str], environment: dict[str, str] | None = None, watched: bool = False
+) -> tuple[str, float, float]:
+    """Run a command: what it printed, its seconds, and, ``watched``, the most bytes that it and its children held.
+
+    Watching slows it: the system counts the pages of a process while that waits.
+    """
     begin = time.perf_counter()
     with tempfile.TemporaryFile("w+") as complaint:
         process = subprocess.Popen(
@@ -338,7 +344,7 @@ def run(command: list[str], environment: dict[str, str] | None = None) -> tuple[
 
         def watch() -> None:
             nonlocal peak
-            while not over.wait(0.02):
+            while watched and not over.wait(0.05):
                 peak = max(peak, session_memory(process.pid))
 
         watcher = threading.Thread(target=watch)
@@ -367,9 +373,9 @@ def session_memory(leader: int) -> int:
     return total
 
 
-def worker(*args: str) -> dict[str, float]:
-    """Run one measurement in a process of its own; also its ``peak`` of memory."""
-    printed, _, peak = run([sys.executable, __file__, "worker", *args])
+def worker(*args: str, watched: bool = False) -> dict[str, float]:
+    """Run one measurement in a process of its own; also its ``peak`` of memory, if ``watched``."""
+    printed, _, peak = run([sys.executable, __file__, "worker", *args], watched=watched)
     return {**json.loads(printed.splitlines()[-1]), "peak": peak}
 
 

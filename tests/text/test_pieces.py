@@ -251,17 +251,31 @@ def test_a_long_text_comes_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert [document.continues for document in given] == [False] + [True] * (len(given) - 1)
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_long_row_comes_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str):
+    texts = ["short", *TEXTS.values(), "short too"]
+    name = tmp_path / f"a.{kind}"
+    file = lines_file(name, [{"text": text} for text in texts]) if kind == "jsonl" else rows_file(name, texts)
+    monkeypatch.setattr(formats, "PART_CHARACTERS", 50)
+    monkeypatch.setattr(formats, "CUT_WINDOW", 20)
+    given = list(read_documents([str(file)]))
+    begins = [i for i, document in enumerate(given) if not document.continues]
+    joined = ["".join(each.text for each in given[i:j]) for i, j in pairwise([*begins, len(given)])]
+    assert joined == texts
+    assert all(0 < len(document.text) <= 70 for document in given)
+
+
 PEAK = """
 import sys, tracemalloc
 from pretrain.text import find_pieces, read_piece
-(piece,) = find_pieces([sys.argv[1]])
+pieces = find_pieces([sys.argv[1]])
 tracemalloc.start()
-print(sum(len(document.text) for document in read_piece(piece)), tracemalloc.get_traced_memory()[1])
+print(sum(len(document.text) for piece in pieces for document in read_piece(piece)), tracemalloc.get_traced_memory()[1])
 """
 
 
 def peak(file: Path) -> tuple[int, int]:
-    """Read a file of one piece in a process of its own; give its characters and the most bytes of Python's held."""
+    """Read a file in a process of its own; give its characters and the most bytes of Python's held."""
     answer = subprocess.run([sys.executable, "-c", PEAK, file], capture_output=True, text=True, check=True)
     characters, most = answer.stdout.split()
     return int(characters), int(most)

@@ -163,11 +163,26 @@ def _parts(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
         length += len(text)
         while length > PART_CHARACTERS + CUT_WINDOW:
             whole = "".join(held)
-            good = _GOOD_CUT.search(whole, PART_CHARACTERS, PART_CHARACTERS + CUT_WINDOW)
-            cut = good.start() if good else PART_CHARACTERS
+            cut = _part_end(whole, 0)
             yield whole[:cut], False
             held, length = [whole[cut:]], length - cut
     yield "".join(held), True
+
+
+def _part_end(text: str, start: int) -> int:
+    """Where to end a part of a long text that begins at ``start``."""
+    window = start + PART_CHARACTERS, start + PART_CHARACTERS + CUT_WINDOW
+    return good.start() if (good := _GOOD_CUT.search(text, *window)) else window[0]
+
+
+def _documents(text: str, file: str) -> Iterator[Document]:
+    """Give the text of a row: one document, in parts if it is long."""
+    start = 0
+    while len(text) - start > PART_CHARACTERS + CUT_WINDOW:
+        end = _part_end(text, start)
+        yield Document(text[start:end], file, start > 0)
+        start = end
+    yield Document(text[start:], file, start > 0)
 
 
 # JSON lines -----------------------------------------------------------------------------------------------------------
@@ -176,7 +191,7 @@ def _parts(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
 def read_lines(
     file: str, field: str, begin: int, end: int, problems: Counter[str], buffer: int = 0
 ) -> Iterator[Document]:
-    """Give one document a line, from the lines that start after ``begin`` and not after ``end``.
+    """Give one document a line (a long one in parts), from the lines that start after ``begin``, not after ``end``.
 
     The line at offset 0 counts as after ``begin`` 0, and ``end`` 0 is the end of the file. Blank lines are nothing.
     ``buffer``: bytes to read at once, if not as usual. Raises DataError if the first line of the file is not a JSON
@@ -197,10 +212,13 @@ def read_lines(
                 position += len(line)
             if line.isspace():
                 continue
-            text = _text_of_line(line, file, field, problems, at_start)
-            at_start = False
+            seen: set[str] = set()
+            decoded, _ = _utf8(line, True, seen)
+            line = b""  # a long one takes room that is needed next
+            text = _text_of_line(decoded, bool(seen), file, field, problems, at_start)
+            decoded, at_start = "", False
             if text is not None:
-                yield Document(text, file)
+                yield from _documents(text, file)
 
 
 def _after_line(stream: BinaryIO, position: int) -> int:
@@ -213,11 +231,10 @@ def _after_line(stream: BinaryIO, position: int) -> int:
     return position
 
 
-def _text_of_line(line: bytes, file: str, field: str, problems: Counter[str], is_first: bool) -> str | None:
-    seen: set[str] = set()
-    decoded, _ = _utf8(line, True, seen)
+def _text_of_line(line: str, mended: bool, file: str, field: str, problems: Counter[str], is_first: bool) -> str | None:
+    """Give the text in a line, None if there is none; ``mended``: U+FFFD stands for what was not UTF-8 in it."""
     try:
-        row = _JSON.decode(decoded)
+        row = _JSON.decode(line)
     except (ValueError, RecursionError):
         row = None
     if not isinstance(row, dict):
@@ -232,11 +249,11 @@ def _text_of_line(line: bytes, file: str, field: str, problems: Counter[str], is
         return None
     text = row[field]
     if isinstance(text, str):
-        if not text.isascii() and ("\\ud" in decoded or "\\uD" in decoded):
+        if not text.isascii() and ("\\ud" in line or "\\uD" in line):
             text, halves = _SURROGATE.subn("\ufffd", text)
             if halves:
                 problems["lone surrogate"] += 1
-        if seen and "\ufffd" in text:
+        if mended and "\ufffd" in text:
             problems["invalid UTF-8"] += 1
     return _checked(text, problems)
 
@@ -284,7 +301,10 @@ def row_group_sizes(file: str, field: str) -> list[int]:
 
 
 def read_rows(file: str, field: str, begin: int, end: int, problems: Counter[str]) -> Iterator[Document]:
-    """Give one document a row, from the row groups ``begin`` to before ``end``; a batch of rows is held at a time."""
+    """Give one document a row (a long one in parts), from the row groups ``begin`` to before ``end``.
+
+    A batch of rows is held at a time.
+    """
     with one_line(file), _parquet(file) as parquet:
         size = sum(_column_sizes(parquet, file, field)[begin:end])
         groups = list(range(begin, end))
@@ -294,7 +314,7 @@ def read_rows(file: str, field: str, begin: int, end: int, problems: Counter[str
             for value in _values(batch.column(0)):
                 text = _checked(_from_bytes(value, problems) if isinstance(value, bytes) else value, problems)
                 if text is not None:
-                    yield Document(text, file)
+                    yield from _documents(text, file)
 
 
 def _column_sizes(parquet: Any, file: str, field: str) -> list[int]:

@@ -23,7 +23,7 @@ from pretrain.text.sources import SourceFile, find_files
 
 EMBEDDED = "embedded:"
 
-RANGE_BYTES = 64 * 1024 * 1024  # of a plain file make a piece
+RANGE_BYTES = 8 * 1024 * 1024  # of a plain file make a piece
 ROW_GROUPS_BYTES = 16 * 1024 * 1024  # neighbouring row groups that hold less, together, are one piece
 PROBES = 16  # files looked at side by side, mostly waiting for a server
 

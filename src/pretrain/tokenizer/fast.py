@@ -293,12 +293,10 @@ def _rank(model: dict[str, Any], alphabet: dict[str, int]) -> list[str]:
 
 def _prove(encoder: FastEncoder, hf: tokenizers.Tokenizer) -> None:
     """Raise Unsuitable unless the encoder gives the ids of ``tokenizers`` for all tokens and the worst texts."""
-    from pretrain.tokenizer.tokenizer import byte_alphabet
+    from pretrain.tokenizer.tokenizer import bytes_of_token
 
-    byte_of = {character: byte for byte, character in enumerate(byte_alphabet())}
-    tokens = [token for token in hf.get_vocab() if all(character in byte_of for character in token)]
-    words = [bytes(byte_of[character] for character in token).decode("utf-8", errors="ignore") for token in tokens]
-    words.sort()  # the library gives its vocabulary in another order each time
+    # Sorted, as the library gives its vocabulary in another order each time.
+    words = sorted((bytes_of_token(token) or b"").decode("utf-8", errors="ignore") for token in hf.get_vocab())
     random.Random(0).shuffle(words)
     texts = list(_WORST)
     for start in range(0, len(words), 200):

@@ -29,9 +29,7 @@ BOUNDARY_NAMES = (BOUNDARY, "<|bos|>", "<|begin_of_text|>")
 PIECE_CHARACTERS = 64 * 1024  # a longer document is encoded in pieces of about this, in parallel and in bounded memory
 BATCH_CHARACTERS = 1024 * 1024  # encoded at once; the library's records take about 100 bytes a token meanwhile
 BATCH_PIECES = 4096
-FAST_AFTER = (
-    50  # characters for each token of the vocabulary, after which a faster encoder repays being made and proven
-)
+FAST_AFTER = 50  # characters for each token of the vocabulary, at which a faster encoder repays being made and proven
 
 # Where a text may be cut without changing its tokens: between a letter or digit and a blank or line end. Every
 # pre-tokenizer in use (GPT-2, GPT-4, Llama 3, Qwen) ends a word there and never looks back beyond it.
@@ -100,7 +98,7 @@ class Tokenizer:
                 f"use a byte-level one without normalizer and prefix blank, or --tokenizer.kind bpe"
             )
         self._encoder_name: EncoderName = encoder
-        self._characters = 0  # encoded so far
+        self._characters = 0  # encoded so far, or expected
         if encoder != "auto":
             _ = self._fast_encoder  # a wrong name is an error now, not when there is much to encode
 
@@ -115,12 +113,14 @@ class Tokenizer:
         """
         return next(self.encode_documents([text])).tolist()
 
-    def encode_documents(self, texts: Iterable[str], threads: int = 0) -> Iterator[np.ndarray]:
+    def encode_documents(self, texts: Iterable[str], threads: int = 0, expected: int = 0) -> Iterator[np.ndarray]:
         """Encode texts in batches: one array of ids (of ``dtype``) a text, without boundary tokens.
 
         Takes a megabyte or so of text ahead of what it gives, and no more. ``threads`` 0 is one for each core.
+        ``expected`` says about how many characters will come, for a faster encoder to be made at once if it repays.
         Raises DataError as ``encode`` does.
         """
+        self._characters = max(self._characters, expected)
         if self._char_ids is not None or self._ids_are_bytes:  # a look in a table: far faster than the library
             for text in texts:
                 yield self._encode_characters(text) if self._char_ids is not None else self._encode_bytes(text)
@@ -293,12 +293,21 @@ def byte_level(model: models.BPE, pattern: str = "gpt2") -> tokenizers.Tokenizer
 
 
 _BYTE_OF = {character: byte for byte, character in enumerate(byte_alphabet())}
+# For str.translate: each character of the alphabet to that of its byte, and others of one byte out of the way.
+_TO_BYTES = {**dict.fromkeys(range(256), 0xFFFD), **{ord(character): byte for character, byte in _BYTE_OF.items()}}
+
+
+def bytes_of_token(token: str) -> bytes | None:
+    """Give the bytes that a token of a byte-level vocabulary stands for; None if it is not of that alphabet."""
+    try:
+        return token.translate(_TO_BYTES).encode("latin-1")
+    except UnicodeEncodeError:
+        return None
 
 
 def _from_byte_level(token: str) -> bytes:
-    if all(character in _BYTE_OF for character in token):
-        return bytes(_BYTE_OF[character] for character in token)
-    return token.encode()  # a token from outside the alphabet stands for itself, as in the library's own decoder
+    found = bytes_of_token(token)
+    return token.encode() if found is None else found  # stands for itself, as in the library's own decoder
 
 
 def _layout(spec: dict[str, Any], name: str) -> str:

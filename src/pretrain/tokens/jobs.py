@@ -32,7 +32,7 @@ Report = Callable[[int, int], None]
 
 WORK = "unfinished"
 """The folder of commit records, inside that of the shards; it goes when the manifest is there."""
-JOB_BYTES = 16 * 2**20
+JOB_BYTES = 8 * 2**20
 """Text of a job at least, unless the shards are smaller."""
 JOBS = 32
 """Jobs that the text is cut into, if each is then at least of JOB_BYTES and at most of a shard."""
@@ -190,7 +190,7 @@ def tokenize_job(
 
     try:
         tokens = 0
-        for ids in tokenizer.encode_documents(texts(), threads):
+        for ids in tokenizer.encode_documents(texts(), threads, expected=job.size):
             part, size = ahead.popleft()
             if part.split not in writers:
                 file = f"{part.split}-{job.number:05d}-{len(commits):03d}.bin"

@@ -57,14 +57,16 @@ from pretrain.tokens.progress import Progress
 from pretrain.tokens.shards import MANIFEST, PLAN, Manifest, Shard, utf8_bytes
 from pretrain.tokens.workers import Function, run_here, run_in_processes
 
-PLAN_FORMAT = 1
+PLAN_FORMAT = 2
 TOKENIZER = "tokenizer.json"
 
 SHARD_TOKENS = 100_000_000
 LEARN_BYTES = 200_000_000
 """Text that a bpe is trained on at most, taken evenly from all of it: more changes few merges, and costs memory."""
 
-HELD_CHARACTERS = 4 * JOB_BYTES
+HERE_BYTES = 16 * 2**20
+"""A text up to this is done in this process: others would hardly have started."""
+HELD_CHARACTERS = 4 * HERE_BYTES
 """Of a text that is done in this process."""
 
 
@@ -154,7 +156,8 @@ class _Preparation:
         self.jobs = _jobs(data, pieces, held_out, shard_tokens)
         self.size = _size(self.jobs)
         self.work = Work(str(folder), data.field, data.val_fraction, shard_tokens)
-        self.here = engine == "local" and self.size <= JOB_BYTES and len(self.jobs) <= 1 + bool(held_out)
+        few = len(self.jobs) <= HERE_BYTES // JOB_BYTES + bool(held_out)
+        self.here = engine == "local" and self.size <= HERE_BYTES and few
         self.read = _holding(read_piece) if self.here else read_piece
         made = (self.kind, self.vocab_size, self.pattern)
         self.plan = {
