@@ -70,7 +70,7 @@ def measure(settings: dict) -> float:
         for _ in range(settings["steps"] + 2):
             everybody.any(False)
             begin = time.perf_counter()
-            synchronise(forward, last=True)
+            synchronise(forward, last=True, reshard=config.parallel.reshard)
             (forward(tokens, targets) / targets.numel()).backward()
             gradients = parameters.gradients()
             norm = parameters.norm(gradients)

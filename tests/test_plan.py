@@ -242,8 +242,10 @@ def test_memory_of_processes():
     size = sizes(config, 300)
     assert 3 * size.largest_block == size.blocks
     assert size.root == 2 * 300 * 256 + 256 * 0 + config.model.smear * (1 + 24) + 2 * 3  # embedding, head, gates
-    accumulated = memory_parts(WORKING, config, 300, layout("fsdp", 16), 2, torch.bfloat16)
-    assert accumulated["whole gradients"] == 4 * (size.blocks + size.root) > fsdp["whole gradients"]
+    assert memory_parts(WORKING, config, 300, layout("fsdp", 16), 2, torch.bfloat16) == fsdp
+    config = load_config("quickstart", **{"optim.kind": "adamw", "model.layers": 3, "parallel.reshard": False})
+    waiting = memory_parts(WORKING, config, 300, layout("fsdp", 16), 2, torch.bfloat16)
+    assert waiting["whole gradients"] == 4 * (size.blocks + size.root) > fsdp["whole gradients"]
 
 
 def test_shards_are_those_of_a_dry_run_on_many_processes():
@@ -280,7 +282,7 @@ def test_traffic_of_a_step():
     ddp = traffic(config, 4096, layout("ddp", 8), 4, torch.bfloat16)
     assert ddp == {"inside": 2 * round(P * 4 * 7 / 8), "between": 0}  # once a step, however many micro-batches
     fsdp = traffic(config, 4096, layout("fsdp", 16), 3, torch.bfloat16)
-    gathers, scatter = 3 * 2 * (size.root + 2 * size.blocks) * 15 / 16, 4 * P * 15 / 16
+    gathers, scatter = 3 * 2 * (size.root + 2 * size.blocks) * 15 / 16, 3 * 4 * P * 15 / 16
     assert fsdp["inside"] == pytest.approx(gathers + scatter, abs=4)
     assert fsdp["between"] == fsdp["inside"] // 8  # eight rings, each with its own network
     hsdp = traffic(config, 4096, layout("hsdp", 16), 3, torch.bfloat16)
@@ -288,6 +290,9 @@ def test_traffic_of_a_step():
     assert hsdp["inside"] == pytest.approx((gathers + scatter) / (15 / 16) * 7 / 8, abs=4)
     muon = traffic(load_config("quickstart"), 4096, layout("ddp", 8), 1, torch.bfloat16)
     assert muon["inside"] - ddp["inside"] == 2 * size.blocks * 7 / 8
+    muon = traffic(load_config("quickstart"), 4096, layout("hsdp", 16), 3, torch.bfloat16)
+    assert muon["inside"] - hsdp["inside"] == pytest.approx(2 * 2 * size.blocks / 8 / 2 * 7 / 8, abs=4)
+    assert muon["between"] - hsdp["between"] == pytest.approx(2 * size.blocks / 8 / 2, abs=4)
 
     h100 = GPUS["h100"]
     assert traffic_seconds({"inside": 450e9, "between": 0}, layout("ddp", 8), h100) == 1.0

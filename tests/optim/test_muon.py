@@ -7,6 +7,7 @@ import torch
 from pretrain.config import ModelConfig, OptimConfig
 from pretrain.model import GPT
 from pretrain.optim import Muon, build_optimizers
+from pretrain.optim.exchange import shares
 from pretrain.optim.muon import orthogonalize, quintics
 
 
@@ -150,3 +151,15 @@ def test_adamw_decays_matrices_only_unless_told():
         decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
         assert decay[model.embedding.weight] == 0.1
         assert decay[model.norm.weight] == (0.1 if decay_all else 0.0)  # type: ignore[index]
+
+
+def test_processes_share_stacks_evenly():
+    """What does not divide goes round: over all stacks no process has more than one matrix more than another."""
+    for size in (1, 2, 3, 8, 512):
+        total, first = [0] * size, 0
+        for count in (12, 7, 24, 1, 1, 36):
+            owned = shares(count, size, first)
+            assert sum(owned) == count
+            assert max(owned) - min(owned) <= 1
+            total, first = [a + b for a, b in zip(total, owned, strict=True)], first + count
+        assert max(total) - min(total) <= 1

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from pretrain.optim.exchange import Work, alone
+from pretrain.optim.exchange import Exchange, alone
 
 CLASSIC = (3.4445, -4.7750, 2.0315)
 """Jordan's quintic a x + b x^3 + c x^5: steep at 0, so that five rounds bring all singular values to about 0.7-1.2."""
@@ -69,7 +69,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     found_inf: Tensor | None = None
-    exchange: Callable[[Tensor, int, Work], Callable[[], Tensor]] = staticmethod(alone)
+    exchange: Exchange = staticmethod(alone)
     """How the processes share the work, see ``exchange``."""
 
     def __init__(
@@ -95,18 +95,23 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
-        pending = []
+        pending, stacked = [], 0
         for group in self.param_groups:
             by_shape = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
                     by_shape[self.shapes.get(p, p.shape)].append(p)
-            pending += [self._begin(parameters, shape, group) for shape, parameters in by_shape.items()]
+            for shape, parameters in by_shape.items():
+                pending.append(self._begin(parameters, shape, stacked, group))
+                stacked += len(parameters)
         for finish in pending:
             finish()
 
-    def _begin(self, parameters: list[Tensor], shape: torch.Size, group: dict) -> Callable[[], None]:
-        """Begin to update parameters of one shape (R, C) as a stack (N, R, C); the function given back finishes it."""
+    def _begin(self, parameters: list[Tensor], shape: torch.Size, first: int, group: dict) -> Callable[[], None]:
+        """Begin to update parameters of one shape (R, C) as a stack (N, R, C); the function given back finishes it.
+
+        ``first`` matrices are in stacks before this one.
+        """
         for p in parameters:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -116,7 +121,7 @@ class Muon(torch.optim.Optimizer):
         momentum = old.lerp(gradient, 1 - group["momentum"])
         direction = gradient.lerp_(momentum, group["momentum"]).to(self.dtype)
         rows, columns = shape
-        orthogonal = self.exchange(direction, rows, lambda stack: orthogonalize(stack, self.coefficients))
+        orthogonal = self.exchange(direction, rows, first, lambda stack: orthogonalize(stack, self.coefficients))
         scale = max(1, rows / columns) ** 0.5 if self.update_scale == "spectral" else 0.2 * max(rows, columns) ** 0.5
 
         def finish() -> None:

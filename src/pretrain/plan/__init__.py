@@ -4,6 +4,7 @@ count (parameters, FLOPs)  →  dial (derived fields)  →  memory (a rehearsal)
 →  speed (measured or assumed)  →  plan (all of it)  →  warn, words
 """
 
+from pretrain.plan.cluster import kind_that_fits
 from pretrain.plan.count import count_parameters, flops_per_token, matrices
 from pretrain.plan.dial import resolve
 from pretrain.plan.memory import activation_bytes, rows_that_fit, rows_up_to
@@ -16,6 +17,7 @@ __all__ = [
     "count_parameters",
     "describe",
     "flops_per_token",
+    "kind_that_fits",
     "make_plan",
     "matrices",
     "resolve",

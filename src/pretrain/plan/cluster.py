@@ -86,8 +86,9 @@ def memory_parts(
     # it arrives and once in place, or all of them if they are not given back after the forward pass.
     gathered = 4 * size.largest_block if config.parallel.reshard else size.blocks + size.largest_block
     parts["weight copies"] = dtype.itemsize * (size.root + gathered)
-    # A group's whole gradients in fp32 until they are added up; with several micro-batches those of the whole model.
-    waiting = size.blocks + size.root if micro_steps > 1 else max(size.root, 2 * size.largest_block)
+    # A group's whole gradients in fp32 until they are added up; if that waits for the last micro-batch, the model's.
+    wait = micro_steps > 1 and not config.parallel.reshard
+    waiting = size.blocks + size.root if wait else max(size.root, 2 * size.largest_block)
     parts["whole gradients"] = 4 * waiting
     parts["temporary"] = math.ceil(parts["temporary"] / where.shards)
     return parts
@@ -113,12 +114,14 @@ def traffic(config: Config, vocab_size: int, where: Layout, micro_steps: int, dt
     if where.kind == "ddp":
         sent = 2 * ring(P, 4, N) + ring(by_muon, muon_bytes, N)
         return {"inside": sent, "between": sent // where.per_machine if where.machines > 1 else 0}
-    shards, fetched = where.shards, 2 if config.parallel.reshard else 1
-    sent = micro_steps * ring(size.root + fetched * size.blocks, b, shards) + ring(P, 4, shards)
-    sent += 2 * ring(by_muon / shards, muon_bytes, shards)
+    shards, (fetched, added) = where.shards, (2, micro_steps) if config.parallel.reshard else (1, 1)
+    sent = micro_steps * ring(size.root + fetched * size.blocks, b, shards) + added * ring(P, 4, shards)
+    machines = where.machines if where.kind == "hsdp" else 1  # each takes a share of the matrices
+    sent += 2 * ring(by_muon / shards / machines, muon_bytes, shards)
     if where.kind == "fsdp":
         return {"inside": sent, "between": sent // where.per_machine if where.machines > 1 else 0}
-    return {"inside": sent, "between": 2 * ring(P / shards, 4, where.machines)}
+    between = 2 * ring(P / shards, 4, machines) + ring(by_muon / shards, muon_bytes, machines)
+    return {"inside": sent, "between": between}
 
 
 def traffic_seconds(sent: dict[str, int], where: Layout, gpu: GPU) -> float:

@@ -26,12 +26,9 @@ from pretrain.config import Config, TrainConfig
 from pretrain.device import Precision, free_memory
 from pretrain.errors import UsageError
 from pretrain.model import GPT
-from pretrain.optim import Muon, Replicated, RowSharded
-from pretrain.plan import count_parameters
+from pretrain.optim import Muon, Replicated, RowSharded, alone
+from pretrain.plan import count_parameters, kind_that_fits
 from pretrain.training.world import World
-
-BYTES_PER_PARAMETER = 20
-"""Weights, gradients and two moments in fp32, and a gradient bucket: what ddp holds for each parameter."""
 
 
 def choose_kind(config: Config, vocab_size: int, world: World) -> str:
@@ -40,10 +37,9 @@ def choose_kind(config: Config, vocab_size: int, world: World) -> str:
         return "none"
     if config.parallel.kind != "auto":
         return config.parallel.kind
-    needed = BYTES_PER_PARAMETER * sum(count_parameters(config.model, vocab_size).values())
     here = 1 if world.device.type == "cuda" else world.local_size  # processes that share this memory
-    fits = needed * here < 0.6 * free_memory(world.device)
-    return world.share("ddp" if fits else "fsdp")
+    parameters = sum(count_parameters(config.model, vocab_size).values())
+    return world.share(kind_that_fits(parameters, free_memory(world.device) // here))
 
 
 def build_model(
@@ -104,17 +100,21 @@ def training_forward(model: GPT, kind: str, world: World) -> Callable[..., Tenso
     if kind != "ddp":
         return model
     devices = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(
-        model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=False
-    )
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
 
-def synchronise(forward: Callable[..., Tensor], last: bool) -> None:
-    """Let gradients be added up over processes only in the ``last`` backward pass of a step."""
+def synchronise(forward: Callable[..., Tensor], last: bool, reshard: bool) -> None:
+    """Let gradients be added up over processes only in the ``last`` backward pass of a step.
+
+    Under FSDP a process would then hold the gradients of the whole model until that pass. Where memory comes before
+    traffic (``parallel.reshard``) they are spread in every pass, and only the sum over machines (HSDP) waits for the
+    last.
+    """
     if isinstance(forward, DistributedDataParallel):
         forward.require_backward_grad_sync = last
     elif isinstance(forward, FSDPModule):
-        forward.set_requires_gradient_sync(last)
+        forward.set_requires_gradient_sync(last or reshard)
+        forward.set_requires_all_reduce(last)
 
 
 def device_mesh(kind: str, world: World, device_type: str) -> DeviceMesh:
@@ -141,7 +141,11 @@ class Parameters:
         self.sharded = isinstance(model, FSDPModule)
         self.mesh = device_mesh(kind, world, "cpu") if self.sharded else None
         first = next(iter(self.whole.values()))
-        self.group = first.device_mesh["shard"].get_group() if isinstance(first, DTensor) else None
+        spread = first.device_mesh if isinstance(first, DTensor) else None
+        self.group = spread["shard"].get_group() if spread else None
+        self.between = spread["replicate"].get_group() if spread and spread.ndim == 2 else None
+        """The processes of other machines that hold the same rows (HSDP)."""
+        self.groups = [group for group in (self.group, self.between) if group is not None]
 
     def spread(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         """Let optimizers of the model work on what this process holds, and Muon share its work."""
@@ -150,7 +154,9 @@ class Parameters:
             for group in optimizer.param_groups:
                 group["params"] = [local[p] for p in group["params"]]
             if isinstance(optimizer, Muon) and self.world.size > 1:
-                optimizer.exchange = RowSharded(self.group) if self.sharded else Replicated(None)
+                inside = RowSharded(self.group) if self.sharded else alone
+                between = self.between is not None or not self.sharded
+                optimizer.exchange = Replicated(self.between, inside) if between else inside
                 optimizer.shapes = {self.local[name]: p.shape for name, p in self.whole.items()}
 
     def gradients(self) -> list[Tensor]:
