@@ -56,7 +56,7 @@ PHASES = {
 
 
 @pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_in_any_phase_loses_nothing(tiny: Config, tmp_path: Path, monkeypatch, phase: str, number: int):
     config = change(tiny, train__micro_batch=2, model__dropout=0.1)
     if phase == "CORE":
@@ -115,6 +115,9 @@ def test_a_second_signal_leaves_at_once(tiny: Config, tmp_path: Path):
     process.send_signal(signal.SIGINT)
     time.sleep(0.3)
     assert process.poll() is None  # it still means to save
+    process.send_signal(signal.SIGTERM)  # of the same request, as torchrun passes one on
+    time.sleep(1.0)
+    assert process.poll() is None
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=20)
     assert process.returncode != 0

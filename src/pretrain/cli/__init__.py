@@ -394,12 +394,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _signals_interrupt() -> Iterator[None]:
-    """Let SIGTERM and SIGUSR1 (SLURM's warning) stop a command as Ctrl-C does; training has its own handlers."""
+    """Let SIGTERM, SIGHUP and SIGUSR1 (SLURM's warning) stop a command as Ctrl-C does; training has its own handlers.
+
+    Those that are ignored stay so, as nohup wants it.
+    """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+    numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
     if threading.current_thread() is not threading.main_thread():  # where Python cannot install handlers
         numbers = []
     before = {number: signal.signal(number, interrupt) for number in numbers}

@@ -15,6 +15,7 @@ import hashlib
 import math
 import operator
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
@@ -88,7 +89,7 @@ from pretrain.training.parallel import (
 from pretrain.training.random_state import library_random_state, set_library_random_state
 from pretrain.training.run import Run, lock_run
 from pretrain.training.signals import Stopped, StopRequest
-from pretrain.training.watch import Watch
+from pretrain.training.watch import SAVING, Watch
 from pretrain.training.world import SILENT_SECONDS, World, join_world
 
 T = TypeVar("T")
@@ -98,6 +99,10 @@ NOT_FINITE, SPIKE = 1, 2
 
 LOGGERS_SECONDS = 3.0
 """How long loggers may take to finish after a signal."""
+
+BEFORE_TIMEOUT = 0.7
+"""After this part of ``parallel.timeout_seconds`` of silence it is told who is behind; at its end NCCL ends the process
+without a word to Python."""
 
 EVALUATION_TOKENS = 8192
 """Tokens in a validation batch at least: without a backward pass it may be larger than a micro-batch."""
@@ -279,7 +284,8 @@ class Trainer:
             self.model = GPT(config.model, self.tokenizer.vocab_size, self.tokenizer.boundary_id)
         self.model.activation_dtype = self.precision.dtype
         build_model(self.model, kind, config, world, self.precision, console.say)
-        fill_model(self.model, world, functools.partial(self.initial_values, from_scratch=checkpoint is None))
+        if checkpoint is None:
+            fill_model(self.model, world, self.initial_values)
         self.parameters = Parameters(self.model, kind, world)
         muon_dtype = torch.bfloat16 if self.precision.name == "bf16" else torch.float32
         self.optimizers = build_optimizers(self.model, config.optim, muon_dtype)
@@ -364,11 +370,9 @@ class Trainer:
 
         return self.world.first_does(choose)
 
-    def initial_values(self, model: GPT, from_scratch: bool) -> None:
-        """Fill a model: with random weights, or those of ``train.init_from``; with none when a checkpoint will."""
+    def initial_values(self, model: GPT) -> None:
+        """Fill a model with random weights, or those of ``train.init_from``."""
         config = self.config
-        if not from_scratch:
-            return
         device = next(model.parameters()).device
         model.init_weights(torch.Generator(device).manual_seed(config.train.seed))
         if config.train.init_from:
@@ -409,7 +413,9 @@ class Trainer:
         self.done += 1
         if not self.settled_in:
             self.settled_in = True
-            self.world.shorten_timeout(self.config.parallel.timeout_seconds)
+            self.world.shorten_timeout(self.config.parallel.timeout_seconds, self.parameters.groups)
+            if self.world.size > 1:
+                self.watch.patience = BEFORE_TIMEOUT * self.config.parallel.timeout_seconds
         seconds = time.monotonic() - begin
         self.watch.beat(self.done, "between steps", seconds)
         tokens = self.config.train.batch_tokens
@@ -480,9 +486,13 @@ class Trainer:
             raise Stopped
 
     def hang(self, text: str) -> None:
-        """Tell that nothing moves any more, and which processes are behind."""
-        behind = "; ".join(self.world.behind().values())
-        self.tell("hang", f"{text}; {behind}" if behind else text)
+        """Tell that nothing moves any more, and which processes are behind: from one that is not."""
+        behind = self.world.behind()
+        text = "; ".join([text, *behind.values()])
+        if self.world.first:
+            self.tell("hang", text)
+        elif self.world.speaks(behind):
+            print(f"pretrain: rank {self.world.rank}: {text}", file=sys.stderr, flush=True)
 
     def leave(self) -> Interrupted | PeerError:
         """Save what is done so far; gives the message to leave with."""
@@ -513,7 +523,7 @@ class Trainer:
         for number, (x, y) in enumerate(parts, start=1):
             if world.size == 1:
                 self.stop.check()
-            synchronise(self.forward, last=number == len(parts))
+            synchronise(self.forward, last=number == len(parts), reshard=config.parallel.reshard)
             self.watch.beat(self.done, "in a forward pass")
             part = self.forward(x.to(self.device), y.to(self.device)) / config.train.batch_tokens
             self.watch.beat(self.done, "in a backward pass")
@@ -605,14 +615,15 @@ class Trainer:
     def evaluate_core(self) -> float:
         """CORE, or the mean over as many of its tasks as the bundle has; the tasks are dealt to the processes."""
         scorer = GPTScorer(self.model, self.tokenizer)
-        if self.world.size == 1:
-            score = scorer.score
+        score = scorer.score
 
-            def score_unless_stopped(*args: Any, **kwargs: Any) -> Any:
+        def score_unless_stopped(*args: Any, **kwargs: Any) -> Any:
+            self.watch.alive()
+            if self.world.size == 1:
                 self.stop.check()
-                return score(*args, **kwargs)
+            return score(*args, **kwargs)
 
-            scorer.score = score_unless_stopped
+        scorer.score = score_unless_stopped
         # A model spread over the processes needs them all for every question.
         shares = 1 if self.parameters.sharded else self.world.size
         tasks = self.core_tasks[self.world.rank % shares :: shares]
@@ -644,6 +655,7 @@ class Trainer:
         """The same items, until a signal asks to stop."""
         for item in items:
             self.check_stop()
+            self.watch.alive()
             yield item
 
     def roll_back(self) -> None:
@@ -779,7 +791,7 @@ class Trainer:
 
     def settle(self, must: bool = False) -> None:
         """Wait for the save under way, and deal with its failure."""
-        self.watch.beat(self.done, "saving")
+        self.watch.beat(self.done, SAVING)
         try:
             self.writer.wait()
         except OSError as error:

@@ -1,7 +1,7 @@
-"""Being asked to stop: SIGINT, SIGTERM or SIGUSR1 (SLURM's warning before its time limit).
+"""Being asked to stop: SIGINT, SIGTERM, SIGHUP (the terminal is gone) or SIGUSR1 (SLURM's warning before its limit).
 
 first signal   →  requested; the loop leaves at its next check, with everything saved
-second signal  →  leaves at once
+second signal  →  leaves at once, if it comes later: torchrun and SLURM may send one request twice
 grace over     →  leaves with the last checkpoint there is
 """
 
@@ -11,11 +11,15 @@ import os
 import signal
 import sys
 import threading
+import time
 from types import FrameType
 
 from pretrain.errors import Interrupted
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
+
+TOGETHER = 1.0
+"""Signals within so many seconds are one request."""
 
 
 class Stopped(BaseException):
@@ -33,13 +37,17 @@ class StopRequest:
 
     def __init__(self, grace_seconds: float):
         self.requested = False
+        self._first = 0.0
         self.grace_seconds = grace_seconds
         self._previous = {}
         self._timer: threading.Timer | None = None
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            for number in SIGNALS:
+                if number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) == signal.SIG_IGN:
+                    continue  # nohup: to go on without the terminal
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -55,8 +63,10 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
+            if time.monotonic() - self._first > TOGETHER:
+                raise KeyboardInterrupt
+            return
+        self.requested, self._first = True, time.monotonic()
         self._timer = threading.Timer(self.grace_seconds, self._leave)
         self._timer.daemon = True
         self._timer.start()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import math
 import os
 import platform
 import statistics
@@ -25,6 +26,8 @@ HEARTBEAT = "heartbeat.json"
 STACKS = "hang.txt"
 POLL = 1.0
 """Seconds between looks."""
+SAVING = "saving"
+"""The phase of waiting for a checkpoint to be written."""
 
 
 class Watch:
@@ -34,7 +37,7 @@ class Watch:
         folder: the run directory; None for processes that write nothing.
         config: when silence counts as a hang: ``hang_factor`` usual steps, and at least ``hang_seconds``.
         say: hears of a hang, in one line.
-        publish: gets every heartbeat too.
+        publish: gets every heartbeat too, in a thread of its own: it may wait for another machine without end.
     """
 
     def __init__(
@@ -42,7 +45,7 @@ class Watch:
         folder: Path | None,
         config: GuardConfig,
         say: Callable[[str], None],
-        publish: Callable[[dict[str, Any]], None] = lambda _: None,
+        publish: Callable[[dict[str, Any]], None] | None = None,
     ):
         self.folder, self.config, self.say, self.publish = folder, config, say, publish
         self.step, self.phase = 0, "starting"
@@ -51,15 +54,21 @@ class Watch:
         self._told = False
         self._steps: deque[float] = deque(maxlen=50)  # seconds of the last steps
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="watch", daemon=True)
+        self.patience = math.inf
+        """Silence of so many seconds counts as a hang in any case, but while saving, which may take its time."""
+        self._threads = [threading.Thread(target=self._work, name="watch", daemon=True)]
+        if publish is not None:
+            self._threads.append(threading.Thread(target=self._publish, name="signs of life", daemon=True))
 
     def __enter__(self) -> Watch:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._end.set()
-        self._thread.join(5)  # longer only if the store of the processes does not answer
+        for thread in self._threads:
+            thread.join(5)
 
     def beat(self, step: int, phase: str, seconds: float | None = None) -> None:
         """Something moved: ``step`` steps are done and ``phase`` begins; the last step took ``seconds``."""
@@ -68,11 +77,24 @@ class Watch:
         if seconds is not None:
             self._steps.append(seconds)
 
+    def alive(self) -> None:
+        """Something moved in the same phase."""
+        self._last = time.monotonic()
+
     @property
     def limit(self) -> float:
         """Seconds of silence that count as a hang."""
         usual = statistics.median(self._steps) if self._steps else 0.0
-        return max(self.config.hang_seconds, self.config.hang_factor * usual)
+        limit = max(self.config.hang_seconds, self.config.hang_factor * usual)
+        return limit if self.phase == SAVING else min(limit, self.patience)
+
+    def _publish(self) -> None:
+        assert self.publish is not None
+        while True:
+            with contextlib.suppress(RuntimeError):  # when the process that keeps the words is gone
+                self.publish(self._beat())
+            if self._end.wait(POLL):
+                break
 
     def _work(self) -> None:
         self._write()
@@ -97,8 +119,8 @@ class Watch:
                 text += f"; the threads' stacks could not be written ({error.strerror})"
         self.say(text)
 
-    def _write(self) -> None:
-        beat = {
+    def _beat(self) -> dict[str, Any]:
+        return {
             "step": self.step,
             "beats": self.beats,
             "phase": self.phase,
@@ -107,11 +129,11 @@ class Watch:
             "pid": os.getpid(),
             "host": platform.node(),
         }
-        with contextlib.suppress(RuntimeError):  # when the process that keeps the words is gone
-            self.publish(beat)
+
+    def _write(self) -> None:
         if self.folder is None:
             return
         temporary = self.folder / f"{HEARTBEAT}.tmp"
         with contextlib.suppress(OSError):  # a full disk must not end the run; it is told where it matters
-            temporary.write_text(json.dumps(beat) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(self._beat()) + "\n", encoding="utf-8")
             os.replace(temporary, self.folder / HEARTBEAT)

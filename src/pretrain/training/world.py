@@ -12,9 +12,9 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -45,6 +45,8 @@ class World:
     """All processes, by gloo; None in a world of one."""
     store: dist.Store | None = None
     """Where each process leaves a sign of life."""
+    clock_ahead: float = 0.0
+    """Seconds by which this machine's clock is ahead of rank 0's."""
 
     @property
     def first(self) -> bool:
@@ -126,17 +128,24 @@ class World:
                     f" {everybody[different[0]][name]} (different from rank 0: {ranks}); start them all alike"
                 )
 
-    def shorten_timeout(self, seconds: float) -> None:
-        """After the first step, which may compile for minutes, wait less for processes that do not answer."""
+    def shorten_timeout(self, seconds: float, groups: Sequence[dist.ProcessGroup] = ()) -> None:
+        """After the first step, which may compile for minutes, wait less for processes that do not answer.
+
+        ``groups`` are those that the model is spread over.
+        """
         if self.control is not None:
             set_timeout = dist.distributed_c10d._set_pg_timeout
-            for group in (dist.group.WORLD, self.control):
+            for group in {dist.group.WORLD, self.control, *groups}:
                 set_timeout(timedelta(seconds=seconds), group)
 
     def sign_of_life(self, beat: dict[str, Any]) -> None:
         """Leave word of what this process is doing, for the others to read when they wait in vain."""
         if self.store is not None:
-            self.store.set(f"life/{self.rank}", json.dumps(beat))
+            self.store.set(f"life/{self.rank}", json.dumps({**beat, "time": self.now()}))
+
+    def now(self) -> float:
+        """Seconds since 1970 by the clock of rank 0."""
+        return time.time() - self.clock_ahead
 
     def speaks(self, behind: dict[int, str]) -> bool:
         """Whether this process speaks for all: the first of those that are not ``behind``."""
@@ -163,7 +172,7 @@ class World:
             beats.append({"step": 0, "beats": 0, "phase": "starting", "time": 0.0, **beat})
         furthest = max(beat["beats"] for beat in beats)
         for rank, beat in enumerate(beats):
-            age = time.time() - beat["time"]
+            age = self.now() - beat["time"]
             if age > SILENT_SECONDS or beat["beats"] < furthest:
                 where = f" on {beat['host']}, process {beat['pid']}" if "host" in beat else ""
                 heard = f"silent for {age:.0f} s, " if age > SILENT_SECONDS and beat["time"] else ""
@@ -216,9 +225,9 @@ def join_world(device: str, config: ParallelConfig) -> Iterator[World]:
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     world = World(chosen, rank, size, local_size, control, store.clone())  # type: ignore[arg-type,attr-defined]
     try:
-        world.sign_of_life(
-            {"step": 0, "phase": "starting", "time": time.time(), "host": platform.node(), "pid": os.getpid()}
-        )
+        world.any(False)  # all read their clocks at the same time
+        world = replace(world, clock_ahead=time.time() - world.share(time.time()))
+        world.sign_of_life({"step": 0, "phase": "starting", "host": platform.node(), "pid": os.getpid()})
         yield world
     except BaseException:
         if backend == "nccl":  # to leave in order would wait for processes that may never answer
