@@ -242,17 +242,18 @@ def measure_encode(contender: str, file: str) -> dict[str, float]:
     return {"seconds": time.perf_counter() - begin, "tokens": tokens}
 
 
-def encoders() -> list[str]:
-    """The contenders that are installed."""
+def encoders(only: str) -> list[str]:
+    """The contenders that are installed; ``only`` those that have this in their names."""
     fast = [name for name in ("gigatoken", "tiktoken") if importlib.util.find_spec(name)]
-    return [f"pretrain, {name}" for name in (*fast, "tokenizers")] + [*fast[1:], "tokenizers"]
+    names = [f"pretrain, {name}" for name in (*fast, "tokenizers")] + [*fast[1:], "tokenizers"]
+    return [name for name in names if only in name]
 
 
-def compare_encode(file: Path, rounds: int) -> None:
+def compare_encode(file: Path, rounds: int, only: str) -> None:
     """The table of encoding."""
     size = sum(len(json.loads(line)["text"].encode()) for line in file.open(encoding="utf-8"))
     print(f"\nencoding {size / 1e6:.0f} MB with GPT-2's vocabulary, {os.cpu_count()} cores, best of {rounds}")
-    for name in encoders():
+    for name in encoders(only):
         memory = worker("encode", name, str(file), watched=True)["peak"]
         results = [worker("encode", name, str(file)) for _ in range(rounds)]
         best = min(result["seconds"] for result in results)
@@ -291,14 +292,14 @@ def prepare_alone(contender: str, file: str, target: str) -> dict[str, float]:
     return {"tokens": tokens / 2}
 
 
-def compare_prepare(file: Path, folder: Path, rounds: int) -> None:
+def compare_prepare(file: Path, folder: Path, rounds: int, only: str) -> None:
     """The table of whole preparation, from the start of the command to its end."""
     size = sum(len(json.loads(line)["text"].encode()) for line in file.open(encoding="utf-8"))
     vocabulary = folder / "gpt2.json"
     vocabulary.write_text(gpt2_json(), encoding="utf-8")
     cores = os.cpu_count() or 1
     print(f"\npreparing {size / 1e6:.0f} MB of JSONL with GPT-2's vocabulary, {cores} cores, best of {rounds}")
-    for name in encoders():
+    for name in encoders(only):
         kind, _, which = name.partition(", ")
         best, memory = float("inf"), 0.0
         for number in range(rounds + 1):
@@ -396,6 +397,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=40, help="of the embedded corpus, without --text")
     parser.add_argument("--tokens", type=int, default=100_000_000, help="to draw batches from")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="", help="encode and prepare with those that have this in their names")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -409,9 +411,9 @@ def main() -> None:
                     for document in documents(args.text, args.megabytes)
                 )
         if args.work in ("all", "encode"):
-            compare_encode(file, args.rounds)
+            compare_encode(file, args.rounds, args.only)
         if args.work in ("all", "prepare"):
-            compare_prepare(file, folder, args.rounds)
+            compare_prepare(file, folder, args.rounds, args.only)
 
 
 if __name__ == "__main__":
