@@ -469,3 +469,21 @@ def test_slow_steps_are_no_hang(tmp_path: Path):
             watch.beat(1, "training", 1.0)
         time.sleep(0.3)
         assert watch.limit == 100.0
+
+
+def test_patience_ends_earlier_but_not_while_saving(tmp_path: Path):
+    said: list[str] = []
+    with Watch(tmp_path, GuardConfig(hang_seconds=0.4, hang_factor=1000), said.append) as watch:
+        watch.beat(1, "saving", 1.0)
+        watch.patience = 0.3
+        time.sleep(0.6)
+        assert not said
+        watch.beat(1, "validating")
+        for _ in range(6):
+            time.sleep(0.1)
+            watch.alive()
+        assert not said
+        deadline = time.monotonic() + 20
+        while not said and time.monotonic() < deadline:
+            time.sleep(0.02)
+    assert "while validating after step 1" in said[0]

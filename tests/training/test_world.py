@@ -152,22 +152,28 @@ loop.Trainer.train_step = dying
     assert_near(run, train(base, tmp_path / "alone"))
 
 
-def test_a_hanging_process_is_named(base: Config, tmp_path: Path):
-    config = change(base, parallel__timeout_seconds=6.0)
-    hang = """
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_hanging_process_is_named(rank: int, base: Config, tmp_path: Path):
+    config = change(base, parallel__timeout_seconds=6.0, guard__grace_seconds=2.0)
+    hang = f"""
 import time
 step = loop.Trainer.train_step
 def hanging(trainer):
-    if trainer.done == 5 and trainer.world.rank == 1:
+    if trainer.done == 5 and trainer.world.rank == {rank}:
         time.sleep(1000)
     return step(trainer)
 loop.Trainer.train_step = hanging
 """
     process = start(config, tmp_path / "run", 2, hang)
-    _, errors = process.communicate(timeout=120)
+    printed, errors = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert "waiting for other processes failed: rank 1 on " in errors
+    assert f"waiting for other processes failed: rank {rank} on " in errors
     assert "last seen waiting for data after step 5" in errors
+    # And before the others give up, by one that does not hang: where they may not be able to say it themselves (NCCL).
+    warned = [line for line in (printed + errors).splitlines() if "no sign of life for" in line]
+    assert all(f"; rank {rank} on " in line for line in warned)
+    assert sum(line.startswith("pretrain: rank 1: ") for line in warned) == (rank == 0)
+    assert len(warned) >= 1
 
 
 def test_a_nan_on_one_rank_skips_the_step_on_all(base: Config, tmp_path: Path):

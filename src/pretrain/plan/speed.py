@@ -17,6 +17,8 @@ from pretrain.plan.memory import recompute_blocks
 
 SECONDS = 5.0
 """How long a measurement takes."""
+LEAST = 4
+"""Measurements before that counts: single ones may be twice the usual."""
 
 EVALUATION_SHARE = 1 / 3
 """The forward pass's part of the arithmetic of a training step."""
@@ -70,7 +72,7 @@ def measure_speed(
         rows: of the planned micro-batch; fewer are measured where that would take long, and their time multiplied.
         precision: of activations, and the device.
         needed: bytes of memory that the planned micro-batch is expected to take.
-        seconds: how long it may take, besides making the model.
+        seconds: how long it may take, besides making the model; three times as long for ``LEAST`` measurements.
     """
     device, length = precision.device, config.model.context_length
     if needed > free_memory(device):
@@ -103,14 +105,14 @@ def measure_speed(
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
-        end = time.perf_counter() + seconds
+        begin = time.perf_counter()
         first = _seconds(lambda: micro_step(1), device)
         while rows > 1 and first * rows > seconds:  # at the latest one row is measured
             rows = -(-rows // 2)
         micro_step(rows)  # as often as it is measured first, memory is fetched and programs are compiled
         update()
         micro, updates, evaluation = [], [], []
-        while not micro or time.perf_counter() < end:
+        while not micro or time.perf_counter() - begin < (seconds if len(micro) >= LEAST else 3 * seconds):
             micro.append(_seconds(lambda: micro_step(rows), device))
             updates.append(_seconds(update, device))
             with torch.no_grad():
