@@ -55,7 +55,7 @@ OTHER_OPTIONS = {"--help", "--max-restarts", "--rdzv-endpoint", "--rdzv-conf", "
 """Options of every command and of torchrun."""
 SUFFIXES = {"bin", "tmp", "py", "toml", "json"}
 """What follows the dot in names of files."""
-PLACEHOLDERS = dict.fromkeys(("RECIPE", "my7b.toml", "llama7b.toml"), "quickstart")
+PLACEHOLDERS: dict[str, str] = dict.fromkeys(("RECIPE", "my7b.toml", "llama7b.toml"), "quickstart")
 PROGRAMS = {"pretrain", "torchrun", "srun", "make", "pip", "python"}
 """Programs whose arguments are checked."""
 OTHERS = {"git", "cd", "export", "ssh", "mkdir", "sbatch", "kubectl", "ray", "hf", "pre-commit", "pytest"}

@@ -36,6 +36,8 @@ class DataConfig:
     of other programs. None: the embedded corpus, the King James Bible."""
     field: str = "text"
     """Name of the text in each object of JSONL files and of the text column of Parquet files."""
+    separator: str = ""
+    """What stands between the documents of plain text files, such as <|endoftext|>. Empty: each file is a document."""
     split: Literal["tail", "hash", "last_file"] = "tail"
     """What is held out for validation. tail: the last val_fraction of all characters; hash: documents chosen by a hash
     of their text, val_fraction of them; last_file: the last file."""
@@ -64,6 +66,12 @@ class DataConfig:
         _require(self.stride >= 0, f"data.stride must be 0 or more tokens, not {self.stride}")
         _require(self.readers >= 1, f"data.readers must be 1 or more, not {self.readers}")
         _require(bool(self.field), "data.field is empty; it names the text in each row, usually text or content")
+        borders = [k for k in range(1, len(self.separator)) if self.separator.startswith(self.separator[-k:])]
+        _require(
+            not borders,
+            f"data.separator {self.separator!r} ends as it begins, so that it may overlap itself; choose another, or"
+            f" replace it in the text",
+        )
         _require(all(weight > 0 for weight in self.weights), f"data.weights must be positive, not {self.weights}")
         _require(
             len(self.weights) in (0, len(self.paths)),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.config import DataConfig
 from pretrain.errors import DataError
 from pretrain.text import Document, Piece, find_pieces, formats, pieces, read_documents, read_piece
 from pretrain.text.document import PROBLEMS
@@ -232,6 +233,58 @@ def test_pre_tokenizers_end_a_word_at_every_good_place(pattern: str):
             assert [word for part in parts for word, _ in split.pre_tokenize_str(part)] == words, (text, parts)
             cuts += 1
     assert cuts > 1000
+
+
+# Documents between separators
+
+
+def test_separated_documents_come_once_from_any_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    draw = random.Random(3)
+    mark, file = "<|e|>", tmp_path / "a.txt"
+    for number in range(60):
+        texts = [
+            "".join(draw.choice("ab <|e>漢\n") for _ in range(draw.randrange(40))) for _ in range(draw.randrange(1, 9))
+        ]
+        texts = [text.replace(mark, "").strip("\n") for text in texts]
+        around = [draw.choice(["", "\n", "\r\n"]) for _ in range(2)]
+        whole = mark.join(texts) if number % 2 else f"{around[0]}{mark}{around[1]}".join(texts)
+        file.write_text(whole, newline="")
+        wanted = [text for text in texts if text.strip()]
+        for size in (1, 2, 3, 7, 20, 1000):
+            monkeypatch.setattr(pieces, "RANGE_BYTES", size)
+            monkeypatch.setattr(formats, "CHUNK", draw.randrange(1, 9))
+            if not whole.strip():
+                continue
+            found = find_pieces([str(file)], separator=mark)
+            given = [document.text for piece in found for document in read_piece(piece)]
+            assert given == wanted, (whole, size)
+
+
+def test_separated_documents_of_a_compressed_file_and_long_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "a.txt.gz"
+    file.write_bytes(
+        gzip.compress(b"\xef\xbb\xbfone\n<|endoftext|>\n\n<|endoftext|>\n" + b"two " * 50 + b"\n<|endoftext|>\n")
+    )
+    monkeypatch.setattr(formats, "PART_CHARACTERS", 50)
+    monkeypatch.setattr(formats, "CUT_WINDOW", 20)
+    (piece,) = find_pieces([str(file)], separator="<|endoftext|>")
+    problems = Counter()
+    given = list(read_piece(piece, problems=problems))
+    assert given[0].text == "one"
+    assert "".join(document.text for document in given[1:]) == "two " * 50
+    assert [document.continues for document in given] == [False, False, True, True, True]
+    assert problems == {"empty": 1}
+
+
+def test_a_separator_must_come_and_not_overlap_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "a.txt"
+    file.write_text("words " * 100)
+    monkeypatch.setattr(formats, "LINE_BYTES", 300)
+    monkeypatch.setattr(formats, "CHUNK", 50)
+    with pytest.raises(DataError, match=r"no '<\|x\|>' for 300 bytes from byte 0 on; is that what stands between"):
+        list(read_piece(find_pieces([str(file)], separator="<|x|>")[0]))
+    with pytest.raises(ValueError, match=r"data\.separator '---' ends as it begins"):
+        DataConfig(separator="---")
 
 
 # Long texts in bounded memory

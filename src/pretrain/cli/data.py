@@ -34,6 +34,8 @@ class PrepareArguments:
     """How bpe cuts words."""
     field: str = "text"
     """Name of the text in JSONL objects and of the text column of Parquet files."""
+    separator: str = ""
+    """What stands between the documents of plain text files, such as <|endoftext|>. Empty: each file is a document."""
     split: Literal["tail", "hash", "last_file"] = "tail"
     """What is held out. tail: the last part of all text, which is read twice for it; hash: documents chosen by a hash
     of their text; last_file: the last file."""
@@ -70,7 +72,12 @@ def prepare(args: list[str]) -> int:
 
     try:
         data = DataConfig(
-            paths=a.sources, field=a.field, split=a.split, val_fraction=a.val_fraction, val_paths=tuple(a.val)
+            paths=a.sources,
+            field=a.field,
+            separator=a.separator,
+            split=a.split,
+            val_fraction=a.val_fraction,
+            val_paths=tuple(a.val),
         )
         tokenizer = TokenizerConfig(a.tokenizer, a.vocab_size, a.pattern)
     except ValueError as error:

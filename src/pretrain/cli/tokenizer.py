@@ -46,6 +46,8 @@ class TrainArguments:
     nanochat does (the same, digits in twos)."""
     field: str = "text"
     """Name of the text in JSONL objects and of the text column of Parquet files."""
+    separator: str = ""
+    """What stands between the documents of plain text files, such as <|endoftext|>. Empty: each file is a document."""
     max_bytes: int = 1_000_000_000
     """Text to learn from at most, from the start. 0: all."""
     force: bool = False
@@ -79,7 +81,7 @@ def train(args: list[str]) -> int:
     # Of what is printed, standard output has only the JSON where that is asked for.
     console = Console(stderr=a.json, highlight=False, soft_wrap=True)
     progress = Progress(lambda line: console.print(line, markup=False), console)
-    pieces = find_pieces(a.sources, a.field)
+    pieces = find_pieces(a.sources, a.field, a.separator)
     total = sum(piece.size for piece in pieces)
     text = _LearningText(pieces, a.field, a.max_bytes, progress)
     with progress.stage("reading", min(total, a.max_bytes or total)):

@@ -40,7 +40,7 @@ def look_at_data(config: Config) -> DataFacts:
         size = int(corpus.bytes_per_token * corpus.tokens("train"))
         vocabulary = corpus.tokenizer.vocab_size
         return DataFacts(vocabulary, corpus.tokens("train"), corpus.tokens("val"), size, True, ", ".join(paths))
-    pieces = find_pieces(paths, data.field)
+    pieces = find_pieces(paths, data.field, data.separator)
     size = sum(piece.size for piece in pieces)
     sample = read_sample(pieces, data.field)
     sampled = sum(len(text.encode()) for text in sample)
@@ -51,7 +51,7 @@ def look_at_data(config: Config) -> DataFacts:
     held_out = 0.0 if data.val_paths else data.val_fraction
     val = round(tokens * held_out)
     if data.val_paths:
-        val = round(sum(piece.size for piece in find_pieces(data.val_paths, data.field)) / per_token)
+        val = round(sum(piece.size for piece in find_pieces(data.val_paths, data.field, data.separator)) / per_token)
     name = ", ".join(paths) if paths else embedded_name()
     train = tokens - round(tokens * held_out)
     return DataFacts(vocabulary, train, val, size, False, f"{name}, {how}", problem)

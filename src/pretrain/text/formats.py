@@ -1,10 +1,11 @@
 """The types of file: bytes to documents, in bounded memory, whatever is in them.
 
-    a range of plain text ──read_text───┐
-    a range of JSON lines ──read_lines──┼──> Document, Document, ...
-    row groups of Parquet ──read_rows───┘
+    a range of plain text ───────────read_text───────┐
+    the same with a separator in it ─read_separated──┤
+    a range of JSON lines ───────────read_lines──────┼──> Document, Document, ...
+    row groups of Parquet ───────────read_rows───────┘
 
-A range of a file begins and ends where ``text_cut`` (plain text) or the next line (JSON lines) says, so that ranges
+A range of a file begins and ends where ``text_cut`` (plain text) or the next line or separator says, so that ranges
 which follow one another give every document once. What was wrong with documents is counted under the names of
 ``document.PROBLEMS``.
 """
@@ -36,6 +37,7 @@ ROWS, ROWS_BYTES = 1024, 8 * 1024 * 1024  # rows of Parquet decoded at once: so 
 # Where a text may be cut without changing its tokens: between a letter or digit and a blank or line end (as
 # tokenizer.split_text does), or after a single line end. The pre-tokenizers in use end a word in both places.
 _GOOD_CUT = re.compile(r"(?<=[^\W_])(?=[ \n])|(?<=\S\n)(?=[^\s/])")
+_LINE_ENDS = (b"\r\n", b"\n")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _JSON = json.JSONDecoder(strict=False)  # which keeps raw tabs and line ends in strings, rather than refusing them
 
@@ -96,6 +98,52 @@ def read_text(file: str, begin: int, end: int, problems: Counter[str]) -> Iterat
                 yield Document(part, file, continues)
             continues = True
     problems.update(seen)
+
+
+def read_separated(file: str, separator: str, begin: int, end: int, problems: Counter[str]) -> Iterator[Document]:
+    """Give the documents between separators (long ones in parts) that start after ``begin``, not after ``end``.
+
+    The one at offset 0 counts as after ``begin`` 0, and ``end`` 0 is the end of the file. A line end before and one
+    after a separator go with it. ``separator`` does not overlap itself, so that it is found at the same places from
+    wherever one reads.
+    """
+    mark = separator.encode()
+    held = bytearray()
+    with one_line(file), open_bytes(file) as stream:
+        position = max(0, begin - len(mark) + 1)  # of held in the file
+        stream.seek(position)
+        inside, searched = begin == 0, 0
+        while position <= end or not end or not inside:
+            at = held.find(mark, searched)
+            if at < 0:
+                searched = max(0, len(held) - len(mark) + 1)
+                held += (chunk := stream.read(CHUNK))
+                if not chunk:
+                    break
+                if len(held) > LINE_BYTES:
+                    raise DataError(
+                        f"{file}: no {separator!r} for {LINE_BYTES:,} bytes from byte {position:,} on; is that what"
+                        f" stands between its documents (data.separator)?"
+                    )
+                continue
+            if inside:
+                yield from _separated(bytes(held[:at]), file, position == 0, False, problems)
+            del held[: at + len(mark)]
+            position, inside, searched = position + at + len(mark), True, 0
+        else:
+            return
+        if inside and held.strip():
+            yield from _separated(bytes(held), file, position == 0, True, problems)
+
+
+def _separated(data: bytes, file: str, first: bool, last: bool, problems: Counter[str]) -> Iterator[Document]:
+    before = (codecs.BOM_UTF8,) if first else _LINE_ENDS
+    data = data.removeprefix(next(filter(data.startswith, before), b""))
+    if not last:
+        data = data.removesuffix(next(filter(data.endswith, _LINE_ENDS), b""))
+    text = _checked(_from_bytes(data, problems), problems)
+    if text is not None:
+        yield from _documents(text, file)
 
 
 def text_cut(stream: BinaryIO, position: int) -> int:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pretrain.errors import DataError
 from pretrain.text.document import Document
 from pretrain.text.embedded import embedded_documents
-from pretrain.text.formats import PROBE, check_start, read_lines, read_rows, read_text, row_group_sizes
+from pretrain.text.formats import PROBE, check_start, read_lines, read_rows, read_separated, read_text, row_group_sizes
 from pretrain.text.opening import COMPRESSION_RATIO, JSON_LINES, PARQUET, TEXT, format_of
 from pretrain.text.remote import RemoteFile, is_url
 from pretrain.text.sources import SourceFile, find_files
@@ -36,21 +36,23 @@ class Piece:
     size: int  # about how many bytes of text it holds; for planning only
     begin: int = 0  # the first row group, or byte
     end: int = 0  # one after the last row group or byte; 0: the whole file
+    separator: str = ""  # what stands between the documents of a plain text; empty: it is one document
 
 
-def find_pieces(paths: Sequence[str], field: str = "text") -> list[Piece]:
+def find_pieces(paths: Sequence[str], field: str = "text", separator: str = "") -> list[Piece]:
     """List the pieces of these paths in order; with no paths, the embedded corpus.
 
     Every file was opened and its start looked at (of Parquet, the schema), so that what cannot be read is said before
-    any work is done. ``field`` names the text in JSON lines and Parquet. Raises DataError as ``find_files`` does, and
-    for a file that is damaged, no text, or without the field.
+    any work is done. ``field`` names the text in JSON lines and Parquet, ``separator`` is what stands between the
+    documents of plain texts. Raises DataError as ``find_files`` does, and for a file that is damaged, no text, or
+    without the field.
     """
     if not paths:
         return [Piece(EMBEDDED, size=4_200_000)]
     files = find_files(paths)
     pool = ThreadPoolExecutor(PROBES)
     try:
-        return [piece for pieces in pool.map(lambda file: _pieces(file, field), files) for piece in pieces]
+        return [piece for pieces in pool.map(lambda file: _pieces(file, field, separator), files) for piece in pieces]
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -72,6 +74,8 @@ def read_piece(piece: Piece, field: str = "text", problems: Counter[str] | None 
         yield from read_rows(piece.file, field, piece.begin, piece.end, problems)
     elif kind == JSON_LINES:
         yield from read_lines(piece.file, field, piece.begin, piece.end, problems)
+    elif piece.separator:
+        yield from read_separated(piece.file, piece.separator, piece.begin, piece.end, problems)
     else:
         yield from read_text(piece.file, piece.begin, piece.end, problems)
 
@@ -87,7 +91,7 @@ def read_documents(
         yield from read_piece(piece, field, problems)
 
 
-def _pieces(file: SourceFile, field: str) -> list[Piece]:
+def _pieces(file: SourceFile, field: str, separator: str) -> list[Piece]:
     kind, compression = format_of(file.name) or (TEXT, "")
     if kind == PARQUET:
         return _row_group_pieces(file, field)
@@ -96,13 +100,14 @@ def _pieces(file: SourceFile, field: str) -> list[Piece]:
     check_start(file.name, kind, must_hold_text=file.named)
     if kind == JSON_LINES:  # the first line is looked at before it is given
         next(read_lines(file.name, field, 0, 0, Counter(), buffer=PROBE), None)
+    separator = separator if kind == TEXT else ""
     size = file.size if file.size is not None else RANGE_BYTES  # or whatever it is
     if compression:
-        return [Piece(file.name, size * COMPRESSION_RATIO)]
+        return [Piece(file.name, size * COMPRESSION_RATIO, separator=separator)]
     if size <= RANGE_BYTES or not _has_ranges(file.name):
-        return [Piece(file.name, size)]
-    begins = range(0, size, RANGE_BYTES)
-    return [Piece(file.name, end - begin, begin, end) for begin in begins for end in [min(begin + RANGE_BYTES, size)]]
+        return [Piece(file.name, size, separator=separator)]
+    ranges = [(begin, min(begin + RANGE_BYTES, size)) for begin in range(0, size, RANGE_BYTES)]
+    return [Piece(file.name, end - begin, begin, end, separator) for begin, end in ranges]
 
 
 def _row_group_pieces(file: SourceFile, field: str) -> list[Piece]:

@@ -102,9 +102,9 @@ def find_text(data: DataConfig) -> LiveText:
         DataError: the text is missing or cannot be read, or a side of the split would be empty.
     """
     _check(data)
-    pieces = find_pieces(data.paths, data.field)
+    pieces = find_pieces(data.paths, data.field, data.separator)
     if data.val_paths:
-        val = find_pieces(data.val_paths, data.field)
+        val = find_pieces(data.val_paths, data.field, data.separator)
         names = {os.path.realpath(piece.file) for piece in val}
         train = [piece for piece in pieces if os.path.realpath(piece.file) not in names]
         if not train:

@@ -151,8 +151,8 @@ class _Preparation:
         self.progress, self.needed = progress, needed
         made_of_text = tokenizer.kind in ("bpe", "char")
         self.tokenizer = None if made_of_text else build_tokenizer(tokenizer.kind, tokenizer.vocab_size, [])
-        pieces = find_pieces(data.paths, data.field)
-        held_out = find_pieces(data.val_paths, data.field) if data.val_paths else []
+        pieces = find_pieces(data.paths, data.field, data.separator)
+        held_out = find_pieces(data.val_paths, data.field, data.separator) if data.val_paths else []
         self.jobs = _jobs(data, pieces, held_out, shard_tokens)
         self.size = _size(self.jobs)
         self.work = Work(str(folder), data.field, data.val_fraction, shard_tokens)
@@ -166,6 +166,7 @@ class _Preparation:
             "validation text": _sources(held_out),
             "pieces": hashlib.sha256(repr([*pieces, *held_out]).encode()).hexdigest(),
             "field": data.field,
+            "separator": data.separator,
             "split": data.split,
             "val_fraction": data.val_fraction,
             "tokenizer": self.tokenizer.fingerprint if self.tokenizer else " ".join(map(str, made)),
