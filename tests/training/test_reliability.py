@@ -57,14 +57,18 @@ PHASES = {
 
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
-def test_a_signal_in_any_phase_loses_nothing(tiny: Config, tmp_path: Path, monkeypatch, phase: str, number: int):
+def test_a_signal_in_any_phase_loses_nothing(
+    tiny: Config, tmp_path: Path, monkeypatch, request, phase: str, number: int
+):
+    handler = signal.signal(number, signal.SIG_DFL)  # under nohup SIGHUP is ignored
+    request.addfinalizer(lambda: signal.signal(number, handler))
     config = change(tiny, train__micro_batch=2, model__dropout=0.1)
     if phase == "CORE":
         bundle = str(write_bundle(tmp_path / "bundle"))
         config = change(config, eval__core_every=5, eval__core_bundle=bundle, eval__core_max_per_task=3)
     undisturbed = train(config, tmp_path / "undisturbed")
     place, name, call = PHASES[phase]
-    original, calls, handler = getattr(place, name), [], signal.getsignal(number)
+    original, calls = getattr(place, name), []
 
     def with_signal(*args, **kwargs):
         calls.append(1)
@@ -76,7 +80,7 @@ def test_a_signal_in_any_phase_loses_nothing(tiny: Config, tmp_path: Path, monke
         patch.setattr(place, name, with_signal)
         with pytest.raises(Interrupted, match=r"stopped after step \d+ of 12, all saved"):
             train(config, tmp_path / "run")
-    assert signal.getsignal(number) == handler
+    assert signal.getsignal(number) == signal.SIG_DFL
     torch.manual_seed(5)
     assert_same_run(train(config, tmp_path / "run"), undisturbed)
 
