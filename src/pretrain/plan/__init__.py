@@ -7,7 +7,7 @@ count (parameters, FLOPs)  →  dial (derived fields)  →  memory (a rehearsal)
 from pretrain.plan.cluster import kind_that_fits
 from pretrain.plan.count import count_parameters, flops_per_token, matrices
 from pretrain.plan.dial import resolve
-from pretrain.plan.memory import activation_bytes, rows_that_fit, rows_up_to
+from pretrain.plan.memory import activation_bytes, recompute_blocks, rows_that_fit, rows_up_to
 from pretrain.plan.plan import Plan, make_plan
 from pretrain.plan.words import describe
 
@@ -20,6 +20,7 @@ __all__ = [
     "kind_that_fits",
     "make_plan",
     "matrices",
+    "recompute_blocks",
     "resolve",
     "rows_that_fit",
     "rows_up_to",

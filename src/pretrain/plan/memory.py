@@ -140,7 +140,7 @@ def _as_on(device: str) -> Iterator[None]:
 
 
 def recompute_blocks(model: GPT) -> None:
-    """Let each block compute its activations again in the backward pass, as training does."""
+    """Activation checkpointing: let each block compute its activations again in the backward pass."""
     for block in model.blocks:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 

@@ -8,7 +8,6 @@ their gradients. None of it changes a name or what is learned.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -20,14 +19,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 from pretrain.config import Config, TrainConfig
 from pretrain.device import Precision, free_memory
 from pretrain.errors import UsageError
 from pretrain.model import GPT
 from pretrain.optim import Muon, Replicated, RowSharded, alone
-from pretrain.plan import count_parameters, kind_that_fits
+from pretrain.plan import count_parameters, kind_that_fits, recompute_blocks
 from pretrain.training.world import World
 
 
@@ -55,8 +53,7 @@ def build_model(
             raise UsageError("train.fp8 needs a GPU of compute capability 8.9 or more (Ada, Hopper); leave it out here")
         use_fp8(model)
     if train.activation_checkpointing:
-        for block in model.blocks:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        recompute_blocks(model)
     if wants_compiler(train, device, say):
         for module in [model] if kind == "none" else model.blocks:
             module.compile(dynamic=False)
