@@ -64,7 +64,7 @@ def assert_near(run: Run, other: Run) -> None:
     for a, b in zip(mine, theirs, strict=True):
         for name in ("train/loss", "train/grad_norm", "val/loss", "val/bpb"):
             if name in b:
-                assert a[name] == pytest.approx(b[name], rel=2e-5 if name != "train/grad_norm" else 2e-4), (a, b)
+                assert a[name] == pytest.approx(b[name], rel=1e-5 if name != "train/grad_norm" else 2e-4), (a, b)
 
 
 @pytest.fixture(scope="module")
