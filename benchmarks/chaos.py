@@ -21,8 +21,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from pretrain.training import Run
-from pretrain.training.metrics import read_jsonl
+from pretrain.io import read_jsonl
+from pretrain.runs import Run
 
 OVERRIDES = {
     "train.steps": 500,

@@ -26,8 +26,8 @@ from pretrain.device import keep_freed_memory
 from pretrain.evaluation import GPTScorer, Task, answer_task, open_bundle, read_tasks
 from pretrain.evaluation.core import prepare_questions
 from pretrain.model import GPT
+from pretrain.runs import Run
 from pretrain.tokenizer import Tokenizer, build_tokenizer
-from pretrain.training import Run
 
 Rival = Callable[[Task, int], bool]
 

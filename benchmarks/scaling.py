@@ -135,7 +135,7 @@ def table(settings: dict, counts: list[int], rounds: int) -> None:
 
 def around_one(rounds: int, steps: int) -> None:
     """`pretrain train` as it is and under torchrun: whole seconds, and seconds of a step."""
-    from pretrain.training.metrics import read_jsonl
+    from pretrain.io import read_jsonl
 
     ways = {"plain": [], "torchrun": ["torch.distributed.run", "--standalone", "--local-addr=localhost", "-m"]}
     results: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}

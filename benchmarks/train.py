@@ -178,7 +178,7 @@ def compare_steps(nanogpt: str, rounds: int, steps: int) -> None:
         for name in peaks:
             peaks[name].append(worker("peak", name)["flops"])
     from pretrain.config import load_config
-    from pretrain.plan import flops_per_token
+    from pretrain.sizing import flops_per_token
 
     model = load_config("gpt2-124m", **{"model.context_length": LENGTH, "train.batch_tokens": ROWS * LENGTH}).model
     flops = flops_per_token(model, VOCABULARY)

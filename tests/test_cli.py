@@ -11,7 +11,7 @@ from tests.conftest import TINY
 
 from pretrain.cli import main
 from pretrain.config import load_config
-from pretrain.training import Run
+from pretrain.runs import Run
 
 
 def options(**changes: object) -> list[str]:

@@ -15,7 +15,7 @@ from tests.test_cli import options
 from pretrain.cli import main
 from pretrain.cli.launch import count_processes
 from pretrain.errors import UsageError
-from pretrain.training.metrics import read_jsonl
+from pretrain.io import read_jsonl
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_ADDR2LINE": "1"}
 

@@ -9,28 +9,25 @@ import torch.distributed as dist
 
 from pretrain.cli import main
 from pretrain.config import Config, ModelConfig, load_config
-from pretrain.device import Precision
+from pretrain.device import GPUS, Precision
 from pretrain.errors import UsageError
-from pretrain.hardware import GPUS
 from pretrain.model import GPT
 from pretrain.optim import build_optimizers
-from pretrain.plan import (
-    Plan,
-    activation_bytes,
-    count_parameters,
-    describe,
-    flops_per_token,
-    make_plan,
-    matrices,
-    resolve,
-    rows_that_fit,
-)
+from pretrain.plan import Plan, describe, make_plan
 from pretrain.plan.cluster import Layout, layout, memory_parts, sizes, traffic, traffic_seconds
-from pretrain.plan.count import moment_bytes
 from pretrain.plan.data import look_at_data
 from pretrain.plan.memory import Working, rehearse
 from pretrain.plan.speed import Speed, measure_speed
 from pretrain.plan.words import duration, rounded, size
+from pretrain.sizing import (
+    activation_bytes,
+    count_parameters,
+    flops_per_token,
+    matrices,
+    moment_bytes,
+    resolve,
+    rows_that_fit,
+)
 from pretrain.text import embedded_documents
 from pretrain.tokenizer import build_tokenizer
 

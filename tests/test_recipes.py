@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from pretrain.config import Config, load_config, recipe_names
+from pretrain.io import read_jsonl
 from pretrain.model import GPT
 from pretrain.optim import learning_rate_factor
-from pretrain.plan import count_parameters
+from pretrain.sizing import count_parameters
 from pretrain.training import train
-from pretrain.training.metrics import read_jsonl
 
 
 def reduced(name: str, text_file: Path) -> Config:

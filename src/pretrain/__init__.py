@@ -10,15 +10,17 @@ if TYPE_CHECKING:
     from pretrain.config import Config, load_config
     from pretrain.errors import PretrainError
     from pretrain.generation import sample_text
-    from pretrain.training import Console, Run, train
+    from pretrain.runs import Run
+    from pretrain.training import Callback, Console, train
 
-__all__ = ["Config", "Console", "PretrainError", "Run", "load_config", "sample_text", "train"]
+__all__ = ["Callback", "Config", "Console", "PretrainError", "Run", "load_config", "sample_text", "train"]
 
 _HOMES = {
+    "Callback": "training",
     "Config": "config",
     "Console": "training",
     "PretrainError": "errors",
-    "Run": "training",
+    "Run": "runs",
     "load_config": "config",
     "sample_text": "generation",
     "train": "training",

@@ -27,11 +27,11 @@ from pretrain.evaluation.bundle import Example
 from pretrain.evaluation.core import Answer, prompts
 from pretrain.evaluation.huggingface import HFScorer
 from pretrain.evaluation.scorer import Scorer
+from pretrain.io import read_jsonl
 from pretrain.model import GPT
 from pretrain.text.download import _Downloader
 from pretrain.tokenizer import build_tokenizer
 from pretrain.training import train
-from pretrain.training.metrics import read_jsonl
 
 WORDS = [
     "the", "a", "red", "blue", "old", "small", "house", "tree",

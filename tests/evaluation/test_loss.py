@@ -10,11 +10,11 @@ from tests.conftest import TINY
 
 from pretrain.config import Config, load_config
 from pretrain.evaluation import evaluate_loss
-from pretrain.report.measure import What, measure
+from pretrain.evaluation.compare import What, measure
+from pretrain.runs.run import empty_model
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokens import prepare, prepared_dataset, validation_batches
 from pretrain.training import train
-from pretrain.training.run import empty_model
 
 
 @pytest.mark.parametrize("rows", [1, 3, 64])

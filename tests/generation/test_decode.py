@@ -8,7 +8,8 @@ from tests.model.test_transformer import SMALL, VARIANTS, build
 
 from pretrain.config import ModelConfig
 from pretrain.generation import SamplingOptions, generate
-from pretrain.model import GPT, KVCache
+from pretrain.model import GPT
+from pretrain.model.cache import KVCache
 from pretrain.model.packed import for_inference
 
 CONTEXT = SMALL["context_length"]

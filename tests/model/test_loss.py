@@ -3,8 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from pretrain.model import loss as loss_module
-from pretrain.model.loss import linear_cross_entropy, softcap
-from pretrain.tokens import IGNORE
+from pretrain.model.loss import IGNORE, linear_cross_entropy, softcap
 
 
 def reference(x, weight, targets, cap, reduction):

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from pretrain.config import ModelConfig
-from pretrain.model import GPT, KVCache
+from pretrain.model import GPT
+from pretrain.model.cache import KVCache
 
 
 def build(config: ModelConfig, vocab_size: int = 40, dtype: torch.dtype = torch.float32) -> GPT:

@@ -7,7 +7,7 @@ import torch
 from pretrain.config import ModelConfig, OptimConfig
 from pretrain.model import GPT
 from pretrain.optim import Muon, build_optimizers
-from pretrain.optim.exchange import shares
+from pretrain.optim.distributed import shares
 from pretrain.optim.muon import orthogonalize, quintics
 
 

@@ -12,9 +12,10 @@ import pytest
 from tests.conftest import TINY
 
 from pretrain.config import load_config
+from pretrain.io import append_jsonl
+from pretrain.runs import Run
 from pretrain.tokens import prepare
-from pretrain.training import Run, train
-from pretrain.training.metrics import append_jsonl
+from pretrain.training import train
 
 
 def records(first: int, last: int, **more: Any) -> list[dict[str, Any]]:

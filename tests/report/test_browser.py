@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from tests.report.conftest import Browser, records
 
+from pretrain.io import append_jsonl
 from pretrain.report import write_report
-from pretrain.training import Run
-from pretrain.training.metrics import append_jsonl
+from pretrain.runs import Run
 
 
 @pytest.fixture

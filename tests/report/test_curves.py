@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pretrain.io import append_jsonl, keep_steps
 from pretrain.report.curves import SMOOTHED, Curves, Table, Tail, thinned
-from pretrain.training.metrics import append_jsonl, keep_steps
 
 
 def test_a_tail_gives_each_whole_line_once(tmp_path: Path):

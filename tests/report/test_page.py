@@ -11,12 +11,12 @@ from tests.report.conftest import records
 from pretrain.cli import main
 from pretrain.config import load_config
 from pretrain.errors import UsageError
+from pretrain.io import append_jsonl
 from pretrain.report import page, write_report
 from pretrain.report.facts import config_rows, public, recipe_of, size_of
 from pretrain.report.page import run_names
-from pretrain.training import Run
-from pretrain.training.environment import ENVIRONMENT
-from pretrain.training.metrics import append_jsonl
+from pretrain.runs import Run
+from pretrain.runs.environment import ENVIRONMENT
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)> & \u2028 <!-- \u202e 王 \ud800"
 

@@ -18,11 +18,11 @@ from tests.report.conftest import Browser, records
 
 from pretrain.config import load_config
 from pretrain.errors import CheckpointError, UsageError
+from pretrain.io import append_jsonl, keep_steps
 from pretrain.report.answers import CANCEL, Model, _send
 from pretrain.report.watch import Watcher
-from pretrain.training import Run
-from pretrain.training.metrics import append_jsonl, keep_steps
-from pretrain.training.watch import HEARTBEAT
+from pretrain.runs import Run
+from pretrain.training.heartbeat import HEARTBEAT
 
 PROMPT = {"prompt": "Ada", "max_tokens": 12, "temperature": 0, "top_k": 0, "seed": 0}
 

@@ -320,7 +320,7 @@ def test_a_long_row_comes_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 PEAK = """
 import sys, tracemalloc
-from pretrain.text import find_pieces, read_piece
+from pretrain.text import (find_pieces, read_piece)
 pieces = find_pieces([sys.argv[1]])
 tracemalloc.start()
 print(sum(len(document.text) for piece in pieces for document in read_piece(piece)), tracemalloc.get_traced_memory()[1])

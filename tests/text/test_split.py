@@ -7,17 +7,7 @@ import pytest
 
 from pretrain.errors import DataError
 from pretrain.text import Document, read_documents
-from pretrain.text.split import (
-    TRAIN,
-    VAL,
-    Part,
-    find_tail,
-    join_surveys,
-    side_by_hash,
-    split_hash,
-    split_tail,
-    survey,
-)
+from pretrain.text.split import TRAIN, VAL, Part, find_tail, join_surveys, side_by_hash, split_hash, split_tail, survey
 
 
 def documents(*texts: str) -> list[Document]:

@@ -11,8 +11,8 @@ from pretrain.config import Config, load_config
 from pretrain.device import Precision
 from pretrain.model import GPT
 from pretrain.optim import build_optimizers
-from pretrain.plan import count_parameters
 from pretrain.plan.cluster import layout
+from pretrain.sizing import count_parameters
 from pretrain.training.parallel import Parameters, build_model
 from pretrain.training.world import World
 

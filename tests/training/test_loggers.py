@@ -11,8 +11,9 @@ import pytest
 
 from pretrain.config import Config, load_config
 from pretrain.errors import UsageError
+from pretrain.io import without_secrets
 from pretrain.training import loggers
-from pretrain.training.loggers import Loggers, chosen, numbers, without_secrets
+from pretrain.training.loggers import Loggers, chosen, numbers
 
 
 def needs(module: str) -> pytest.MarkDecorator:

@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 
 from pretrain.config import Config, load_config
 from pretrain.errors import CheckpointError, DeviceMemoryError, UsageError
+from pretrain.io import read_jsonl
 from pretrain.model import GPT
-from pretrain.training import Callback, Console, Run, Trainer, train
-from pretrain.training.checkpoint import Checkpoint, checkpoints
+from pretrain.runs import Run
+from pretrain.runs.checkpoint import Checkpoint, checkpoints
+from pretrain.training import Callback, Console, Trainer, train
 from pretrain.training.loop import open_run
-from pretrain.training.metrics import read_jsonl
 
 
 def change(config: Config, **fields) -> Config:

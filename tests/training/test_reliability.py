@@ -18,18 +18,19 @@ from filelock import FileLock
 from tests.evaluation.test_core import write_bundle
 from tests.training.test_loop import assert_same_run, change, learned, weights
 
-import pretrain.training.checkpoint as checkpoint_module
+import pretrain.runs.checkpoint as checkpoint_module
 import pretrain.training.loop as loop
 from pretrain.config import Config, GuardConfig
 from pretrain.errors import CheckpointError, DataError, Interrupted, TrainingError
 from pretrain.evaluation import GPTScorer
+from pretrain.io import read_jsonl
 from pretrain.model import GPT
+from pretrain.runs import Run
+from pretrain.runs.checkpoint import checkpoints
 from pretrain.tokens import TrainingBatches
-from pretrain.training import Console, Run, Trainer, train
-from pretrain.training.checkpoint import checkpoints
+from pretrain.training import Console, Trainer, train
 from pretrain.training.guard import Guard
-from pretrain.training.metrics import read_jsonl
-from pretrain.training.watch import Watch
+from pretrain.training.heartbeat import Watch
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -148,7 +149,7 @@ def test_kill_nine_at_random_moments(tiny: Config, tmp_path: Path):
     undisturbed = train(config, tmp_path / "undisturbed")
     draw = random.Random(4)
     slow = (
-        "import pretrain.training.checkpoint as c\nw = c._write_tensors\n"
+        "import pretrain.runs.checkpoint as c\nw = c._write_tensors\n"
         "c._write_tensors = lambda *a: (w(*a), time.sleep(0.05))"
     )
     for _ in range(6):
@@ -399,7 +400,7 @@ def test_logs_that_cannot_be_written_wait(tiny: Config, tmp_path: Path, monkeypa
             raise FULL
         append(file, *records)
 
-    monkeypatch.setattr("pretrain.training.metrics.append_jsonl", append_when_there_is_room)
+    monkeypatch.setattr("pretrain.runs.metrics.append_jsonl", append_when_there_is_room)
     console, said = heard()
     run = train(tiny, tmp_path / "run", console)
     assert [r["step"] for r in read_jsonl(run.metrics)] == list(range(1, 13))

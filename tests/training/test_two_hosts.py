@@ -18,8 +18,8 @@ from tests.test_cli import options
 from tests.training.test_world import assert_near
 
 from pretrain.cli import main
-from pretrain.training import Run
-from pretrain.training.metrics import read_jsonl
+from pretrain.io import read_jsonl
+from pretrain.runs import Run
 
 
 @dataclass

@@ -14,9 +14,10 @@ import pytest
 from tests.training.test_loop import change, learned
 
 from pretrain.config import Config
-from pretrain.training import Run, train
-from pretrain.training.checkpoint import checkpoints
-from pretrain.training.metrics import read_jsonl
+from pretrain.io import read_jsonl
+from pretrain.runs import Run
+from pretrain.runs.checkpoint import checkpoints
+from pretrain.training import train
 
 LAUNCH = """
 import sys

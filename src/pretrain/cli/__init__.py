@@ -95,7 +95,7 @@ def _train_arguments(args: list[str]) -> TrainArguments:
     given = args[0] if args and not args[0].startswith("-") else ""
     out = value_of(args, "--out")
     if out and not given and Path(out, "config.toml").is_file():
-        from pretrain.training.run import Run
+        from pretrain.runs.run import Run
 
         base = Run.open(out).config
     else:
@@ -153,7 +153,7 @@ def evaluate(args: list[str]) -> int:
     a = parse(EvalArguments, args, "eval")
 
     from pretrain.evaluation import open_bundle, read_tasks
-    from pretrain.report.measure import What, check_places, json_line, measure, tables, write_csv
+    from pretrain.evaluation.compare import What, check_places, json_line, measure, tables, write_csv
 
     tasks = read_tasks(open_bundle("" if a.core == DEFAULT else a.core)) if a.core else []
     what = What(a.split, a.data, a.batches, tasks, a.max_per_task)
@@ -212,7 +212,7 @@ def sample(args: list[str]) -> int:
     from pretrain.device import choose_device, choose_precision
     from pretrain.generation import encode_prompt, sample_text, sample_texts
     from pretrain.generation.terminal import converse, print_as_it_comes, read_prompts
-    from pretrain.training import Run
+    from pretrain.runs import Run
 
     run = Run.open(a.run)
     prompts = [sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt for prompt in a.prompt]
@@ -274,8 +274,8 @@ def export(args: list[str]) -> int:
     """A run's model as a folder that Hugging Face transformers loads."""
     a = parse(ExportArguments, args, "export")
 
-    from pretrain.report.export import export_run
-    from pretrain.training import Run
+    from pretrain.hf.export import export_run
+    from pretrain.runs import Run
 
     run = Run.open(a.run)
     how = export_run(run, a.format, Path(a.out), run.checkpoint(a.step) if a.step else None)

@@ -124,7 +124,7 @@ def check_devices() -> Iterator[Line]:
     """Processor and GPUs."""
     import torch
 
-    from pretrain.hardware import cpu_name, known_gpu
+    from pretrain.device import cpu_name, known_gpu
 
     yield Line("cpu", OK, f"{cpu_name()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
     driver = nvidia_driver() if torch.cuda.is_available() else ""
@@ -160,8 +160,7 @@ def check_memory() -> Iterator[Line]:
         return
     import torch
 
-    from pretrain.device import free_memory
-    from pretrain.hardware import container_limit, total_memory
+    from pretrain.device import container_limit, free_memory, total_memory
 
     cpu = torch.device("cpu")
     free, total = free_memory(cpu), total_memory(cpu)
@@ -175,8 +174,7 @@ def check_memory() -> Iterator[Line]:
 
 def check_speed() -> Iterator[Line]:
     """Matrix products in each arithmetic, and which of them training would take."""
-    from pretrain.device import DTYPES, choose_device, choose_precision
-    from pretrain.hardware import matmul_flops
+    from pretrain.device import DTYPES, choose_device, choose_precision, matmul_flops
 
     device = choose_device("auto")
     rates = []

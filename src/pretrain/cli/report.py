@@ -39,7 +39,7 @@ def report(args: list[str]) -> int:
     from pretrain.report import write_report
     from pretrain.report.page import run_names
     from pretrain.report.plot import plot_runs
-    from pretrain.training import Run
+    from pretrain.runs import Run
 
     runs = [Run.open(folder) for folder in dict.fromkeys(a.runs)]
     file = Path(a.out) if a.out else runs[0].folder / "report.html" if len(runs) == 1 else Path("comparison.html")

@@ -15,7 +15,7 @@ import tyro
 
 from pretrain.cli.parsing import Command, parse
 from pretrain.errors import DataError, UsageError
-from pretrain.files import write_atomically
+from pretrain.io import write_atomically
 
 if TYPE_CHECKING:
     from pretrain.text import Piece

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from pretrain.errors import CheckpointError, DataError, PretrainError, UsageError
 from pretrain.evaluation.scorer import CHUNK_ELEMENTS, compare
+from pretrain.hf.convert import OWN, load_hf, read_config
 from pretrain.model import GPT
-from pretrain.model.huggingface import OWN, load_hf, read_config
+from pretrain.model.loss import IGNORE
 from pretrain.tokenizer import Tokenizer
-from pretrain.tokens import IGNORE
 
 PREFIX = "hf:"
 """What marks the directory of a transformers model where a run directory may stand."""

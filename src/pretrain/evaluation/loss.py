@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.evaluation.scorer import evaluating
-from pretrain.tokens import IGNORE
+from pretrain.model.loss import IGNORE
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from pretrain.model import GPT, KVCache
+from pretrain.model import GPT
+from pretrain.model.cache import KVCache
 from pretrain.model.packed import for_inference
 from pretrain.tokenizer import Tokenizer
 

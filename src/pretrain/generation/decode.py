@@ -16,7 +16,8 @@ from torch import Tensor
 
 from pretrain.generation.options import SamplingOptions
 from pretrain.generation.sampling import choose, penalize_repetition
-from pretrain.model import GPT, KVCache
+from pretrain.model import GPT
+from pretrain.model.cache import KVCache
 from pretrain.model.packed import for_inference
 
 

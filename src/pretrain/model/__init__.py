@@ -3,6 +3,7 @@
 tokens (B, T)  →  transformer.GPT  →  loss.linear_cross_entropy  →  nats
 """
 
-from pretrain.model.transformer import GPT, KVCache
+from pretrain.model.cache import KVCache
+from pretrain.model.transformer import GPT
 
 __all__ = ["GPT", "KVCache"]

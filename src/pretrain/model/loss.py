@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pretrain.tokens.batches import IGNORE
+IGNORE = -1
+"""The target that does not count."""
 
 CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
 """Logits held at once, by device: a CPU chunk stays in its cache, a GPU chunk keeps its matrix units busy."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from pretrain.optim.exchange import Exchange, alone
+from pretrain.optim.distributed import Exchange, alone
 
 CLASSIC = (3.4445, -4.7750, 2.0315)
 """Jordan's quintic a x + b x^3 + c x^5: steep at 0, so that five rounds bring all singular values to about 0.7-1.2."""

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from pretrain.config import Config
-from pretrain.hardware import GPU
-from pretrain.plan.count import count_parameters, matrices, meta_model
+from pretrain.device import GPU
 from pretrain.plan.memory import Working
+from pretrain.sizing import count_parameters, matrices, meta_model
 
 GPUS_PER_MACHINE = 8
 
@@ -129,8 +129,3 @@ def traffic_seconds(sent: dict[str, int], where: Layout, gpu: GPU) -> float:
     inside = sent["inside"] / (gpu.link_gb * 1e9)
     between = sent["between"] / ((gpu.network_gb or gpu.link_gb) * 1e9)
     return inside + between if where.kind == "hsdp" else max(inside, between)
-
-
-def kind_that_fits(parameters: int, free_bytes: int) -> str:
-    """Ddp if weights, gradients, two moments and room to work fit in 60 % of a device's free memory, else fsdp."""
-    return "ddp" if 20 * parameters < 0.6 * free_bytes else "fsdp"

@@ -8,7 +8,6 @@ by fusing, and what an allocator loses between blocks, it does not know.
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,37 +18,17 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
 from pretrain.config import Config
-from pretrain.model import GPT, attention
+from pretrain.model import GPT
+from pretrain.model import transformer as attention
 from pretrain.model.loss import CHUNK_ELEMENTS, CHUNK_ROWS
 from pretrain.model.transformer import Linear
 from pretrain.optim import build_optimizers
-
-ACTIVATIONS_PER_CHANNEL = 36
-"""Values that a block keeps for its backward pass, for each token and channel: 17 to 34 measured, 47 with dropout."""
+from pretrain.training.parallel import recompute_blocks
 
 LOGIT_BYTES = 12
 """Bytes that the loss holds for each logit of a chunk: the products, their fp32 copy, and the gradient of both."""
-
-
-def activation_bytes(config: Config, bytes_per_value: int) -> int:
-    """About how much memory the forward pass of one row of the context length keeps for its backward pass."""
-    model = config.model
-    blocks = 1 + model.layers / ACTIVATIONS_PER_CHANNEL if config.train.activation_checkpointing else model.layers
-    kept = ACTIVATIONS_PER_CHANNEL * (1.5 if model.dropout else 1.0)
-    return int(model.context_length * model.width * blocks * kept * bytes_per_value)
-
-
-def rows_that_fit(config: Config, bytes_per_value: int, free_bytes: int) -> int:
-    """The most rows of the batch, dividing it evenly, whose activations fit in 70 % of the free memory; at least 1."""
-    return rows_up_to(config, int(0.7 * free_bytes / activation_bytes(config, bytes_per_value)))
-
-
-def rows_up_to(config: Config, limit: int) -> int:
-    """The largest micro-batch of at most ``limit`` rows that divides the batch; at least 1."""
-    return next((n for n in range(min(limit, config.batch_rows), 0, -1) if config.batch_rows % n == 0), 1)
 
 
 @dataclass(frozen=True)
@@ -137,12 +116,6 @@ def _as_on(device: str) -> Iterator[None]:
         yield
     finally:
         attention.PLAIN_LIMIT, CHUNK_ELEMENTS["cpu"] = limit, chunk
-
-
-def recompute_blocks(model: GPT) -> None:
-    """Activation checkpointing: let each block compute its activations again in the backward pass."""
-    for block in model.blocks:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def _update(model: GPT, optimizers: list[torch.optim.Optimizer]) -> None:

@@ -13,16 +13,25 @@ from typing import Any
 import torch
 
 from pretrain.config import Config
-from pretrain.device import DTYPES, choose_device, choose_precision, free_memory
+from pretrain.device import (
+    DTYPES,
+    GPU,
+    GPUS,
+    choose_device,
+    choose_precision,
+    cpu_name,
+    free_memory,
+    known_gpu,
+    peak_flops,
+    total_memory,
+)
 from pretrain.errors import UsageError
-from pretrain.hardware import GPU, GPUS, cpu_name, known_gpu, peak_flops, total_memory
-from pretrain.plan.cluster import Layout, kind_that_fits, layout, memory_parts, traffic, traffic_seconds
-from pretrain.plan.count import count_parameters, flops_per_token, moment_bytes
+from pretrain.plan.cluster import Layout, layout, memory_parts, traffic, traffic_seconds
 from pretrain.plan.data import DataFacts, look_at_data
-from pretrain.plan.dial import resolve
-from pretrain.plan.memory import rehearse, rows_that_fit
+from pretrain.plan.memory import rehearse
 from pretrain.plan.speed import Speed, assume_speed, assumed_utilisation, measure_speed
 from pretrain.plan.warn import warnings
+from pretrain.sizing import count_parameters, flops_per_token, kind_that_fits, moment_bytes, resolve, rows_that_fit
 
 CPU_HEAP, GPU_CACHE = 0.4, 0.1
 """What an allocator holds beyond the tensors alive, as a share of all but weights and moments. On a CPU 0.19 to 0.53

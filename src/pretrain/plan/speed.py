@@ -13,7 +13,7 @@ from pretrain.config import Config, ModelConfig
 from pretrain.device import Precision, free_memory, keep_freed_memory
 from pretrain.model import GPT
 from pretrain.optim import build_optimizers
-from pretrain.plan.memory import recompute_blocks
+from pretrain.training.parallel import recompute_blocks
 
 SECONDS = 5.0
 """How long a measurement takes."""

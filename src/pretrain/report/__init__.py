@@ -1,6 +1,6 @@
 """The report room: a run in pictures and words, and its model for others."""
 
-from pretrain.report.export import export_run
+from pretrain.hf.export import export_run
 from pretrain.report.page import write_report
 from pretrain.report.plot import plot_run
 from pretrain.report.words import explain

@@ -123,7 +123,7 @@ class Model:
         return self._loaded is None or max(self._steps(), default=0) > self.step
 
     def _steps(self) -> list[int]:
-        from pretrain.training.checkpoint import checkpoints
+        from pretrain.runs.checkpoint import checkpoints
 
         return [checkpoint.step for checkpoint in checkpoints(self.folder / "checkpoints")]
 
@@ -149,7 +149,7 @@ class Model:
     def _load_newest(self) -> tuple[Any, Any]:
         import torch
 
-        from pretrain.training import Run
+        from pretrain.runs import Run
 
         run = Run.open(self.folder)
         checkpoint = run.newest_checkpoint()

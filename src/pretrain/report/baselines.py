@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from pretrain.errors import PretrainError
-from pretrain.files import write_atomically
+from pretrain.io import write_atomically
+from pretrain.runs import Run
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokens import TokenStream, is_tokens, open_corpus
 from pretrain.tokens.shards import MANIFEST
-from pretrain.training import Run
 
 CACHE = "baselines.json"
 TRAIN_TOKENS, HELD_OUT_TOKENS = 2_000_000, 200_000

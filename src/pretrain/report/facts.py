@@ -16,13 +16,13 @@ from typing import Any
 
 from pretrain.config import Config, config_to_dict, load_config, recipe_names
 from pretrain.errors import PretrainError
-from pretrain.plan import count_parameters, flops_per_token, resolve
 from pretrain.report.baselines import Baselines
 from pretrain.report.curves import SMOOTHED, Curves
+from pretrain.runs import Run
+from pretrain.runs.environment import read_environment
+from pretrain.sizing import count_parameters, flops_per_token, resolve
 from pretrain.tokens import Manifest
 from pretrain.tokens.shards import MANIFEST
-from pretrain.training import Run
-from pretrain.training.environment import read_environment
 
 OVERFIT = 0.02
 """Nats by which the held-out loss must have risen from its lowest before that is remarked on."""

@@ -40,7 +40,7 @@ from pretrain.report.facts import (
     results,
     size_of,
 )
-from pretrain.training import Run
+from pretrain.runs import Run
 
 ROWS, LEAST_ROWS, MOST_ROWS = 12_000, 600, 5_000
 """Rows of numbers in a page, shared by its runs; and the least and the most of a run."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pretrain.report.curves import SMOOTHED, Curves
-from pretrain.training import Run
+from pretrain.runs import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

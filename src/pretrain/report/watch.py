@@ -30,8 +30,8 @@ from pretrain.errors import CheckpointError, PretrainError, UsageError
 from pretrain.generation import SamplingOptions
 from pretrain.report.answers import Answerer
 from pretrain.report.page import View, render, render_facts
-from pretrain.training import Run
-from pretrain.training.watch import HEARTBEAT
+from pretrain.runs import Run
+from pretrain.training.heartbeat import HEARTBEAT
 
 HOST = "127.0.0.1"
 NAMES = frozenset({"127.0.0.1", "localhost"})

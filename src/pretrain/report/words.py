@@ -6,7 +6,7 @@ import math
 import shlex
 from pathlib import Path
 
-from pretrain.training import Run
+from pretrain.runs import Run
 
 
 def explain(run: Run, page: Path | None = None) -> str:

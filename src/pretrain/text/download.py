@@ -34,7 +34,7 @@ from typing import Literal
 import httpx2
 
 from pretrain.errors import DataError, UsageError
-from pretrain.files import sync_folder, write_atomically
+from pretrain.io import sync_folder, write_atomically
 from pretrain.text.catalogue import hugging_face
 
 try:

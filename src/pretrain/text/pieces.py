@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pretrain.errors import DataError
 from pretrain.text.document import Document
 from pretrain.text.embedded import embedded_documents
+from pretrain.text.files import SourceFile, find_files
 from pretrain.text.formats import PROBE, check_start, read_lines, read_rows, read_separated, read_text, row_group_sizes
 from pretrain.text.opening import COMPRESSION_RATIO, JSON_LINES, PARQUET, TEXT, format_of
 from pretrain.text.remote import RemoteFile, is_url
-from pretrain.text.sources import SourceFile, find_files
 
 EMBEDDED = "embedded:"
 

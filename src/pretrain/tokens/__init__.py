@@ -16,7 +16,8 @@ from pretrain.tokens.shards import Manifest
 from pretrain.tokens.windows import TokenStream
 
 if TYPE_CHECKING:
-    from pretrain.tokens.batches import IGNORE, Batches, TrainingBatches, ahead, validation_batches
+    from pretrain.model.loss import IGNORE
+    from pretrain.tokens.loader import Batches, TrainingBatches, ahead, validation_batches
 
 __all__ = [
     "IGNORE",
@@ -47,6 +48,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'pretrain.tokens' has no attribute '{name}'")
-    from pretrain.tokens import batches
+    from pretrain.tokens import loader as batches
 
     return getattr(batches, name)

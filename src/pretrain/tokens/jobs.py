@@ -19,7 +19,7 @@ from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 
-from pretrain.files import write_atomically
+from pretrain.io import write_atomically
 from pretrain.text import Document
 from pretrain.text.pieces import Piece, read_piece
 from pretrain.text.split import TRAIN, Part, Survey, Tail, all_to, side_by_hash, split_hash, split_tail, survey

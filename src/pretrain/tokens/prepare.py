@@ -31,7 +31,7 @@ from typing import Any
 
 from pretrain.config import Config, DataConfig, TokenizerConfig
 from pretrain.errors import DataError, Interrupted, PretrainError, UsageError
-from pretrain.files import write_atomically
+from pretrain.io import write_atomically
 from pretrain.text import Document, embedded_name
 from pretrain.text.pieces import EMBEDDED, Piece, find_pieces, read_piece
 from pretrain.text.split import TRAIN, VAL, find_tail, join_surveys

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.errors import DataError
-from pretrain.files import write_atomically
+from pretrain.io import write_atomically
 from pretrain.tokenizer import Tokenizer
 
 FORMAT = 2

@@ -19,12 +19,11 @@ import torch.distributed as dist
 from rich.live import Live
 from rich.text import Text
 
-from pretrain.device import Precision
-from pretrain.hardware import peak_flops, process_memory, total_memory
+from pretrain.device import Precision, peak_flops, process_memory, total_memory
 from pretrain.model import GPT
-from pretrain.plan import flops_per_token
+from pretrain.runs.run import Run
+from pretrain.sizing import flops_per_token
 from pretrain.tokens import Batches, Corpus
-from pretrain.training.run import Run
 
 SMOOTHING = 0.95
 """What the smoothed loss keeps of itself at each step: about twenty steps weigh."""

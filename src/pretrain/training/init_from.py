@@ -12,12 +12,12 @@ import torch
 
 from pretrain.config import Config, ModelConfig
 from pretrain.errors import UsageError
+from pretrain.hf.convert import config_from_hf, load_weights, read_config
 from pretrain.model import GPT
-from pretrain.model.huggingface import config_from_hf, load_weights, read_config
 from pretrain.model.transformer import layer_kinds, window_length
-from pretrain.plan import resolve
+from pretrain.runs.run import Run
+from pretrain.sizing import resolve
 from pretrain.tokenizer import Tokenizer
-from pretrain.training.run import Run
 
 HF = "hf:"
 FREE = ("context_length", "document_mask", "dropout", "init")

@@ -23,11 +23,12 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import tomli_w
 
 from pretrain.config import Config, config_to_dict
+from pretrain.io import without_secrets
 
 STATE = "loggers.json"
 LONGEST_QUEUE = 1000
@@ -36,23 +37,6 @@ STATE_SECONDS = 1.0
 """How often the last step logged is noted; after a crash so many seconds may be logged again."""
 CLOSE_SECONDS = 60.0
 """How long the end of a run waits for loggers to send what they have."""
-
-
-class Callback:
-    """What one's own code may do during training; override what is needed.
-
-    Given to ``train(..., callbacks=[...])``. On several machines only the first process calls. What a callback raises
-    ends training.
-    """
-
-    def on_step(self, record: dict[str, Any]) -> None:
-        """After a step, with its line of metrics.jsonl; on a GPU some steps later, when the numbers are fetched."""
-
-    def on_evaluation(self, record: dict[str, Any], sample: str | None) -> None:
-        """After a validation, with the step's line and the text that was sampled, if any."""
-
-    def on_checkpoint(self, path: Path) -> None:
-        """After a checkpoint was committed; called from the thread that wrote it."""
 
 
 class Backend(Protocol):
@@ -309,25 +293,6 @@ def numbers(record: dict[str, Any]) -> dict[str, float]:
         for name, value in record.items()
         if name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool)
     }
-
-
-def without_secrets(value: Any) -> Any:
-    """The same plain values, with user names, passwords and queries (signatures, tokens) taken out of URLs."""
-    if isinstance(value, dict):
-        return {key: without_secrets(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_secrets(item) for item in value]
-    if isinstance(value, str) and "://" in value:
-        return " ".join(_bare_url(word) if "://" in word else word for word in value.split(" "))
-    return value
-
-
-def _bare_url(url: str) -> str:
-    try:
-        parts = urlsplit(url)
-        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
-    except ValueError:
-        return "URL"
 
 
 def _has_wandb_key() -> bool:

@@ -42,11 +42,25 @@ from pretrain.errors import (
 )
 from pretrain.evaluation import CoreResult, GPTScorer, evaluate_core, evaluate_loss, open_bundle, read_tasks
 from pretrain.generation import sample_text
+from pretrain.io import append_jsonl, keep_steps, read_jsonl
 from pretrain.model import GPT
+from pretrain.model.loss import IGNORE
 from pretrain.optim import build_optimizers, learning_rate_factor, muon_momentum, weight_decay_factor
-from pretrain.plan import resolve, rows_that_fit, rows_up_to
+from pretrain.runs.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    checkpoints,
+    newest,
+    not_finite,
+    remove,
+    retire,
+    run_tensors,
+)
+from pretrain.runs.environment import write_environment
+from pretrain.runs.metrics import Metrics
+from pretrain.runs.run import Run, lock_run
+from pretrain.sizing import resolve, rows_that_fit, rows_up_to
 from pretrain.tokens import (
-    IGNORE,
     Batches,
     LiveBatches,
     TokenStream,
@@ -61,35 +75,14 @@ from pretrain.tokens import (
     training_order,
     validation_batches,
 )
-from pretrain.training.checkpoint import (
-    Checkpoint,
-    CheckpointWriter,
-    checkpoints,
-    newest,
-    not_finite,
-    remove,
-    retire,
-    run_tensors,
-)
+from pretrain.training.callbacks import Callback
 from pretrain.training.console import Console
-from pretrain.training.environment import write_environment
-from pretrain.training.guard import Guard
+from pretrain.training.guard import Guard, LossScale
+from pretrain.training.heartbeat import SAVING, Watch
 from pretrain.training.init_from import load_initial, resolve_init
-from pretrain.training.loggers import CLOSE_SECONDS, Callback, Loggers
-from pretrain.training.loss_scale import LossScale
-from pretrain.training.metrics import Metrics, append_jsonl, keep_steps, read_jsonl
-from pretrain.training.parallel import (
-    Parameters,
-    build_model,
-    choose_kind,
-    fill_model,
-    synchronise,
-    training_forward,
-)
-from pretrain.training.random_state import library_random_state, set_library_random_state
-from pretrain.training.run import Run, lock_run
+from pretrain.training.loggers import CLOSE_SECONDS, Loggers
+from pretrain.training.parallel import Parameters, build_model, choose_kind, fill_model, synchronise, training_forward
 from pretrain.training.signals import Stopped, StopRequest
-from pretrain.training.watch import SAVING, Watch
 from pretrain.training.world import SILENT_SECONDS, World, join_world
 
 T = TypeVar("T")
@@ -294,7 +287,7 @@ class Trainer:
         self.loss_scale = LossScale(self.precision)
         self.guard = Guard(config.guard, self.device)
         self._make_optimizer_state()
-        self.writer = CheckpointWriter(run.checkpoints, self.parameters.saved_form, world)
+        self.writer = CheckpointWriter(run.checkpoints, self.parameters.saved_form, world.size > 1)
         if checkpoint:
             self.load(checkpoint)
         self.forward = training_forward(self.model, kind, world)
@@ -746,7 +739,6 @@ class Trainer:
             torch.manual_seed(self.config.train.seed + self.world.rank + 1_000_003 * checkpoint.step)
         self.writer.load(checkpoint, tensors)
         self.set_random_state(tensors)
-        set_library_random_state(state["random"])
 
     def save(self, must: bool = False) -> None:
         """Begin to commit a checkpoint of this step; when it is committed, those no longer wanted are retired.
@@ -771,7 +763,6 @@ class Trainer:
             "left_out": self.left_out,
             "went_back_to": self.went_back_to,
             "pending": self.pending,
-            "random": library_random_state(),
             "world": self.world.size,
         }
 

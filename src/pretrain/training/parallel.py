@@ -8,6 +8,7 @@ their gradients. None of it changes a name or what is learned.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,13 +20,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from pretrain.config import Config, TrainConfig
 from pretrain.device import Precision, free_memory
 from pretrain.errors import UsageError
 from pretrain.model import GPT
 from pretrain.optim import Muon, Replicated, RowSharded, alone
-from pretrain.plan import count_parameters, kind_that_fits, recompute_blocks
+from pretrain.sizing import count_parameters, kind_that_fits
 from pretrain.training.world import World
 
 
@@ -228,3 +230,9 @@ def compiler_problem(device: torch.device) -> str:
     except Exception as error:  # whatever a missing compiler, an old driver or a full /tmp raises
         return (str(error).strip() or type(error).__name__).splitlines()[0]
     return ""
+
+
+def recompute_blocks(model: GPT) -> None:
+    """Activation checkpointing: let each block compute its activations again in the backward pass."""
+    for block in model.blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

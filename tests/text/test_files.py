@@ -11,7 +11,7 @@ import pytest
 
 from pretrain.errors import DataError
 from pretrain.text import Document, embedded_documents, read_documents
-from pretrain.text.sources import find_files
+from pretrain.text.files import find_files
 
 
 def write(path: Path, data: str | bytes) -> Path:

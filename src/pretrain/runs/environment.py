@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from pretrain.files import write_atomically
+from pretrain.io import write_atomically
 
 ENVIRONMENT = "environment.json"
 STARTS = 100

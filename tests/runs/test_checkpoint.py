@@ -9,17 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import pretrain.training.checkpoint as checkpoint_module
+import pretrain.runs.checkpoint as checkpoint_module
 from pretrain.config import CheckpointConfig
-from pretrain.training.checkpoint import (
-    COMMIT,
-    CheckpointWriter,
-    checkpoints,
-    newest,
-    not_finite,
-    retire,
-    save_checkpoint,
-)
+from pretrain.runs.checkpoint import COMMIT, CheckpointWriter, checkpoints, newest, not_finite, retire, save_checkpoint
 
 
 def tensors(seed: int) -> dict[str, torch.Tensor]:
@@ -127,7 +119,7 @@ def test_the_writer_copies_first_and_tells_of_failures_once(tmp_path: Path, monk
         go_on.wait(20)
         return save_checkpoint(*args)
 
-    monkeypatch.setattr("pretrain.training.checkpoint.save_checkpoint", slow)
+    monkeypatch.setattr("pretrain.runs.checkpoint.save_checkpoint", slow)
     values, committed = {"a": torch.zeros(4)}, []
     writer.save(1, values, {}, lambda: committed.append(1))
     assert begun.wait(20)
@@ -144,7 +136,7 @@ def test_the_writer_copies_first_and_tells_of_failures_once(tmp_path: Path, monk
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("pretrain.training.checkpoint.save_checkpoint", fail)
+    monkeypatch.setattr("pretrain.runs.checkpoint.save_checkpoint", fail)
     writer.save(2, values, {}, lambda: committed.append(2))
     with pytest.raises(OSError, match="No space"):
         writer.wait()

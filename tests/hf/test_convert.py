@@ -14,9 +14,10 @@ from tests.conftest import TINY
 from pretrain.cli import main
 from pretrain.config import Config, ModelConfig, load_config
 from pretrain.errors import CheckpointError, PretrainError, UsageError
+from pretrain.hf.convert import OWN, config_from_hf, hf_type, load_hf, obstacles, to_hf
 from pretrain.model import GPT
-from pretrain.model.huggingface import OWN, config_from_hf, hf_type, load_hf, obstacles, to_hf
-from pretrain.training import Run, train
+from pretrain.runs import Run
+from pretrain.training import train
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -162,7 +163,7 @@ def test_no_counterpart_is_noticed(field: str):
 
 
 def test_every_field_of_the_model_is_known_to_the_export():
-    from pretrain.model.huggingface import _KNOWN_FIELDS
+    from pretrain.hf.convert import _KNOWN_FIELDS
 
     assert {field.name for field in dataclasses.fields(ModelConfig)} == _KNOWN_FIELDS
 

@@ -18,17 +18,16 @@ from safetensors.torch import save_file
 
 from pretrain.config import FREE_SECTIONS, config_to_dict
 from pretrain.errors import DataError, UsageError
-from pretrain.model.huggingface import OWN, hf_type, obstacles, to_hf
-from pretrain.report.facts import public
-from pretrain.report.measure import stored_core
-from pretrain.report.standalone import standalone
+from pretrain.hf.convert import OWN, hf_type, obstacles, to_hf
+from pretrain.hf.standalone import standalone
+from pretrain.io import read_jsonl, without_secrets
+from pretrain.runs import Run
+from pretrain.runs.checkpoint import Checkpoint
+from pretrain.runs.run import stored_core
 from pretrain.text import embedded_name
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokens import Dataset, Manifest, is_tokens
 from pretrain.tokens.shards import MANIFEST, PLAN
-from pretrain.training import Run
-from pretrain.training.checkpoint import Checkpoint
-from pretrain.training.metrics import read_jsonl
 
 CONFIGURATION, MODELING = "configuration_pretrain", "modeling_pretrain"
 
@@ -66,9 +65,9 @@ def export_run(run: Run, format: Literal["hf", "safetensors"], out: Path, checkp
                 "AutoConfig": f"{CONFIGURATION}.PretrainConfig",
                 "AutoModelForCausalLM": f"{MODELING}.PretrainForCausalLM",
             }
-            source = resources.files("pretrain.model.hub").joinpath(f"{CONFIGURATION}.py")
+            source = resources.files("pretrain.hf").joinpath(f"{CONFIGURATION}.py")
             files[f"{CONFIGURATION}.py"] = source.read_text(encoding="utf-8")
-            files[f"{MODELING}.py"] = standalone(f"pretrain.model.hub.{MODELING}")
+            files[f"{MODELING}.py"] = standalone(f"pretrain.hf.{MODELING}")
         files["tokenizer_config.json"] = _json(
             {
                 "tokenizer_class": "PreTrainedTokenizerFast",
@@ -99,7 +98,7 @@ def export_run(run: Run, format: Literal["hf", "safetensors"], out: Path, checkp
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     if format == "safetensors":
-        return f'from pretrain.model.huggingface import load_hf; model = load_hf("{out}")'
+        return f'from pretrain.hf.convert import load_hf; model = load_hf("{out}")'
     return f'model = AutoModelForCausalLM.from_pretrained("{out}"{", trust_remote_code=True" if own else ""})'
 
 
@@ -134,7 +133,8 @@ def model_card(run: Run, checkpoint: Checkpoint, name: str) -> str:
         count = config.eval.core_max_per_task
         facts.append(
             f"CORE: {measured['val/core']:.4f} after step {measured['step']:,}, the mean of the tasks of"
-            f" {public(config.eval.core_bundle) or 'the bundle'}" + (f", {count:,} questions each" if count else "")
+            f" {without_secrets(config.eval.core_bundle) or 'the bundle'}"
+            + (f", {count:,} questions each" if count else "")
         )
     if own:
         reasons = ", ".join(min(obstacles(config.model).values(), key=len))
@@ -147,7 +147,7 @@ def model_card(run: Run, checkpoint: Checkpoint, name: str) -> str:
         how = f"It computes what transformers' `{kind}` does, and is loaded as that."
     settings = {section: table for section, table in config_to_dict(config).items() if section not in FREE_SECTIONS}
     for name in ("paths", "val_paths"):
-        settings["data"][name] = [public(path) for path in settings["data"][name]]
+        settings["data"][name] = [without_secrets(path) for path in settings["data"][name]]
     bos = (
         f" Every document began with `{_boundary(run.tokenizer())}`; the tokenizer does not add it by itself."
         if _boundary(run.tokenizer())
@@ -194,7 +194,7 @@ print(tokenizer.decode(model.generate(ids, max_new_tokens=50, do_sample=True)[0]
 def _data(run: Run) -> str:
     """What the model learned from: a table with a line for each data set, as far as its files tell."""
     data = run.config.data
-    names = [public(path) for path in data.paths] or [embedded_name()]
+    names = [without_secrets(path) for path in data.paths] or [embedded_name()]
     try:
         corpus = run.corpus()
     except DataError:
@@ -207,7 +207,7 @@ def _data(run: Run) -> str:
     for number, dataset in enumerate(corpus.datasets):
         name = ", ".join(names)
         if is_tokens(data.paths):
-            name = public(dataset.name) + _made_from(Path(dataset.name).expanduser())
+            name = without_secrets(dataset.name) + _made_from(Path(dataset.name).expanduser())
         rows.append([name, *_sizes(dataset, "train"), *_sizes(dataset, "val")])
         if data.stream:
             rows[-1][1:4] = "tokenized while training", "", ""
@@ -233,7 +233,7 @@ def _made_from(folder: Path) -> str:
         return ""
     try:
         plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-        files = [public(str(file)) or embedded_name() for file, *_ in plan["text"]]
+        files = [without_secrets(str(file)) or embedded_name() for file, *_ in plan["text"]]
     except (OSError, ValueError, KeyError, TypeError):
         return ""
     more = f" and {len(files) - 3:,} files more" if len(files) > 3 else ""

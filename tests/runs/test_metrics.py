@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.training.metrics import Metrics, append_jsonl, keep_steps, read_jsonl
+from pretrain.io import append_jsonl, keep_steps, read_jsonl
+from pretrain.runs.metrics import Metrics
 
 
 def test_numbers_arrive_some_steps_at_a_time(tmp_path):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from pretrain.io import append_jsonl, keep_steps
 
 
 class Metrics:
@@ -59,43 +58,3 @@ class Metrics:
         self.last = records[-1] if records else self.last
         self._waiting = []
         return records
-
-
-def read_jsonl(file: Path) -> list[dict[str, Any]]:
-    """The records of a file such as metrics.jsonl; a last line that a crash cut short is left out."""
-    if not file.is_file():
-        return []
-    records = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
-
-
-def append_jsonl(file: Path, *records: dict[str, Any]) -> None:
-    """Append records, one line each, or nothing at all. JSON has no NaN or infinity: they become null."""
-    lines = []
-    for record in records:
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        lines.append(json.dumps(clean, ensure_ascii=False) + "\n")
-    data = memoryview("".join(lines).encode())
-    with file.open("ab", buffering=0) as out:
-        size = out.tell()
-        try:
-            while data:
-                data = data[out.write(data) :]
-        except OSError:  # such as a full disk: half a line would spoil the next one
-            os.truncate(file, size)
-            raise
-
-
-def keep_steps(file: Path, up_to: int) -> None:
-    """Drop the records of steps after ``up_to``, which a run that goes on from there will write again."""
-    kept = [record for record in read_jsonl(file) if record["step"] <= up_to]
-    if kept or file.exists():
-        temporary = file.with_suffix(".tmp")
-        temporary.unlink(missing_ok=True)
-        append_jsonl(temporary, *kept)
-        os.replace(temporary, file)

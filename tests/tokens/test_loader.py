@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
+from pretrain.model.loss import IGNORE
 from pretrain.tokens import (
-    IGNORE,
     Batches,
     DataOrder,
     MixedOrder,

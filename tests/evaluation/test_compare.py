@@ -16,9 +16,11 @@ from pretrain.cli import main
 from pretrain.config import load_config
 from pretrain.errors import DataError, UsageError
 from pretrain.evaluation import read_tasks
-from pretrain.report.measure import What, measure, stored_core
+from pretrain.evaluation.compare import What, measure
+from pretrain.runs import Run
+from pretrain.runs.run import stored_core
 from pretrain.tokenizer import build_tokenizer
-from pretrain.training import Run, train
+from pretrain.training import train
 
 WORDS = ["Ada", "Noël", "王さん", "🙂", "sees", "hears", "the fox", "a child", "and then"]
 

@@ -7,19 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 from tests.conftest import TINY
+from tests.evaluation.test_compare import train_on, two_folders, write_text  # noqa: F401 - a fixture
 from tests.evaluation.test_core import write_bundle
-from tests.model.test_huggingface import PLAIN
-from tests.report.test_measure import train_on, two_folders, write_text  # noqa: F401 - a fixture
+from tests.hf.test_convert import PLAIN
 
 from pretrain.cli import main
 from pretrain.errors import PretrainError
 from pretrain.evaluation import read_tasks
-from pretrain.report.export import model_card
-from pretrain.report.measure import What, measure
+from pretrain.evaluation.compare import What, measure
+from pretrain.hf.export import model_card
+from pretrain.io import read_jsonl
+from pretrain.runs import Run
 from pretrain.tokenizer import build_tokenizer
 from pretrain.tokens import Manifest
-from pretrain.training import Run
-from pretrain.training.metrics import read_jsonl
 
 
 def card_of(run: Run) -> str:

@@ -13,11 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pretrain.model.loss import IGNORE
 from pretrain.tokens.order import DataOrder, MixedOrder
 from pretrain.tokens.windows import TokenStream
-
-IGNORE = -1
-"""The target that does not count."""
 
 STARTS_AHEAD = 65536
 """Rows whose starts are computed at once, of one epoch or so: many steps share the cost of a vectorised call."""

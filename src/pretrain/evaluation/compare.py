@@ -24,17 +24,14 @@ from pretrain.device import choose_device, choose_precision, keep_freed_memory
 from pretrain.errors import DataError, UsageError
 from pretrain.evaluation import CoreResult, GPTScorer, LossResult, Scorer, Task, evaluate_core, evaluate_loss
 from pretrain.evaluation.huggingface import PREFIX, HFScorer, check_folder, read_as_ours
-from pretrain.files import sha256_of
+from pretrain.io import append_jsonl
+from pretrain.runs import Run
+from pretrain.runs.checkpoint import Checkpoint
+from pretrain.runs.run import CORE_FILE, weights_id
 from pretrain.text import read_documents
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokens import DataOrder, Manifest, TrainingBatches, prepared_dataset, validation_batches
 from pretrain.tokens.shards import write_shard
-from pretrain.training import Run
-from pretrain.training.checkpoint import COMMIT, Checkpoint
-from pretrain.training.metrics import append_jsonl, read_jsonl
-
-CORE_FILE = "core.jsonl"
-"""What CORE was measured to be, in the run directory."""
 
 HF_CONTEXT = 2048
 """Tokens in a row where a Hugging Face model sets no limit, or a higher one."""
@@ -214,21 +211,9 @@ def _estimates(model: nn.Module, tokenizer: Tokenizer, run: Run, batches: int) -
 
 
 def _store_core(run: Run, checkpoint: Checkpoint, core: CoreResult, max_per_task: int) -> None:
-    record = {"step": checkpoint.step, "weights": _weights(checkpoint), "max_per_task": max_per_task}
+    record = {"step": checkpoint.step, "weights": weights_id(checkpoint), "max_per_task": max_per_task}
     with suppress(OSError):  # a run that may only be read is measured all the same
         append_jsonl(run.folder / CORE_FILE, {**record, "name": core.name, **_core_tree(core)})
-
-
-def stored_core(run: Run, checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """The latest measurement of CORE of this checkpoint with the most questions: as JSON has it, with its name."""
-    weights = _weights(checkpoint)
-    found = [record for record in read_jsonl(run.folder / CORE_FILE) if record.get("weights") == weights]
-    return max(reversed(found), key=lambda each: sum(t["examples"] for t in each["tasks"].values()), default=None)
-
-
-def _weights(checkpoint: Checkpoint) -> str:
-    """What tells a checkpoint from another of the same step."""
-    return sha256_of(checkpoint.folder / COMMIT)
 
 
 # Showing ---------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.hardware import GPUS, container_limit, known_gpu, peak_flops, process_memory, total_memory
+from pretrain.device import GPUS, container_limit, known_gpu, peak_flops, process_memory, total_memory
 
 CPU = torch.device("cpu")
 
@@ -45,7 +45,7 @@ def test_a_measured_peak_is_remembered(tmp_path: Path, monkeypatch):
         measured.append(dtype)
         return 1e9 * len(measured)
 
-    monkeypatch.setattr("pretrain.hardware.matmul_flops", measure)
+    monkeypatch.setattr("pretrain.device.matmul_flops", measure)
     assert [peak_flops(CPU, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float32)] == [1e9, 2e9, 1e9]
     assert measured == [torch.float32, torch.bfloat16]
     file = tmp_path / "pretrain" / "peak.json"

@@ -23,13 +23,15 @@ from filelock import FileLock, Timeout
 
 from pretrain.config import Config, config_from_dict, config_to_dict
 from pretrain.errors import CheckpointError, DataError, UsageError
-from pretrain.files import write_atomically
+from pretrain.io import read_jsonl, sha256_of, write_atomically
 from pretrain.model import GPT
+from pretrain.runs.checkpoint import COMMIT, Checkpoint, checkpoints, newest
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokens import Corpus, is_tokens, open_corpus
-from pretrain.training.checkpoint import Checkpoint, checkpoints, newest
 
 LOCK = "lock"
+CORE_FILE = "core.jsonl"
+"""What ``pretrain eval --core`` measured, a line each."""
 
 
 @contextmanager
@@ -215,3 +217,15 @@ def empty_model(config: Config, tokenizer: Tokenizer, device: torch.device) -> G
     model = model.to_empty(device=device)
     model.tie_head()
     return model
+
+
+def stored_core(run: Run, checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The latest measurement of CORE of this checkpoint with the most questions: as JSON has it, with its name."""
+    weights = weights_id(checkpoint)
+    found = [record for record in read_jsonl(run.folder / CORE_FILE) if record.get("weights") == weights]
+    return max(reversed(found), key=lambda each: sum(t["examples"] for t in each["tasks"].values()), default=None)
+
+
+def weights_id(checkpoint: Checkpoint) -> str:
+    """What tells a checkpoint from another of the same step."""
+    return sha256_of(checkpoint.folder / COMMIT)

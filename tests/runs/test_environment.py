@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.training import environment as module
-from pretrain.training.environment import ENVIRONMENT, environment, read_environment, write_environment
+from pretrain.runs import environment as module
+from pretrain.runs.environment import ENVIRONMENT, environment, read_environment, write_environment
 
 
 def test_each_start_is_noted_and_the_first_stays(tmp_path: Path, monkeypatch):

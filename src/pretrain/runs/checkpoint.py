@@ -29,8 +29,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from pretrain.config import CheckpointConfig
-from pretrain.files import read_bounded, sha256_of, sync_folder, write_atomically
-from pretrain.training.world import World
+from pretrain.io import read_bounded, sha256_of, sync_folder, write_atomically
 
 SAVE_TIMEOUT = timedelta(hours=1)
 COMMIT = "COMMIT"
@@ -143,18 +142,17 @@ class CheckpointWriter:
     Args:
         folder: the run's ``checkpoints``.
         saved_form: from a name and a copy on the CPU to what is saved; see ``Parameters.saved_form``.
-        world: the processes that save together; None for one.
+        several: whether several processes save together.
     """
 
     def __init__(
         self,
         folder: Path,
         saved_form: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor,
-        world: World | None = None,
+        several: bool = False,
     ):
         self.folder, self.saved_form = folder, saved_form
         # A group of its own, since the main thread may be talking through the others meanwhile.
-        several = world is not None and world.size > 1
         self.group: Any = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT) if several else None
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None

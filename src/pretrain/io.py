@@ -1,0 +1,123 @@
+"""Small things of files and text that every part uses: atomic writes, JSON lines, durations, URLs without secrets."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write a small file, so that it is there whole or not at all, and safe on the disk when this returns."""
+    temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(file.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder safe on the disk, where the system can."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def read_bounded(file: Path, limit: int) -> str:
+    """The text of a file of at most ``limit`` bytes. Raises ValueError if it is larger, before it is read."""
+    if (size := file.stat().st_size) > limit:
+        raise ValueError(f"it has {size:,} bytes, more than any such file ({limit:,})")
+    return file.read_text(encoding="utf-8")
+
+
+def sha256_of(file: Path) -> str:
+    """The SHA-256 of a file's contents, in hexadecimal."""
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def read_jsonl(file: Path) -> list[dict[str, Any]]:
+    """The records of a file such as metrics.jsonl; a last line that a crash cut short is left out."""
+    if not file.is_file():
+        return []
+    records = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def append_jsonl(file: Path, *records: dict[str, Any]) -> None:
+    """Append records, one line each, or nothing at all. JSON has no NaN or infinity: they become null."""
+    lines = []
+    for record in records:
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        lines.append(json.dumps(clean, ensure_ascii=False) + "\n")
+    data = memoryview("".join(lines).encode())
+    with file.open("ab", buffering=0) as out:
+        size = out.tell()
+        try:
+            while data:
+                data = data[out.write(data) :]
+        except OSError:  # such as a full disk: half a line would spoil the next one
+            os.truncate(file, size)
+            raise
+
+
+def keep_steps(file: Path, up_to: int) -> None:
+    """Drop the records of steps after ``up_to``, which a run that goes on from there will write again."""
+    kept = [record for record in read_jsonl(file) if record["step"] <= up_to]
+    if kept or file.exists():
+        temporary = file.with_suffix(".tmp")
+        temporary.unlink(missing_ok=True)
+        append_jsonl(temporary, *kept)
+        os.replace(temporary, file)
+
+
+def cache_folder() -> Path:
+    """Where what was measured on this machine is kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "pretrain")
+
+
+def duration(seconds: float) -> str:
+    """A length of time for people: ``8 s``, ``90 s``, ``3.8 min``, ``2.3 h``, ``4.0 days``."""
+    if seconds < 120:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1g} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:,.1f} days"
+
+
+def without_secrets(value: Any) -> Any:
+    """The same plain values, with user names, passwords and queries (signatures, tokens) taken out of URLs."""
+    if isinstance(value, dict):
+        return {key: without_secrets(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_secrets(item) for item in value]
+    if isinstance(value, str) and "://" in value:
+        return " ".join(_bare_url(word) if "://" in word else word for word in value.split(" "))
+    return value
+
+
+def _bare_url(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
+    except ValueError:
+        return "URL"

@@ -1,0 +1,166 @@
+"""How large a model is and what fits: parameters, operations, the numbers that the dial derives, the micro-batch.
+
+The dial (``model.depth``) follows nanochat: one number from which width, heads, horizon, batch and rates follow. The
+laws for batch, rates and decay were measured there against its 12-layer model (2026; see docs/recipes.md).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+from pretrain.config import Config, ModelConfig
+from pretrain.errors import UsageError
+from pretrain.model import GPT
+from pretrain.model.transformer import Linear, layer_kinds, window_length
+
+PARTS: tuple[str, ...] = ("embedding", "value_embeddings", "attention", "mlp", "head", "other")
+WIDTH_PER_LAYER, HEAD_WIDTH = 64, 128
+REFERENCE_DEPTH, REFERENCE_BATCH = 12, 2**19
+"""The model and the batch, in tokens, against which the dial's laws were measured."""
+
+ACTIVATIONS_PER_CHANNEL = 36
+"""Values that a block keeps for its backward pass, for each token and channel: 17 to 34 measured, 47 with dropout."""
+
+
+def meta_model(config: ModelConfig, vocab_size: int) -> GPT:
+    """The model without memory for its parameters."""
+    with torch.device("meta"):
+        return GPT(config, vocab_size)
+
+
+def count_parameters(config: ModelConfig, vocab_size: int) -> dict[str, int]:
+    """Parameters by part: ``embedding``, ``value_embeddings``, ``attention``, ``mlp``, ``head`` and ``other``.
+
+    Attention and MLP are the blocks' matrices; norms, biases, scalars, gates outside the blocks and learned positions
+    are ``other``. A tied head counts as the embedding it shares.
+    """
+    model = meta_model(config, vocab_size)
+    counts: dict[str, int] = dict.fromkeys(PARTS, 0)
+    for name, parameter in model.named_parameters():  # a tied head appears once, as the embedding
+        counts[_part(name, parameter)] += parameter.numel()
+    return counts
+
+
+def _part(name: str, parameter: torch.Tensor) -> str:
+    first, *rest = name.split(".")
+    if first == "blocks":
+        return "other" if parameter.ndim < 2 else rest[1]  # blocks.3.mlp.up.weight
+    return first if first in PARTS else "other"
+
+
+def matrices(counts: dict[str, int]) -> int:
+    """Parameters of the blocks' matrices: those that Muon updates."""
+    return counts["attention"] + counts["mlp"]
+
+
+def flops_per_token(config: ModelConfig, vocab_size: int) -> int:
+    """Operations of a forward and backward pass for one token (PaLM, arXiv 2204.02311, appendix B).
+
+    6 for each parameter of a matrix product, and 12 for each channel of queries and each token they see.
+    """
+    model = meta_model(config, vocab_size)
+    products = sum(module.weight.numel() for module in model.modules() if isinstance(module, Linear))
+    channels = config.heads * (config.head_width or config.width // config.heads)
+    seen = sum(
+        min(window_length(config), config.context_length) if kind == "S" else config.context_length
+        for kind in layer_kinds(config)
+    )
+    return 6 * products + 12 * channels * seen
+
+
+def moment_bytes(config: Config, counts: dict[str, int]) -> int:
+    """Bytes of the optimizers' state: two moments in fp32 under AdamW, one under Muon."""
+    total = sum(counts.values())
+    by_muon = matrices(counts) if config.optim.kind == "muon" else 0
+    return 8 * (total - by_muon) + 4 * by_muon
+
+
+def resolve(config: Config, vocab_size: int) -> tuple[Config, list[str]]:
+    """Fill in the fields that are left to be derived (0), for a vocabulary; also says what was derived, line by line.
+
+    With ``model.depth``: layers, width, heads, and the batch with its rates. Always: the steps from the horizon. What
+    is not 0 stays, so any derived number can be overridden, and a resolved configuration resolves to itself.
+
+    Raises:
+        UsageError: a derived number contradicts one that was given.
+    """
+    said: list[str] = []
+
+    def derive(section: str, **fields: int | float) -> None:
+        nonlocal config
+        try:
+            part = dataclasses.replace(getattr(config, section), **fields)
+            config = dataclasses.replace(config, **{section: part})
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        said.extend(f"{section}.{name} = {value:.6g}" if isinstance(value, float) else f"{section}.{name} = {value:,}"
+                    for name, value in fields.items())  # fmt: skip
+
+    if config.model.depth:
+        shape = dial_shape(config.model)
+        missing = {name: value for name, value in shape.items() if not getattr(config.model, name)}
+        if missing:
+            derive("model", **missing)
+    if not config.train.batch_tokens:
+        horizon = horizon_tokens(config, config.model, vocab_size)
+        reference = dataclasses.replace(config.model, depth=REFERENCE_DEPTH, layers=0, width=0, heads=0, kv_heads=0)
+        reference = dataclasses.replace(reference, **dial_shape(reference))
+        reference_horizon = horizon_tokens(config, reference, vocab_size)
+        # The best batch grows with the horizon to the power 0.383; the rates with the root of the batch.
+        batch = 2 ** round(math.log2(REFERENCE_BATCH * (horizon / reference_horizon) ** 0.383))
+        batch = max(batch, config.model.context_length)
+        root = math.sqrt(batch / REFERENCE_BATCH)
+        derive("train", batch_tokens=batch)
+        rates = ("lr", "embedding_lr", "value_embedding_lr", "head_lr", "scalar_lr")
+        decay = config.optim.weight_decay * root * reference_horizon / horizon
+        derive("optim", **{name: getattr(config.optim, name) * root for name in rates}, weight_decay=decay)
+    if not config.train.steps:
+        if config.train.target_flops:
+            tokens = config.train.target_flops / flops_per_token(config.model, vocab_size)
+            steps = round(tokens / config.train.batch_tokens)
+        else:
+            steps = horizon_tokens(config, config.model, vocab_size) // config.train.batch_tokens
+        derive("train", steps=max(1, steps))
+    return config, said
+
+
+def dial_shape(model: ModelConfig) -> dict[str, int]:
+    """Layers, width and heads of a depth."""
+    width = model.width or WIDTH_PER_LAYER * model.depth
+    return {"layers": model.depth, "width": width, "heads": max(1, math.ceil(width / HEAD_WIDTH))}
+
+
+def horizon_tokens(config: Config, model: ModelConfig, vocab_size: int) -> int:
+    """Training tokens by ``train.tokens_per_parameter`` for a model."""
+    counts = count_parameters(model, vocab_size)
+    if config.train.horizon_parameters == "matrices":
+        counted = matrices(counts) + (counts["embedding"] if model.tied_head else counts["head"])
+    else:
+        counted = sum(counts.values())
+    return int(config.train.tokens_per_parameter * counted)
+
+
+def activation_bytes(config: Config, bytes_per_value: int) -> int:
+    """About how much memory the forward pass of one row of the context length keeps for its backward pass."""
+    model = config.model
+    blocks = 1 + model.layers / ACTIVATIONS_PER_CHANNEL if config.train.activation_checkpointing else model.layers
+    kept = ACTIVATIONS_PER_CHANNEL * (1.5 if model.dropout else 1.0)
+    return int(model.context_length * model.width * blocks * kept * bytes_per_value)
+
+
+def rows_that_fit(config: Config, bytes_per_value: int, free_bytes: int) -> int:
+    """The most rows of the batch, dividing it evenly, whose activations fit in 70 % of the free memory; at least 1."""
+    return rows_up_to(config, int(0.7 * free_bytes / activation_bytes(config, bytes_per_value)))
+
+
+def rows_up_to(config: Config, limit: int) -> int:
+    """The largest micro-batch of at most ``limit`` rows that divides the batch; at least 1."""
+    return next((n for n in range(min(limit, config.batch_rows), 0, -1) if config.batch_rows % n == 0), 1)
+
+
+def kind_that_fits(parameters: int, free_bytes: int) -> str:
+    """Ddp if weights, gradients, two moments and room to work fit in 60 % of a device's free memory, else fsdp."""
+    return "ddp" if 20 * parameters < 0.6 * free_bytes else "fsdp"
