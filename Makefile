@@ -1,16 +1,20 @@
 # `make train` on a fresh machine: a virtual environment, the package, and a small GPT trained on the embedded text.
-# `make test`: the same environment with the test extras, and the tests. PYTHON chooses the interpreter (3.11 or newer).
+# `make test`: the same environment with the test extras, and the quick tests; `make test-all`: the slow ones too.
+# PYTHON chooses the interpreter (3.11 or newer).
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test lint docs clean
+.PHONY: train test test-all lint docs clean
 
 train: $(VENV)/.installed
 	$(BIN)/pretrain train
 
 test: $(VENV)/.installed-dev
-	$(BIN)/pytest
+	$(BIN)/pytest -m 'not slow'
+
+test-all: test
+	$(BIN)/pytest -m slow
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -40,7 +40,7 @@ def build(args: argparse.Namespace) -> tuple[GPT, Tokenizer]:
     config = ModelConfig(
         layers=args.layers, heads=args.width // 64, width=args.width, context_length=args.context, init="gpt2"
     )
-    model = GPT(config, tokenizer.vocab_size, tokenizer.boundary_id)
+    model = GPT(config, tokenizer.vocab_size, tokenizer.bos_id)
     model.init_weights(torch.Generator().manual_seed(0))
     with torch.no_grad():
         model.head.weight.mul_(20)  # so that options differ clearly, as they do for a trained model
@@ -54,7 +54,7 @@ def nanochat(folder: str, model: GPT, tokenizer: Tokenizer) -> Rival:
 
     class Theirs:
         def get_bos_token_id(self) -> int | None:
-            return tokenizer.boundary_id
+            return tokenizer.bos_id
 
         def __call__(self, texts: list[str], prepend: int) -> list[list[int]]:
             return [[prepend, *ids.tolist()] for ids in tokenizer.encode_documents(texts)]

@@ -58,7 +58,7 @@ def plain_sums(run: Run, files: list[Path], dtype: str = "<u2") -> tuple[float, 
         window = torch.from_numpy(ids[start : start + length + 1])
         losses = -model(window[None, :-1])[0].double().log_softmax(-1).gather(1, window[1:, None])[:, 0]
         nats += losses.sum().item()
-        text_nats += losses[window[1:] != tokenizer.boundary_id].sum().item()
+        text_nats += losses[window[1:] != tokenizer.bos_id].sum().item()
     return nats, len(ids) - 1, text_nats, len(tokenizer.decode_bytes(ids[1:].tolist()))
 
 
@@ -121,7 +121,7 @@ def test_files_of_nanogpt(kind: str, tmp_path: Path):
     folder.mkdir()
     for split, count in (("train", 900), ("val", 300)):
         text = " ".join(random.Random(count).choices(WORDS, k=count))
-        ids = [*tokenizer.encode(text), tokenizer.boundary_id, *tokenizer.encode(text[::-1])]
+        ids = [*tokenizer.encode(text), tokenizer.bos_id, *tokenizer.encode(text[::-1])]
         np.array(ids, dtype="<u2").tofile(folder / f"{split}.bin")
     run = train_on(tmp_path / "run", str(folder), **settings)
     for split in ("val", "train"):

@@ -87,7 +87,7 @@ def make_scorer(context: int, kind: str = "byte", **settings: object) -> GPTScor
     """A model that has learned nothing, but whose predictions differ clearly."""
     tokenizer = build_tokenizer(kind, 300, [" ".join(WORDS), "and then"] * 40)
     config = load_config("quickstart", **{**TINY, "model.context_length": context, "train.batch_tokens": context})
-    model = GPT(replace(config.model, init="gpt2", **settings), tokenizer.vocab_size, tokenizer.boundary_id)
+    model = GPT(replace(config.model, init="gpt2", **settings), tokenizer.vocab_size, tokenizer.bos_id)
     model.init_weights(torch.Generator().manual_seed(3))
     with torch.no_grad():
         model.head.weight.mul_(40)

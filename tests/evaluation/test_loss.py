@@ -107,14 +107,14 @@ def test_bits_per_byte_of_every_tokenizer(kind: str, tmp_path: Path):
     (other / "2.txt").write_text("é", encoding="utf-8")
 
     model, tokenizer = run.load_model(), run.tokenizer()
-    ids = [i for text in (texts[0][5:77] + "🙂", "é") for i in [tokenizer.boundary_id, *tokenizer.encode(text)]]
+    ids = [i for text in (texts[0][5:77] + "🙂", "é") for i in [tokenizer.bos_id, *tokenizer.encode(text)]]
     nats = text_nats = 0.0
     for start in range(0, len(ids) - 1, 32):
         window = torch.tensor(ids[start : start + 33])
         scores = model(window[None, :-1])[0].double().log_softmax(-1)
         for position, target in enumerate(window[1:].tolist()):
             nats -= scores[position, target].item()
-            text_nats -= scores[position, target].item() * (target != tokenizer.boundary_id)
+            text_nats -= scores[position, target].item() * (target != tokenizer.bos_id)
     size = len((texts[0][5:77] + "🙂é").encode())
     numbers = measure(str(run.folder), What(data=[str(other)])).numbers
     assert numbers["bytes"] == size

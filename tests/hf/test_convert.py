@@ -298,8 +298,8 @@ def test_export_of_a_run_is_loaded_by_auto_classes(name: str, make_run, tmp_path
     model = transformers.AutoModelForCausalLM.from_pretrained(out, trust_remote_code=own).eval()
     mine, tokenizer = run.load_model(), run.tokenizer()
     x = tokens(vocabulary=tokenizer.vocab_size)
-    if tokenizer.boundary_id is not None:
-        x[0, 10] = tokenizer.boundary_id
+    if tokenizer.bos_id is not None:
+        x[0, 10] = tokenizer.bos_id
     with torch.no_grad():
         logits = model(x).logits
         assert logits.shape == (2, CONTEXT, tokenizer.vocab_size)
@@ -311,7 +311,7 @@ def test_export_of_a_run_is_loaded_by_auto_classes(name: str, make_run, tmp_path
     assert auto.encode(text) == tokenizer.encode(text)
     assert auto.decode(tokenizer.encode(text)) == text
     assert len(auto) == tokenizer.vocab_size
-    assert (auto.bos_token_id, auto.eos_token_id) == (tokenizer.boundary_id, tokenizer.boundary_id)
+    assert (auto.bos_token_id, auto.eos_token_id) == (tokenizer.bos_id, tokenizer.bos_id)
     assert auto.model_max_length == CONTEXT
 
     card = (out / "README.md").read_text()

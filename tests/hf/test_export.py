@@ -153,7 +153,7 @@ def test_what_our_model_cannot_be_transformers_loads(tmp_path: Path, text_file: 
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.hf).save_pretrained(tmp_path / "neox")
     numbers = measure(f"hf:{tmp_path / 'neox'}", What(data=[str(text_file)])).numbers
     text = text_file.read_text(encoding="utf-8")
-    ids = [tokenizer.boundary_id, *tokenizer.encode(text)]
+    ids = [tokenizer.bos_id, *tokenizer.encode(text)]
     nats = 0.0
     with torch.no_grad():
         for start in range(0, len(ids) - 1, 64):

@@ -19,7 +19,7 @@ TEXTS = [
 def test_bpe_has_exactly_the_size_asked_for_with_the_boundary_last():
     tokenizer = build_tokenizer("bpe", 300, TEXTS)
     assert tokenizer.vocab_size == 300
-    assert tokenizer.boundary_id == 299
+    assert tokenizer.bos_id == 299
     assert tokenizer.special_ids == {299}
     assert tokenizer.decode([299], show_special=True) == "<|endoftext|>"
 
@@ -86,7 +86,7 @@ def test_char_is_nanogpt_s_vocabulary_for_one_text():
     tokenizer = build_tokenizer("char", 0, [text])
     characters = sorted(set(text))
     assert tokenizer.vocab_size == len(characters)
-    assert tokenizer.boundary_id is None
+    assert tokenizer.bos_id is None
     assert tokenizer.special_ids == frozenset()
     assert tokenizer.encode(text) == [characters.index(character) for character in text]
 
@@ -94,7 +94,7 @@ def test_char_is_nanogpt_s_vocabulary_for_one_text():
 def test_char_of_several_texts_ends_with_a_boundary():
     tokenizer = build_tokenizer("char", 0, ["ab", "bc"])
     assert tokenizer.vocab_size == 4
-    assert tokenizer.boundary_id == 3
+    assert tokenizer.bos_id == 3
     assert tokenizer.encode("cab") == [2, 0, 1]
 
 
@@ -114,7 +114,7 @@ def test_char_of_nothing():
 
 def test_byte_ids_are_the_bytes():
     tokenizer = build_tokenizer("byte", 0, [])
-    assert (tokenizer.vocab_size, tokenizer.boundary_id) == (257, 256)
+    assert (tokenizer.vocab_size, tokenizer.bos_id) == (257, 256)
     assert tokenizer.encode("aé🙂\n") == list("aé🙂\n".encode())
     assert tokenizer.token_bytes().tolist() == [1] * 256 + [0]
 

@@ -96,7 +96,7 @@ def permuted(tokenizer: Tokenizer) -> Tokenizer:
     vocab = json.loads(tokenizer.to_json())["model"]["vocab"]
     ids = list(range(len(vocab)))
     random.Random(1).shuffle(ids)
-    boundary = tokenizer.boundary_id
+    boundary = tokenizer.bos_id
     spec = changed(tokenizer, vocab=dict(zip(vocab, ids, strict=True)))
     assert boundary == len(vocab)
     return Tokenizer(json.dumps(spec))

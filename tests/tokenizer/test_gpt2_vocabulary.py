@@ -49,7 +49,7 @@ def test_ids_are_those_of_another_implementation(tokenizer: Tokenizer):
 
 
 def test_the_vocabulary_is_the_published_one(tokenizer: Tokenizer):
-    assert (tokenizer.vocab_size, tokenizer.boundary_id, tokenizer.special_ids) == (50257, 50256, {50256})
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.special_ids) == (50257, 50256, {50256})
     assert tokenizer.dtype == "uint16"
     assert tokenizer.token_bytes().max() == 128
     assert tokenizer.token_bytes()[50256] == 0

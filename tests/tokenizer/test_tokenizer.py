@@ -62,7 +62,7 @@ def test_every_text_comes_back_exactly(tokenizer: Tokenizer):
 
 
 def test_text_never_makes_a_special_token(tokenizer: Tokenizer):
-    assert tokenizer.boundary_id is not None
+    assert tokenizer.bos_id is not None
     for text in NASTY:
         assert not tokenizer.special_ids.intersection(tokenizer.encode(text))
 
@@ -99,8 +99,8 @@ def test_documents_are_encoded_as_they_come(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_special_tokens_are_skipped_or_shown(tokenizer: Tokenizer):
-    assert tokenizer.boundary_id is not None
-    ids = [tokenizer.boundary_id, *tokenizer.encode("s0"), tokenizer.boundary_id]
+    assert tokenizer.bos_id is not None
+    ids = [tokenizer.bos_id, *tokenizer.encode("s0"), tokenizer.bos_id]
     assert tokenizer.decode(ids) == "s0"
     assert tokenizer.decode(ids, show_special=True) == "<|endoftext|>s0<|endoftext|>"
     assert tokenizer.decode_bytes(np.array(ids)) == b"s0"
@@ -115,7 +115,7 @@ def test_an_id_that_is_not_in_the_vocabulary_is_refused(tokenizer: Tokenizer):
 def test_saved_and_loaded_it_is_the_same(tokenizer: Tokenizer, tmp_path: Path):
     tokenizer.save(tmp_path / "tokenizer.json")
     loaded = Tokenizer.load(tmp_path / "tokenizer.json")
-    for name in ("vocab_size", "boundary_id", "special_ids", "fingerprint", "dtype"):
+    for name in ("vocab_size", "bos_id", "special_ids", "fingerprint", "dtype"):
         assert getattr(loaded, name) == getattr(tokenizer, name)
     np.testing.assert_array_equal(loaded.token_bytes(), tokenizer.token_bytes())
     assert [loaded.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
@@ -245,7 +245,7 @@ def test_added_tokens_stand_for_their_text_and_special_ones_for_none():
     hf.add_tokens([AddedToken("   ", normalized=False), AddedToken("Ġx", normalized=False)])
     hf.add_special_tokens(["<|bos|>", "<|pad|>"])
     tokenizer = Tokenizer(hf.to_str())
-    assert (tokenizer.boundary_id, tokenizer.special_ids) == (258, {258, 259})
+    assert (tokenizer.bos_id, tokenizer.special_ids) == (258, {258, 259})
     text = "a   b Ġx <|bos|>"
     ids = tokenizer.encode(text)
     assert {256, 257} < set(ids)

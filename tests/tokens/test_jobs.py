@@ -74,7 +74,7 @@ def documents_of(folder: Path, split: str) -> list[str]:
     if not len(stream):
         return []
     tokens = stream.windows(np.array([0]), len(stream))[0]
-    begins = np.flatnonzero(tokens == tokenizer.boundary_id)
+    begins = np.flatnonzero(tokens == tokenizer.bos_id)
     assert begins[0] == 0
     return [tokenizer.decode(part[1:].tolist()) for part in np.split(tokens, begins[1:])]
 

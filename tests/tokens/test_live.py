@@ -26,7 +26,7 @@ from pretrain.tokens.live import Deal, LiveBatches, merge_states, reader_count
 from pretrain.tokens.live_text import LiveText, bytes_per_token, find_text, prepare_stream
 
 BYTES = build_tokenizer("byte", 0, [])
-BOUNDARY = BYTES.boundary_id
+BOUNDARY = BYTES.bos_id
 
 
 class MadeText(LiveText):

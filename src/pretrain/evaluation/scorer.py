@@ -72,7 +72,7 @@ class GPTScorer:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """See :class:`Scorer`."""
-        boundary = [] if self.tokenizer.boundary_id is None else [self.tokenizer.boundary_id]
+        boundary = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
         return [boundary + ids.tolist() for ids in self.tokenizer.encode_documents(texts)]
 
     def remember(self, tokens: Tensor, room: int) -> KVCache:

@@ -35,7 +35,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
     Raises DataError for a character that the tokenizer does not know.
     """
-    boundary = tokenizer.boundary_id
+    boundary = tokenizer.bos_id
     ids = ([] if boundary is None else [boundary]) + tokenizer.encode(prompt)
     # Without a boundary token there is nothing to begin a document with; a line break comes closest.
     return ids or tokenizer.encode("\n")
@@ -50,7 +50,7 @@ def sample_text(model: GPT, tokenizer: Tokenizer, prompt: str, **options: Any) -
     """
     settings, ids = SamplingOptions(**options), encode_prompt(tokenizer, prompt)
     writer = TextWriter(tokenizer, settings.stop)
-    return (piece for _, piece in _write(model, [ids], settings, [settings.seed], [writer], tokenizer.boundary_id))
+    return (piece for _, piece in _write(model, [ids], settings, [settings.seed], [writer], tokenizer.bos_id))
 
 
 def sample_texts(
@@ -71,7 +71,7 @@ def sample_texts(
             writers = [TextWriter(tokenizer, settings.stop) for _ in batch]
             tokens, seeds = [ids[prompt] for prompt, _ in batch], [seed for _, seed in batch]
             texts = [""] * len(batch)
-            for row, piece in _write(model, tokens, settings, seeds, writers, tokenizer.boundary_id):
+            for row, piece in _write(model, tokens, settings, seeds, writers, tokenizer.bos_id):
                 texts[row] += piece
             for (prompt, seed), text, writer in zip(batch, texts, writers, strict=True):
                 yield Sample(prompt, text, writer.tokens, seed)

@@ -59,7 +59,7 @@ def export_run(run: Run, format: Literal["hf", "safetensors"], out: Path, checkp
     files: dict[str, str] = {}
     if format == "hf":
         if boundary := _boundary(tokenizer):
-            tree |= {"bos_token_id": tokenizer.boundary_id, "eos_token_id": tokenizer.boundary_id}
+            tree |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.bos_id}
         if own:
             tree["auto_map"] = {
                 "AutoConfig": f"{CONFIGURATION}.PretrainConfig",
@@ -271,7 +271,7 @@ def _cells(text: str) -> str:
 
 def _boundary(tokenizer: Tokenizer) -> str:
     """The name of the token that begins a document; empty if there is none."""
-    return "" if tokenizer.boundary_id is None else tokenizer.decode([tokenizer.boundary_id], show_special=True)
+    return "" if tokenizer.bos_id is None else tokenizer.decode([tokenizer.bos_id], show_special=True)
 
 
 def _json(tree: dict[str, Any]) -> str:

@@ -213,7 +213,7 @@ class Run:
 def empty_model(config: Config, tokenizer: Tokenizer, device: torch.device) -> GPT:
     """The model with memory but no values, built on the meta device so that nothing is filled twice."""
     with torch.device("meta"):
-        model = GPT(config.model, tokenizer.vocab_size, tokenizer.boundary_id)
+        model = GPT(config.model, tokenizer.vocab_size, tokenizer.bos_id)
     model = model.to_empty(device=device)
     model.tie_head()
     return model

@@ -104,7 +104,7 @@ def _build(vocab: dict[str, int], merges: list[tuple[str, str]], where: str) -> 
         tokenizer = Tokenizer(hf.to_str())
     except Exception as error:  # ours, or a bare one of the library's for merges whose tokens are not in the vocabulary
         raise DataError(f"{where}: not the GPT-2 vocabulary ({error}); replace it: {MEND}") from error
-    if (len(vocab), tokenizer.boundary_id, tokenizer.encode("Hello, world!")) != (50257, 50256, [15496, 11, 995, 0]):
+    if (len(vocab), tokenizer.bos_id, tokenizer.encode("Hello, world!")) != (50257, 50256, [15496, 11, 995, 0]):
         raise DataError(f"{where}: not the GPT-2 vocabulary of 50,257 tokens ({len(vocab):,} here); replace it: {MEND}")
     return tokenizer
 

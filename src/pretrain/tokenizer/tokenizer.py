@@ -44,7 +44,7 @@ class Tokenizer:
 
     Attributes:
         vocab_size: the number of tokens, special ones included; the ids are 0 .. vocab_size - 1.
-        boundary_id: the id of the token put before each document, or None if the vocabulary has none.
+        bos_id: the id of the token put before each document, or None if the vocabulary has none.
         special_ids: the ids of the tokens that stand for no text.
         dtype: the smallest of uint16 and uint32 that holds every id.
         fingerprint: the SHA-256 of the tokenizer.json in canonical form; equal fingerprints mean equal ids.
@@ -78,7 +78,7 @@ class Tokenizer:
         added = self.hf.get_added_tokens_decoder()
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
         boundaries = [self.hf.token_to_id(boundary) for boundary in BOUNDARY_NAMES]
-        self.boundary_id = next((id for id in boundaries if id in self.special_ids), None)
+        self.bos_id = next((id for id in boundaries if id in self.special_ids), None)
 
         layout = _layout(spec, name)
         # _bytes[id]: what a token stands for; a special token's are its name, and left out unless asked for.

@@ -35,7 +35,7 @@ def inspect_split(corpus: Corpus, split: str, samples: int, seed: int) -> Iterat
     title = "training" if split == "train" else "validation"
     yield ""
     yield f"{title}: {len(stream):,} tokens" + (f", the first {seen:,} of which are looked at" * (seen < len(stream)))
-    if tokenizer.boundary_id is not None:
+    if tokenizer.bos_id is not None:
         lengths = document_lengths(boundaries, seen, whole=seen == len(stream))
         if len(lengths):
             yield from histogram(lengths)
@@ -44,7 +44,7 @@ def inspect_split(corpus: Corpus, split: str, samples: int, seed: int) -> Iterat
     yield "  frequent tokens   " + "   ".join(shown)
     draw = np.random.default_rng(seed)
     for number in range(samples):
-        start = 0 if number == 0 else next_document(stream, int(draw.integers(len(stream))), tokenizer.boundary_id)
+        start = 0 if number == 0 else next_document(stream, int(draw.integers(len(stream))), tokenizer.bos_id)
         yield f"  at token {start:<12,} {sample(stream, start, tokenizer)}"
 
 
@@ -55,8 +55,8 @@ def scan(stream: TokenStream, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndar
         size = min(CHUNK, min(len(stream), SCANNED) - first)
         tokens = stream.windows(np.array([first]), size)[0]
         counts += np.bincount(tokens, minlength=tokenizer.vocab_size)[: tokenizer.vocab_size]
-        if tokenizer.boundary_id is not None:
-            found.append(np.flatnonzero(tokens == tokenizer.boundary_id) + first)
+        if tokenizer.bos_id is not None:
+            found.append(np.flatnonzero(tokens == tokenizer.bos_id) + first)
     return np.concatenate(found), counts
 
 
@@ -101,11 +101,11 @@ def next_document(stream: TokenStream, place: int, boundary: int | None) -> int:
 def sample(stream: TokenStream, start: int, tokenizer: Tokenizer) -> str:
     """The beginning of a document as text on one line, up to its end or SAMPLE_TOKENS."""
     tokens = stream.windows(np.array([start]), min(SAMPLE_TOKENS, len(stream) - start))[0].tolist()
-    if tokens[0] == tokenizer.boundary_id:
+    if tokens[0] == tokenizer.bos_id:
         tokens = tokens[1:]
-    ended = tokenizer.boundary_id in tokens
+    ended = tokenizer.bos_id in tokens
     if ended:
-        tokens = tokens[: tokens.index(tokenizer.boundary_id)]
+        tokens = tokens[: tokens.index(tokenizer.bos_id)]
     text = tokenizer.decode([id for id in tokens if id < tokenizer.vocab_size])
     return f"“{' '.join(text.split())}{'' if ended else '…'}”"
 

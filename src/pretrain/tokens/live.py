@@ -163,7 +163,7 @@ class _Reading:
             self.length,
             start,
             self.counts,
-            boundary=self.tokenizer.boundary_id,
+            boundary=self.tokenizer.bos_id,
             budget=budget,
             first_budget=budget * (reader + 1) // self.deal.readers,
             seed=self.seed,
@@ -171,7 +171,7 @@ class _Reading:
 
     def documents(self, reader: int, start: Cursor, stop: threading.Event) -> Iterator[tuple[Place, np.ndarray]]:
         """What a reader reads from a place on, as ids."""
-        boundary = self.tokenizer.boundary_id if self.packing == "concatenate" else None  # best_fit puts it everywhere
+        boundary = self.tokenizer.bos_id if self.packing == "concatenate" else None  # best_fit puts it everywhere
         lead = np.array([] if boundary is None else [boundary], dtype=self.tokenizer.dtype)
         ahead: deque[tuple[Place, bool]] = deque()  # of the documents that the tokenizer has taken
 

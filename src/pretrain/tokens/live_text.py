@@ -190,7 +190,7 @@ def prepare_stream(
             tokenizer.vocab_size,
             tokenizer.fingerprint,
             (shard,) if shard else (),
-            tokenizer.boundary_id,
+            tokenizer.bos_id,
             dict(sorted(problems.items())),
         )
         manifest.save(temporary)

@@ -305,7 +305,7 @@ class _Preparation:
             self.tokenizer.vocab_size,
             self.tokenizer.fingerprint,
             tuple(sorted(shards, key=lambda shard: shard.split)),  # training first; else as they are
-            self.tokenizer.boundary_id,
+            self.tokenizer.bos_id,
             dict(sorted(problems.items())),
         )
         self.check_length(manifest)

@@ -135,7 +135,7 @@ class ShardWriter:
         self.path, self.split = folder / file, split
         self.tokens = self.documents = self.text_bytes = 0
         self._dtype = tokenizer.dtype.newbyteorder("<")
-        self._boundary = np.array([] if tokenizer.boundary_id is None else [tokenizer.boundary_id], dtype=self._dtype)
+        self._boundary = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], dtype=self._dtype)
         self._digest = hashlib.sha256()
         self._buffer: list[np.ndarray] = []
         self._buffered = 0

@@ -55,7 +55,7 @@ def _tokenizer_faults(folder: Path, manifest: Manifest, tokenizer: Tokenizer | N
         return [*faults, str(error)]
     if own.fingerprint != manifest.tokenizer:
         faults.append(f"{folder / MANIFEST} was made with another tokenizer than {folder / 'tokenizer.json'}")
-    elif (own.vocab_size, own.dtype.name, own.boundary_id) != (
+    elif (own.vocab_size, own.dtype.name, own.bos_id) != (
         manifest.vocab_size,
         manifest.dtype,
         manifest.boundary,

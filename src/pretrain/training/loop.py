@@ -274,7 +274,7 @@ class Trainer:
         torch.manual_seed(config.train.seed + world.rank)  # of dropout; all else has generators of its own
         kind = choose_kind(config, self.tokenizer.vocab_size, world)
         with torch.device("meta"):
-            self.model = GPT(config.model, self.tokenizer.vocab_size, self.tokenizer.boundary_id)
+            self.model = GPT(config.model, self.tokenizer.vocab_size, self.tokenizer.bos_id)
         self.model.activation_dtype = self.precision.dtype
         build_model(self.model, kind, config, world, self.precision, console.say)
         if checkpoint is None:
