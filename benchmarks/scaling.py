@@ -58,8 +58,7 @@ def measure(settings: dict) -> float:
         build_model(model, kind, config, world, precision, print)
         fill_model(model, world, lambda whole: whole.init_weights(_generator(whole)))
         parameters = Parameters(model, kind, world)
-        half = torch.bfloat16 if precision.name == "bf16" else torch.float32
-        optimizers = build_optimizers(model, config.optim, half)
+        optimizers = build_optimizers(model, config.optim)
         parameters.spread(optimizers)
         forward = training_forward(model, kind, world)
         generator = torch.Generator().manual_seed(everybody.rank)

@@ -220,7 +220,9 @@ def run_python(code: str, finished: Path, patch: pytest.MonkeyPatch) -> None:
 def test_commands(page: Path, finished: Path, reader: Path, monkeypatch):
     for block in filter(lambda block: block.tested, blocks(page)):
         try:
-            if block.language == "python":
+            if block.language == "python" and block.decision != "run":
+                compile("\n".join(block.lines), block.place, "exec")
+            elif block.language == "python":
                 run_python("\n".join(block.lines), finished, monkeypatch)
             elif block.decision == "run in a shell":
                 home = {"HOME": str(reader), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}

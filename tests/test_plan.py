@@ -12,7 +12,7 @@ from pretrain.config import Config, ModelConfig, load_config
 from pretrain.device import GPUS, Precision
 from pretrain.errors import UsageError
 from pretrain.model import GPT
-from pretrain.optim import build_optimizers
+from pretrain.optim import build_optimizers, find_optimizer
 from pretrain.plan import Plan, describe, make_plan
 from pretrain.plan.cluster import Layout, layout, memory_parts, sizes, traffic, traffic_seconds
 from pretrain.plan.data import look_at_data
@@ -24,7 +24,6 @@ from pretrain.sizing import (
     count_parameters,
     flops_per_token,
     matrices,
-    moment_bytes,
     resolve,
     rows_that_fit,
 )
@@ -158,7 +157,7 @@ def test_moments_are_those_of_real_optimizers(kind: str):
         held += sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.numel() > 1)
     # AdamW's moments of single numbers were left out with its step counters, which are no moments.
     single = sum(p.numel() == 1 for p in model.parameters())
-    assert moment_bytes(config, count_parameters(config.model, 300)) == held + 8 * single
+    assert find_optimizer(config.optim).state_bytes(count_parameters(config.model, 300)) == held + 8 * single
 
 
 SMALL = {"model.layers": 2, "model.width": 64, "model.heads": 2, "train.batch_tokens": 1024}
@@ -172,7 +171,7 @@ def real_peak(config: Config, rows: int, dtype: torch.dtype) -> int:
         model = GPT(config.model, 300, 0)
         model.init_weights(torch.Generator().manual_seed(0))
         model.activation_dtype = dtype
-        optimizers = build_optimizers(model, config.optim, dtype)
+        optimizers = build_optimizers(model, config.optim)
         for _ in range(2):
             tokens = torch.zeros(rows, config.model.context_length, dtype=torch.long)
             model(tokens, tokens).backward()
@@ -211,7 +210,7 @@ def test_what_a_rehearsal_tells_apart():
     counts = count_parameters(config.model, 300)
     small, large = (rehearse(config, 300, rows, 1, torch.bfloat16, "cpu") for rows in (4, 8))
     assert small.weights == small.gradients == 4 * sum(counts.values())
-    assert small.moments == pytest.approx(moment_bytes(config, counts), rel=1e-2)
+    assert small.moments == pytest.approx(find_optimizer(config.optim).state_bytes(counts), rel=1e-2)
     assert small.casts == 2 * matrices(counts)
     assert large.activations == pytest.approx(2 * small.activations, rel=0.05)
     again = rehearse(config, 300, 8, 2, torch.bfloat16, "cpu")  # its gradients lie beside the next activations
@@ -345,7 +344,7 @@ def test_a_plan_adds_up(text_file: Path):
     # 6 validations before the last, which all take the whole of the held-out text, forward only
     validated = 7 * plan.data.val_tokens * plan.step_seconds / 1024 / 3
     assert plan.seconds == pytest.approx(1000 * plan.step_seconds + validated)
-    state = 4 * sum(plan.parameters.values()) + moment_bytes(plan.config, plan.parameters)
+    state = 4 * sum(plan.parameters.values()) + find_optimizer(plan.config.optim).state_bytes(plan.parameters)
     assert plan.checkpoint_bytes == state
     shown = json.loads(json.dumps(plan.as_dict()))
     assert shown["parameters"]["total"] == sum(plan.parameters.values())

@@ -52,7 +52,7 @@ def _part(name: str, parameter: torch.Tensor) -> str:
 
 
 def matrices(counts: dict[str, int]) -> int:
-    """Parameters of the blocks' matrices: those that Muon updates."""
+    """Parameters of the blocks' matrices."""
     return counts["attention"] + counts["mlp"]
 
 
@@ -69,13 +69,6 @@ def flops_per_token(config: ModelConfig, vocab_size: int) -> int:
         for kind in layer_kinds(config)
     )
     return 6 * products + 12 * channels * seen
-
-
-def moment_bytes(config: Config, counts: dict[str, int]) -> int:
-    """Bytes of the optimizers' state: two moments in fp32 under AdamW, one under Muon."""
-    total = sum(counts.values())
-    by_muon = matrices(counts) if config.optim.kind == "muon" else 0
-    return 8 * (total - by_muon) + 4 * by_muon
 
 
 def resolve(config: Config, vocab_size: int) -> tuple[Config, list[str]]:

@@ -6,9 +6,9 @@ import torch
 
 from pretrain.config import ModelConfig, OptimConfig
 from pretrain.model import GPT
-from pretrain.optim import Muon, build_optimizers
+from pretrain.optim import build_optimizers
 from pretrain.optim.distributed import shares
-from pretrain.optim.muon import orthogonalize, quintics
+from pretrain.optim.muon import Muon, orthogonalize, quintics
 
 
 @pytest.mark.parametrize("kind", ["classic", "polar_express"])

@@ -10,7 +10,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from pretrain.config import Config, load_config
 from pretrain.device import Precision
 from pretrain.model import GPT
-from pretrain.optim import build_optimizers
+from pretrain.optim import Optimizer, build_optimizers
 from pretrain.plan.cluster import layout
 from pretrain.sizing import count_parameters
 from pretrain.training.parallel import Parameters, build_model
@@ -41,13 +41,14 @@ def join() -> Iterator[Callable[[int], World]]:
     dist.destroy_process_group()
 
 
-def hold(config: Config, kind: str, world: World) -> tuple[Parameters, list[torch.optim.Optimizer]]:
+def hold(config: Config, kind: str, world: World) -> tuple[Parameters, list[Optimizer]]:
     """A process's part of the model, with memory, and its optimizers."""
     with torch.device("meta"):
         model = GPT(config.model, VOCABULARY)
+    model.activation_dtype = torch.bfloat16
     build_model(model, kind, config, world, Precision("bf16", world.device), print)
     parameters = Parameters(model, kind, world)
-    optimizers = build_optimizers(model, config.optim, torch.bfloat16)
+    optimizers = build_optimizers(model, config.optim)
     parameters.spread(optimizers)
     return parameters, optimizers
 

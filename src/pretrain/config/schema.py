@@ -203,7 +203,7 @@ class ModelConfig:
 class OptimConfig:
     """How gradients become updates."""
 
-    kind: Literal["adamw", "muon"] = "muon"
+    kind: str = "muon"
     """adamw for all parameters, or muon for the hidden matrices and adamw for the rest."""
     lr: float = 0.02
     """Peak learning rate: of the hidden matrices under muon, of everything under adamw."""

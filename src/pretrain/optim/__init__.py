@@ -1,17 +1,16 @@
-"""The optimizer room: Muon, which parameter goes where, and schedules as functions of the step."""
+"""Optimizers, one file each; the schedule of the learning rate; how processes share Muon's work."""
 
-from pretrain.optim.build import build_optimizers
+from pretrain.optim.build import build_optimizers, find_optimizer
 from pretrain.optim.distributed import Replicated, RowSharded, alone
-from pretrain.optim.muon import Muon
-from pretrain.optim.schedule import learning_rate_factor, muon_momentum, weight_decay_factor
+from pretrain.optim.optimizer import Optimizer
+from pretrain.optim.schedule import learning_rate_factor
 
 __all__ = [
-    "Muon",
+    "Optimizer",
     "Replicated",
     "RowSharded",
     "alone",
     "build_optimizers",
+    "find_optimizer",
     "learning_rate_factor",
-    "muon_momentum",
-    "weight_decay_factor",
 ]

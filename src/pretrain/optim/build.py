@@ -1,74 +1,63 @@
-"""Which optimizer claims which parameter, with which rate and decay. Every parameter is claimed exactly once."""
+"""The line where the optimizer is chosen, and the optimizers of a model. How to add one: docs/design.md."""
 
 from __future__ import annotations
 
+import difflib
+from typing import Protocol
+
 import torch
-from torch import Tensor
 
-from pretrain.config import OptimConfig
+from pretrain.config import Config, OptimConfig
+from pretrain.errors import UsageError
 from pretrain.model import GPT
-from pretrain.optim.muon import Muon
+from pretrain.optim import adamw, muon
+from pretrain.optim.optimizer import Optimizer
 
 
-def build_optimizers(
-    model: GPT, config: OptimConfig, dtype: torch.dtype = torch.float32
-) -> list[torch.optim.Optimizer]:
-    """The optimizers of a run; each parameter group carries its peak rate and decay.
+class OptimizerModule(Protocol):
+    """What the file of an optimizer defines. ``counts`` are those of :func:`pretrain.sizing.count_parameters`."""
 
-    adamw: one rate for all; decay on matrices only (``decay_all``: on everything). muon: the blocks' matrices by Muon;
-    embeddings, head, and norms, biases and scalars by AdamW, each with its own rate and no decay. ``dtype`` is that of
-    Muon's matrix products.
-    """
-    optimizers: list[torch.optim.Optimizer]
-    if config.kind == "adamw":
-        decayed = [p for p in model.parameters() if p.ndim >= 2 or config.decay_all]
-        rest = [p for p in model.parameters() if not (p.ndim >= 2 or config.decay_all)]
-        groups = [
-            {"params": decayed, "lr": config.lr, "weight_decay": config.weight_decay},
-            {"params": rest, "lr": config.lr, "weight_decay": 0.0},
-        ]
-        optimizers = [_adamw(groups, config)]
-    else:
-        matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-        head = [model.head.weight] if model.head.weight is not model.embedding.weight else []
-        embeddings = [module.weight for module in model.children() if isinstance(module, torch.nn.Embedding)]
-        value_embeddings = list(model.value_embeddings.parameters())
-        claimed = {id(p) for p in (*matrices, *head, *embeddings, *value_embeddings)}
-        scalars = [p for p in model.parameters() if id(p) not in claimed]
-        width = (model.config.width / 768) ** -0.5 if config.width_scaling else 1.0
-        value_lr = config.value_embedding_lr or config.embedding_lr
-        groups = [
-            {"params": embeddings, "lr": config.embedding_lr * width, "weight_decay": 0.0},
-            {"params": value_embeddings, "lr": value_lr * width, "weight_decay": 0.0},
-            {"params": head, "lr": config.head_lr * width, "weight_decay": 0.0},
-            {"params": scalars, "lr": config.scalar_lr, "weight_decay": 0.0},
-        ]
-        muon = Muon(
-            matrices,
-            config.lr,
-            config.momentum,
-            config.weight_decay,
-            config.cautious,
-            config.newton_schulz,
-            config.newton_schulz_steps,
-            config.update_scale,
-            dtype,
-        )
-        optimizers = [muon, _adamw(groups, config)]
-    _check_claims(model, optimizers)
+    def build(self, model: GPT, config: OptimConfig) -> list[Optimizer]:
+        """The optimizers of a model, which together claim each of its parameters once."""
+        ...
+
+    def settings(self, step: int, config: Config) -> dict[str, float]:
+        """What follows the schedule at ``step``, besides the learning rates."""
+        ...
+
+    def state_bytes(self, counts: dict[str, int]) -> int:
+        """Bytes of the state of all parameters."""
+        ...
+
+    def exchanged_bytes(self, counts: dict[str, int], dtype: torch.dtype) -> int:
+        """Bytes of the updates that go through ``Optimizer.share`` in a step; ``dtype`` is that of the activations."""
+        ...
+
+    def usual_rates(self, config: OptimConfig, parameters: int) -> tuple[float, float, float]:
+        """Peak learning rates for a model without its embedding: the lowest that is common, the usual, the highest."""
+        ...
+
+
+OPTIMIZERS: dict[str, OptimizerModule] = {"adamw": adamw, "muon": muon}
+
+
+def find_optimizer(config: OptimConfig) -> OptimizerModule:
+    """The file of ``optim.kind``. A UsageError when there is none of that name."""
+    if config.kind not in OPTIMIZERS:
+        near = difflib.get_close_matches(config.kind, OPTIMIZERS, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise UsageError(f"optim.kind must be one of {', '.join(OPTIMIZERS)}, not {config.kind!r}{hint}")
+    return OPTIMIZERS[config.kind]
+
+
+def build_optimizers(model: GPT, config: OptimConfig) -> list[Optimizer]:
+    """The optimizers of a model whose ``activation_dtype`` is set; each group keeps its ``peak_lr``."""
+    optimizers = find_optimizer(config).build(model, config)
+    claimed = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    for name, parameter in model.named_parameters():
+        count = sum(parameter is p for p in claimed)
+        assert count == 1, f"parameter {name} is claimed {count} times by the optimizers"
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["peak_lr"], group["peak_decay"] = group["lr"], group["weight_decay"]
+            group["peak_lr"] = group["lr"]
     return optimizers
-
-
-def _adamw(groups: list[dict], config: OptimConfig) -> torch.optim.AdamW:
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-
-
-def _check_claims(model: GPT, optimizers: list[torch.optim.Optimizer]) -> None:
-    claims: list[Tensor] = [p for o in optimizers for group in o.param_groups for p in group["params"]]
-    for name, parameter in model.named_parameters():
-        count = sum(parameter is p for p in claims)
-        assert count == 1, f"parameter {name} is claimed {count} times by the optimizers"

@@ -6,13 +6,20 @@ moves at the same rate. Matrices of one shape are stacked and orthogonalised tog
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
+from pretrain.config import Config, OptimConfig
+from pretrain.model import GPT
+from pretrain.optim import adamw
 from pretrain.optim.distributed import Exchange, alone
+from pretrain.optim.optimizer import Optimizer
+from pretrain.optim.schedule import stable_share
+from pretrain.sizing import matrices
 
 CLASSIC = (3.4445, -4.7750, 2.0315)
 """Jordan's quintic a x + b x^3 + c x^5: steep at 0, so that five rounds bring all singular values to about 0.7-1.2."""
@@ -50,11 +57,8 @@ def orthogonalize(matrices: Tensor, coefficients: list[tuple[float, float, float
     return x
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Optimizer):
     """Nesterov momentum, orthogonalised, for the hidden matrices of a network.
-
-    ``found_inf``, when set to a positive scalar tensor before :meth:`step`, leaves parameters and momentum bit for bit
-    as they are (torch's fused AdamW reads the same attribute).
 
     Args:
         params: matrices (two dimensions each).
@@ -68,9 +72,7 @@ class Muon(torch.optim.Optimizer):
         dtype: of the Newton-Schulz products.
     """
 
-    found_inf: Tensor | None = None
     exchange: Exchange = staticmethod(alone)
-    """How the processes share the work, see ``exchange``."""
 
     def __init__(
         self,
@@ -88,9 +90,18 @@ class Muon(torch.optim.Optimizer):
         self.cautious, self.update_scale, self.dtype = cautious, update_scale, dtype
         self.coefficients = quintics(newton_schulz, newton_schulz_steps)
         self.shapes: dict[Tensor, torch.Size] = {}
-        """The whole shape of parameters of which this process holds some rows."""
         for group in self.param_groups:
             assert all(p.ndim == 2 for p in group["params"]), "Muon is for matrices"
+
+    def set_step(self, step: int, config: Config) -> None:
+        """See :class:`Optimizer`."""
+        super().set_step(step, config)
+        for group in self.param_groups:
+            group.update(settings(step, config))
+
+    def share(self, exchange: Exchange, shapes: dict[Tensor, torch.Size]) -> None:
+        """See :class:`Optimizer`: each process orthogonalises some of the whole matrices."""
+        self.exchange, self.shapes = exchange, shapes
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -138,3 +149,69 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(parameters, list(change.unbind()))
 
         return finish
+
+
+def build(model: GPT, config: OptimConfig) -> list[Optimizer]:
+    """Muon for the blocks' matrices; AdamW, without decay, for embeddings, head, and norms, biases and scalars, each
+    with its own rate.
+    """
+    blocks = [p for p in model.blocks.parameters() if p.ndim == 2]
+    head = [model.head.weight] if model.head.weight is not model.embedding.weight else []
+    embeddings = [module.weight for module in model.children() if isinstance(module, torch.nn.Embedding)]
+    value_embeddings = list(model.value_embeddings.parameters())
+    claimed = {id(p) for p in (*blocks, *head, *embeddings, *value_embeddings)}
+    scalars = [p for p in model.parameters() if id(p) not in claimed]
+    width = (model.config.width / 768) ** -0.5 if config.width_scaling else 1.0
+    value_lr = config.value_embedding_lr or config.embedding_lr
+    groups = [
+        {"params": embeddings, "lr": config.embedding_lr * width, "weight_decay": 0.0},
+        {"params": value_embeddings, "lr": value_lr * width, "weight_decay": 0.0},
+        {"params": head, "lr": config.head_lr * width, "weight_decay": 0.0},
+        {"params": scalars, "lr": config.scalar_lr, "weight_decay": 0.0},
+    ]
+    muon = Muon(
+        blocks,
+        config.lr,
+        config.momentum,
+        config.weight_decay,
+        config.cautious,
+        config.newton_schulz,
+        config.newton_schulz_steps,
+        config.update_scale,
+        products_dtype(model.activation_dtype),
+    )
+    return [muon, adamw.AdamW(groups, config)]
+
+
+def products_dtype(activations: torch.dtype) -> torch.dtype:
+    """The dtype of Newton-Schulz: bf16 with bf16 activations; fp16 lacks the range."""
+    return torch.bfloat16 if activations == torch.bfloat16 else torch.float32
+
+
+def settings(step: int, config: Config) -> dict[str, float]:
+    """Momentum, up from ``momentum_from`` and down to ``momentum_final`` with a linear schedule; and weight decay."""
+    optim, steps = config.optim, config.train.steps
+    momentum = optim.momentum
+    if step < optim.momentum_warmup_steps:
+        momentum = optim.momentum_from + (momentum - optim.momentum_from) * step / optim.momentum_warmup_steps
+    elif optim.momentum_final and config.schedule.kind == "linear":
+        stable = stable_share(config.schedule, step, steps)
+        momentum = optim.momentum_final + (momentum - optim.momentum_final) * stable
+    decay = 0.5 * (1 + math.cos(math.pi * step / steps)) if optim.decay_to_zero else 1.0
+    return {"momentum": momentum, "weight_decay": optim.weight_decay * decay}
+
+
+def state_bytes(counts: dict[str, int]) -> int:
+    """One moment in fp32 for the blocks' matrices, AdamW's two for the rest."""
+    return adamw.state_bytes(counts) - 4 * matrices(counts)
+
+
+def exchanged_bytes(counts: dict[str, int], dtype: torch.dtype) -> int:
+    """The blocks' matrices, in the dtype of Newton-Schulz."""
+    return matrices(counts) * products_dtype(dtype).itemsize
+
+
+def usual_rates(config: OptimConfig, parameters: int) -> tuple[float, float, float]:
+    """0.02 with the original scale; with ``rms``, made for AdamW's rates, those."""
+    usual = 0.02 if config.update_scale == "spectral" else adamw.usual_rates(config, parameters)[1]
+    return usual / 10, usual, usual * 20

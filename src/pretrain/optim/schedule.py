@@ -2,7 +2,7 @@
 
 import math
 
-from pretrain.config import OptimConfig, ScheduleConfig
+from pretrain.config import ScheduleConfig
 
 
 def learning_rate_factor(schedule: ScheduleConfig, step: int, steps: int) -> float:
@@ -30,18 +30,3 @@ def stable_share(schedule: ScheduleConfig, step: int, steps: int) -> float:
     """1 until the linear decay begins, then falling to 0 at ``steps``."""
     decay_steps = round(schedule.decay_fraction * steps)
     return min(1.0, (steps - step) / decay_steps) if decay_steps else 1.0
-
-
-def muon_momentum(optim: OptimConfig, schedule: ScheduleConfig, step: int, steps: int) -> float:
-    """Muon's momentum at ``step``: up from ``momentum_from``, down to ``momentum_final`` with a linear schedule."""
-    if step < optim.momentum_warmup_steps:
-        return optim.momentum_from + (optim.momentum - optim.momentum_from) * step / optim.momentum_warmup_steps
-    if optim.momentum_final and schedule.kind == "linear":
-        share = stable_share(schedule, step, steps)
-        return optim.momentum_final + (optim.momentum - optim.momentum_final) * share
-    return optim.momentum
-
-
-def weight_decay_factor(optim: OptimConfig, step: int, steps: int) -> float:
-    """Muon's weight decay at ``step`` as a share of its setting."""
-    return 0.5 * (1 + math.cos(math.pi * step / steps)) if optim.decay_to_zero else 1.0

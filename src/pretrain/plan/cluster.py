@@ -14,8 +14,9 @@ import torch
 
 from pretrain.config import Config
 from pretrain.device import GPU
+from pretrain.optim import find_optimizer
 from pretrain.plan.memory import Working
-from pretrain.sizing import count_parameters, matrices, meta_model
+from pretrain.sizing import count_parameters, meta_model
 
 GPUS_PER_MACHINE = 8
 
@@ -105,22 +106,21 @@ def traffic(config: Config, vocab_size: int, where: Layout, micro_steps: int, dt
     P, b = size.blocks + size.root, dtype.itemsize
     if N == 1:
         return {"inside": 0, "between": 0}
-    by_muon = matrices(count_parameters(config.model, vocab_size)) if config.optim.kind == "muon" else 0
-    muon_bytes = 2 if dtype == torch.bfloat16 else 4
+    updates = find_optimizer(config.optim).exchanged_bytes(count_parameters(config.model, vocab_size), dtype)
 
     def ring(elements: float, bytes_each: int, over: int) -> int:
         return round(elements * bytes_each * (over - 1) / over)
 
     if where.kind == "ddp":
-        sent = 2 * ring(P, 4, N) + ring(by_muon, muon_bytes, N)
+        sent = 2 * ring(P, 4, N) + ring(updates, 1, N)
         return {"inside": sent, "between": sent // where.per_machine if where.machines > 1 else 0}
     shards, (fetched, added) = where.shards, (2, micro_steps) if config.parallel.reshard else (1, 1)
     sent = micro_steps * ring(size.root + fetched * size.blocks, b, shards) + added * ring(P, 4, shards)
     machines = where.machines if where.kind == "hsdp" else 1  # each takes a share of the matrices
-    sent += 2 * ring(by_muon / shards / machines, muon_bytes, shards)
+    sent += 2 * ring(updates / shards / machines, 1, shards)
     if where.kind == "fsdp":
         return {"inside": sent, "between": sent // where.per_machine if where.machines > 1 else 0}
-    between = 2 * ring(P / shards, 4, machines) + ring(by_muon / shards, muon_bytes, machines)
+    between = 2 * ring(P / shards, 4, machines) + ring(updates / shards, 1, machines)
     return {"inside": sent, "between": between}
 
 

@@ -24,7 +24,7 @@ from pretrain.model import GPT
 from pretrain.model import transformer as attention
 from pretrain.model.loss import CHUNK_ELEMENTS, CHUNK_ROWS
 from pretrain.model.transformer import Linear
-from pretrain.optim import build_optimizers
+from pretrain.optim import Optimizer, build_optimizers
 from pretrain.training.parallel import recompute_blocks
 
 LOGIT_BYTES = 12
@@ -73,7 +73,7 @@ def rehearse(config: Config, vocab_size: int, rows: int, micro_steps: int, dtype
         weights = holding.live
         if config.train.activation_checkpointing:
             recompute_blocks(model)
-        optimizers = build_optimizers(model, config.optim, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+        optimizers = build_optimizers(model, config.optim)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         _update(model, optimizers)
@@ -118,9 +118,9 @@ def _as_on(device: str) -> Iterator[None]:
         attention.PLAIN_LIMIT, CHUNK_ELEMENTS["cpu"] = limit, chunk
 
 
-def _update(model: GPT, optimizers: list[torch.optim.Optimizer]) -> None:
+def _update(model: GPT, optimizers: list[Optimizer]) -> None:
     for optimizer in optimizers:
-        optimizer.found_inf = torch.zeros(())  # type: ignore[attr-defined]  # as in training, where a step may be skipped
+        optimizer.found_inf = torch.zeros(())  # as in training, where a step may be skipped
         optimizer.step()
     model.zero_grad(set_to_none=True)
 

@@ -26,12 +26,13 @@ from pretrain.device import (
     total_memory,
 )
 from pretrain.errors import UsageError
+from pretrain.optim import find_optimizer
 from pretrain.plan.cluster import Layout, layout, memory_parts, traffic, traffic_seconds
 from pretrain.plan.data import DataFacts, look_at_data
 from pretrain.plan.memory import rehearse
 from pretrain.plan.speed import Speed, assume_speed, assumed_utilisation, measure_speed
 from pretrain.plan.warn import warnings
-from pretrain.sizing import count_parameters, flops_per_token, kind_that_fits, moment_bytes, resolve, rows_that_fit
+from pretrain.sizing import count_parameters, flops_per_token, kind_that_fits, resolve, rows_that_fit
 
 CPU_HEAP, GPU_CACHE = 0.4, 0.1
 """What an allocator holds beyond the tensors alive, as a share of all but weights and moments. On a CPU 0.19 to 0.53
@@ -176,10 +177,10 @@ def make_plan(
         disk_rate: bytes per second that a machine can write.
 
     Raises:
-        UsageError: there is no such GPU, or the configuration contradicts itself.
+        UsageError: there is no such GPU or optimizer, or the configuration contradicts itself.
         DataError: the data cannot be used.
     """
-    hardware = choose_hardware(config, gpu)
+    optimizer, hardware = find_optimizer(config.optim), choose_hardware(config, gpu)
     data = look_at_data(config)
     config, derived = resolve(config, data.vocab_size)
     counts, flops = count_parameters(config.model, data.vocab_size), flops_per_token(config.model, data.vocab_size)
@@ -187,7 +188,7 @@ def make_plan(
     if kind == "auto":
         kind = kind_that_fits(sum(counts.values()), hardware.memory)
     where = layout(kind, gpus)
-    state = 4 * sum(counts.values()) + moment_bytes(config, counts)
+    state = 4 * sum(counts.values()) + optimizer.state_bytes(counts)
 
     mine = math.ceil(config.batch_rows / gpus)
     free = hardware.memory - state // where.shards

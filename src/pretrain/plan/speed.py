@@ -90,8 +90,7 @@ def measure_speed(
             recompute_blocks(model)
         if config.train.compile == "on" or (config.train.compile == "auto" and device.type == "cuda"):
             model.compile(dynamic=False)
-        muon_dtype = torch.bfloat16 if precision.name == "bf16" else torch.float32
-        optimizers = build_optimizers(model, config.optim, muon_dtype)
+        optimizers = build_optimizers(model, config.optim)
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(vocab_size, (rows, length), generator=generator).to(device)
 
@@ -101,7 +100,7 @@ def measure_speed(
         def update() -> None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
-                optimizer.found_inf = torch.zeros((), device=device)  # type: ignore[attr-defined]
+                optimizer.found_inf = torch.zeros((), device=device)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from pretrain.optim import find_optimizer
 from pretrain.plan.words import duration, rounded, size
 
 if TYPE_CHECKING:
@@ -167,11 +168,7 @@ def traffic_decides(plan: Plan) -> str:
 def unusual_rate(plan: Plan) -> str:
     """A learning rate far from what is common for this size."""
     optim, parameters = plan.config.optim, sum(plan.parameters.values()) - plan.parameters["embedding"]
-    if optim.kind == "muon" and optim.update_scale == "spectral":
-        usual = 0.02
-    else:  # Kaplan et al., arXiv 2001.08361, equation D.1; below 1e-4 it was not fitted
-        usual = max(1e-4, 0.003239 - 0.0001395 * math.log(parameters))
-    low, high = usual / 10, usual * (20 if optim.kind == "muon" else 10)
+    low, usual, high = find_optimizer(optim).usual_rates(optim, parameters)
     if low <= optim.lr <= high:
         return ""
     return (

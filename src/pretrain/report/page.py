@@ -23,7 +23,7 @@ import jinja2
 from markupsafe import Markup
 
 from pretrain.errors import UsageError
-from pretrain.optim import muon_momentum
+from pretrain.optim import find_optimizer
 from pretrain.report.baselines import Baselines, baselines
 from pretrain.report.curves import SMOOTHED, Curves, Table, Tail, thinned
 from pretrain.report.facts import (
@@ -115,11 +115,13 @@ class View:
     def _train(self, first: int) -> dict[str, list[Any]]:
         spiky = [name for name in self.curves.train.columns if name not in ("train/lr", SMOOTHED)]
         columns = thinned(self.curves.train, self.rows, spiky, first)
-        if self.run and self.run.config.optim.kind == "muon" and "train/momentum" not in columns:
-            optim, schedule, steps = self.run.config.optim, self.run.config.schedule, self.run.config.train.steps
-            columns["train/momentum"] = [
-                round(muon_momentum(optim, schedule, step - 1, steps), 5) for step in columns["step"]
-            ]
+        config = self.run.config if self.run else None
+        optimizer = find_optimizer(config.optim) if config else None
+        if config and optimizer and "momentum" in optimizer.settings(0, config):
+            columns.setdefault(
+                "train/momentum",
+                [round(optimizer.settings(step - 1, config)["momentum"], 5) for step in columns["step"]],
+            )
         return columns
 
     def news(self, after: int, generation: int) -> dict[str, Any]:

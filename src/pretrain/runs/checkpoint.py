@@ -14,7 +14,7 @@ import os
 import shutil
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -262,7 +262,7 @@ def remove(folder: Path) -> None:
 
 
 def run_tensors(
-    parameters: Mapping[str, Tensor], optimizers: list[torch.optim.Optimizer], extra: dict[str, Tensor]
+    parameters: Mapping[str, Tensor], optimizers: Iterable[torch.optim.Optimizer], extra: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Every tensor of a run by name: ``model.NAME``, ``optim.NAME.KEY`` and ``extra``."""
     tensors = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}

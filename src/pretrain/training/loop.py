@@ -45,7 +45,7 @@ from pretrain.generation import sample_text
 from pretrain.io import append_jsonl, keep_steps, read_jsonl
 from pretrain.model import GPT
 from pretrain.model.loss import IGNORE
-from pretrain.optim import build_optimizers, learning_rate_factor, muon_momentum, weight_decay_factor
+from pretrain.optim import build_optimizers, find_optimizer, learning_rate_factor
 from pretrain.runs.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -137,6 +137,7 @@ def train(
         with contextlib.ExitStack() as until_the_end:
 
             def open_first() -> Run:
+                find_optimizer(config.optim)  # refuses a name that there is not, before any work
                 if not Run.exists(out):
                     Run.check_new(out)
                 until_the_end.enter_context(lock_run(out))
@@ -280,8 +281,7 @@ class Trainer:
         if checkpoint is None:
             fill_model(self.model, world, self.initial_values)
         self.parameters = Parameters(self.model, kind, world)
-        muon_dtype = torch.bfloat16 if self.precision.name == "bf16" else torch.float32
-        self.optimizers = build_optimizers(self.model, config.optim, muon_dtype)
+        self.optimizers = build_optimizers(self.model, config.optim)
         self.parameters.spread(self.optimizers)
         self.done: int = state.get("step", 0)
         self.loss_scale = LossScale(self.precision)
@@ -534,7 +534,7 @@ class Trainer:
 
         not_finite, spike = self.guard.judge(loss, norm)
         factor = learning_rate_factor(config.schedule, self.done, config.train.steps)
-        self._step_optimizers(factor, (not_finite | spike).float())
+        self._step_optimizers((not_finite | spike).float())
         self.loss_scale.update(not_finite.float())
         return {
             "train/loss": loss,
@@ -577,16 +577,11 @@ class Trainer:
                 "out_of_memory", f"out of memory: {self.micro_rows} rows at once from here, the same global batch"
             )
 
-    def _step_optimizers(self, factor: float, found_inf: Tensor) -> None:
-        """Step at ``factor`` of the peak rates, or change nothing where ``found_inf`` is 1; no wait for the device."""
-        config, steps = self.config, self.config.train.steps
+    def _step_optimizers(self, found_inf: Tensor) -> None:
+        """Step, or change nothing where ``found_inf`` is 1; no wait for the device."""
         for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
-                if "momentum" in group:
-                    group["momentum"] = muon_momentum(config.optim, config.schedule, self.done, steps)
-                    group["weight_decay"] = group["peak_decay"] * weight_decay_factor(config.optim, self.done, steps)
-            optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # Muon and torch's fused AdamW read it
+            optimizer.set_step(self.done, self.config)
+            optimizer.found_inf = found_inf
             optimizer.step()
         self.parameters.forget_gradients()
 
@@ -708,7 +703,7 @@ class Trainer:
         """Give every parameter its moments, for a checkpoint to be loaded into: by a step that changes nothing."""
         for parameter in self.parameters.local.values():
             parameter.grad = torch.zeros_like(parameter)
-        self._step_optimizers(factor=0.0, found_inf=torch.ones((), device=self.device))
+        self._step_optimizers(found_inf=torch.ones((), device=self.device))
 
     def random_state(self) -> dict[str, Tensor]:
         """The random states that training draws from (dropout)."""

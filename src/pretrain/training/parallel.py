@@ -26,7 +26,7 @@ from pretrain.config import Config, TrainConfig
 from pretrain.device import Precision, free_memory
 from pretrain.errors import UsageError
 from pretrain.model import GPT
-from pretrain.optim import Muon, Replicated, RowSharded, alone
+from pretrain.optim import Optimizer, Replicated, RowSharded, alone
 from pretrain.sizing import count_parameters, kind_that_fits
 from pretrain.training.world import World
 
@@ -146,17 +146,17 @@ class Parameters:
         """The processes of other machines that hold the same rows (HSDP)."""
         self.groups = [group for group in (self.group, self.between) if group is not None]
 
-    def spread(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-        """Let optimizers of the model work on what this process holds, and Muon share its work."""
+    def spread(self, optimizers: Iterable[Optimizer]) -> None:
+        """Let optimizers of the model work on what this process holds, and share the work on whole matrices."""
         local = {self.whole[name]: p for name, p in self.local.items()}
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["params"] = [local[p] for p in group["params"]]
-            if isinstance(optimizer, Muon) and self.world.size > 1:
+            if self.world.size > 1:
                 inside = RowSharded(self.group) if self.sharded else alone
                 between = self.between is not None or not self.sharded
-                optimizer.exchange = Replicated(self.between, inside) if between else inside
-                optimizer.shapes = {self.local[name]: p.shape for name, p in self.whole.items()}
+                exchange = Replicated(self.between, inside) if between else inside
+                optimizer.share(exchange, {self.local[name]: p.shape for name, p in self.whole.items()})
 
     def gradients(self) -> list[Tensor]:
         """The gradients that this process holds; its parameters have them then."""

@@ -1,0 +1,51 @@
+"""AdamW (arXiv 1711.05101): torch's fused one."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from pretrain.config import Config, OptimConfig
+from pretrain.model import GPT
+from pretrain.optim.optimizer import Optimizer
+
+
+class AdamW(Optimizer, torch.optim.AdamW):
+    """Each of ``groups`` has its own rate and decay; empty ones are left out. The kernel itself reads ``found_inf``."""
+
+    def __init__(self, groups: list[dict], config: OptimConfig):
+        groups = [group for group in groups if group["params"]]
+        super().__init__(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def build(model: GPT, config: OptimConfig) -> list[Optimizer]:
+    """One rate for all parameters; decay on matrices only, or with ``decay_all`` on everything."""
+    decayed = [p for p in model.parameters() if p.ndim >= 2 or config.decay_all]
+    rest = [p for p in model.parameters() if not (p.ndim >= 2 or config.decay_all)]
+    groups = [
+        {"params": decayed, "lr": config.lr, "weight_decay": config.weight_decay},
+        {"params": rest, "lr": config.lr, "weight_decay": 0.0},
+    ]
+    return [AdamW(groups, config)]
+
+
+def settings(step: int, config: Config) -> dict[str, float]:
+    """Nothing but the learning rate follows the schedule."""
+    return {}
+
+
+def state_bytes(counts: dict[str, int]) -> int:
+    """Two moments in fp32."""
+    return 8 * sum(counts.values())
+
+
+def exchanged_bytes(counts: dict[str, int], dtype: torch.dtype) -> int:
+    """Elementwise: each process updates what it holds."""
+    return 0
+
+
+def usual_rates(config: OptimConfig, parameters: int) -> tuple[float, float, float]:
+    """A tenth to ten times the fit of Kaplan et al. (arXiv 2001.08361, equation D.1; not fitted below 1e-4)."""
+    usual = max(1e-4, 0.003239 - 0.0001395 * math.log(parameters))
+    return usual / 10, usual, usual * 10

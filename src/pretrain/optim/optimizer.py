@@ -1,0 +1,31 @@
+"""What training asks of an optimizer, beside ``step``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pretrain.config import Config
+from pretrain.optim.distributed import Exchange
+from pretrain.optim.schedule import learning_rate_factor
+
+
+class Optimizer(torch.optim.Optimizer):
+    """The base of every optimizer here; each parameter group has its ``peak_lr``."""
+
+    found_inf: Tensor | None = None
+    """A scalar, set before ``step``: where it is positive, parameters and state must keep every bit."""
+
+    def set_step(self, step: int, config: Config) -> None:
+        """Set what the schedule decides for ``step`` (0 for the first): here each group's learning rate."""
+        factor = learning_rate_factor(config.schedule, step, config.train.steps)
+        for group in self.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+    def share(self, exchange: Exchange, shapes: dict[Tensor, torch.Size]) -> None:
+        """Told once that several processes train together; an elementwise optimizer has nothing to do.
+
+        Args:
+            exchange: lets them work on whole matrices together.
+            shapes: the whole shape of every parameter, of which this process may hold some rows.
+        """
