@@ -18,7 +18,7 @@ LINES = {
     "a field of the configuration": ("train --model.lay", "--model.layers"),
     "the other name of an option": ("train --dat", "--data --data.field"),
     "an option of a group": ("data prepare --split", "--split"),
-    "the values of an option": ("train --optim.kind ", "adamw muon"),
+    "the values of an option": ("train --schedule.kind ", "cosine linear constant"),
     "an option after words": ("sample runs/mine --num", "--num-samples"),
     "a switch": ("eval --no-j", "--no-json"),
     "a file for an option": ("train --data my", "mybook.txt"),
@@ -78,7 +78,7 @@ def test_zsh_reads_its_script(scripts: Path):
     assert ask("zsh", f"zsh -n '{scripts}/zsh' && echo fine") == ["fine"]
     text = (scripts / "zsh").read_text()
     assert text.startswith("#compdef pretrain\n")
-    assert '"train --optim.kind") values=(adamw muon)' in text
+    assert '"train --schedule.kind") values=(cosine linear constant)' in text
 
 
 def test_every_command_and_its_options_are_known():
