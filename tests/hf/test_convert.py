@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -82,7 +84,7 @@ def scramble(model: Any) -> Any:
 
 def ours(**settings: object) -> GPT:
     config = ModelConfig(**{"layers": 3, "heads": 4, "width": 32, "context_length": CONTEXT, **settings})  # type: ignore[arg-type]
-    return scramble(GPT(config, VOCABULARY, boundary=256)).eval()
+    return scramble(GPT(config, VOCABULARY, bos_id=256)).eval()
 
 
 def save(model: GPT, folder: Path, kind: str = "") -> Path:
@@ -320,6 +322,9 @@ def test_export_of_a_run_is_loaded_by_auto_classes(name: str, make_run, tmp_path
     assert f'vocab_size": {run.config.tokenizer.vocab_size}' in card
 
 
+CODE_FILES = {"configuration_pretrain.py", "modeling_pretrain.py", "transformer.py", "cache.py", "loss.py"}
+
+
 def test_own_file_generates_and_masks_padding(make_run, tmp_path: Path):
     run = make_run("own file, bpe")
     assert main(["export", str(run.folder), "--out", str(tmp_path / "out"), "--step", "4"]) == 0
@@ -343,10 +348,30 @@ def test_own_file_generates_and_masks_padding(make_run, tmp_path: Path):
         assert torch.isclose(loss, model.gpt(x[:, :-1], x[:, 1:]) / 8, atol=1e-5)
 
     model.save_pretrained(tmp_path / "again")  # with its code, as the Hub needs it
-    assert (tmp_path / "again" / "modeling_pretrain.py").is_file()
-    assert "pretrain." not in "".join(
-        line for line in (tmp_path / "out" / "modeling_pretrain.py").read_text().splitlines() if "import" in line[:7]
+    for folder in ("out", "again"):
+        files = list((tmp_path / folder).glob("*.py"))
+        assert {file.name for file in files} == CODE_FILES
+        assert not any("import pretrain" in file.read_text() or "from pretrain" in file.read_text() for file in files)
+
+
+@pytest.mark.slow
+def test_an_export_needs_no_pretrain(make_run, tmp_path: Path):
+    run = make_run("own file, bpe")
+    assert main(["export", str(run.folder), "--out", str(tmp_path / "out")]) == 0
+    program = (
+        "import sys; sys.modules['pretrain'] = None\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "if len(sys.argv) > 2: model.save_pretrained(sys.argv[2])\n"
+        "import torch; print(float(model(torch.arange(20)[None]).logits.double().square().sum()))"
     )
+    env = {**os.environ, "HF_HOME": str(tmp_path / "cache")}
+    with torch.no_grad():
+        expected = float(run.load_model()(torch.arange(20)[None]).double().square().sum())
+    for folders in (("out", "again"), ("again",)):
+        command = [sys.executable, "-c", program, *folders]
+        out = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+        assert float(out.stdout or "nan") == pytest.approx(expected, rel=1e-4), out.stderr
 
 
 def test_gpt2_vocabulary_in_auto_tokenizer(shared_data: Path, tmp_path: Path, text_file: Path, monkeypatch):

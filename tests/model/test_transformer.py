@@ -11,7 +11,7 @@ from pretrain.model.cache import KVCache
 
 def build(config: ModelConfig, vocab_size: int = 40, dtype: torch.dtype = torch.float32) -> GPT:
     with torch.device("meta"):
-        model = GPT(config, vocab_size, boundary=0)
+        model = GPT(config, vocab_size, bos_id=0)
     model = model.to_empty(device="cpu")
     model.tie_head()
     model.init_weights(torch.Generator().manual_seed(1))
@@ -80,6 +80,20 @@ def test_cached_logits_equal_uncached(name: str):
     cache = KVCache(16)
     parts = [model(part, cache=cache) for part in tokens.split([5, 1, 1, 6, 1, 2], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_paths_of_other_devices_compute_the_same(name: str):
+    """Attention by PyTorch's kernel instead of plain products, and the loss in other chunks."""
+    tokens, targets = torch.randint(0, 40, (2, 3, 16)).unbind()
+    losses = []
+    for device_type in ("cpu", "cuda"):
+        model = build(ModelConfig(**{**SMALL, **VARIANTS[name]}))
+        model.compute_as_on(device_type)
+        losses.append(model(tokens, targets))
+        losses[-1].backward()
+        losses.append(model.embedding.weight.grad)
+    torch.testing.assert_close(losses[:2], losses[2:], atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

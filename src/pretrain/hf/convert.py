@@ -543,7 +543,7 @@ def _own_tree(model: GPT) -> dict[str, Any]:
     return {
         "architectures": ["PretrainForCausalLM"],
         "model": dataclasses.asdict(dataclasses.replace(model.config, vocab_multiple=1)),
-        "boundary": model.boundary,
+        "boundary": model.bos_id,
     }
 
 

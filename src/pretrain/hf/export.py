@@ -1,7 +1,7 @@
 """A run's model for others: a folder that transformers loads, or just tensors.
 
 hf            model.safetensors, config.json, tokenizer.json and its settings, README.md; where transformers has no
-              such architecture, also the two Python files of ours that it then loads with trust_remote_code
+              such architecture, also our model's Python files, which it then loads with trust_remote_code
 safetensors   model.safetensors by our parameter names, config.json, tokenizer.json
 """
 
@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 from pretrain.config import FREE_SECTIONS, config_to_dict
 from pretrain.errors import DataError, UsageError
 from pretrain.hf.convert import OWN, hf_type, obstacles, to_hf
-from pretrain.hf.standalone import standalone
 from pretrain.io import read_jsonl, without_secrets
 from pretrain.runs import Run
 from pretrain.runs.checkpoint import Checkpoint
@@ -30,6 +29,9 @@ from pretrain.tokens import Dataset, Manifest, is_tokens
 from pretrain.tokens.shards import MANIFEST, PLAN
 
 CONFIGURATION, MODELING = "configuration_pretrain", "modeling_pretrain"
+
+CODE = ("hf.configuration_pretrain", "hf.modeling_pretrain", "model.transformer", "model.cache", "model.loss")
+"""The modules that an export of our own architecture takes along, beside each other in its folder."""
 
 LAST_STEPS = 50
 """Steps over which the training loss of a model card is a mean."""
@@ -65,9 +67,7 @@ def export_run(run: Run, format: Literal["hf", "safetensors"], out: Path, checkp
                 "AutoConfig": f"{CONFIGURATION}.PretrainConfig",
                 "AutoModelForCausalLM": f"{MODELING}.PretrainForCausalLM",
             }
-            source = resources.files("pretrain.hf").joinpath(f"{CONFIGURATION}.py")
-            files[f"{CONFIGURATION}.py"] = source.read_text(encoding="utf-8")
-            files[f"{MODELING}.py"] = standalone(f"pretrain.hf.{MODELING}")
+            files |= model_code()
         files["tokenizer_config.json"] = _json(
             {
                 "tokenizer_class": "PreTrainedTokenizerFast",
@@ -100,6 +100,18 @@ def export_run(run: Run, format: Literal["hf", "safetensors"], out: Path, checkp
     if format == "safetensors":
         return f'from pretrain.hf.convert import load_hf; model = load_hf("{out}")'
     return f'model = AutoModelForCausalLM.from_pretrained("{out}"{", trust_remote_code=True" if own else ""})'
+
+
+def model_code() -> dict[str, str]:
+    """Our model's Python files by name, importing one another and nothing else of pretrain."""
+    code = {}
+    for module in CODE:
+        folder, name = module.split(".")
+        text = resources.files(f"pretrain.{folder}").joinpath(f"{name}.py").read_text(encoding="utf-8")
+        # The model only reads attributes of its configuration, for which a plain namespace will do.
+        text = text.replace("from pretrain.config import", "from types import SimpleNamespace as")
+        code[f"{name}.py"] = text.replace("from pretrain.model.", "from .").replace("from pretrain.hf.", "from .")
+    return code
 
 
 def model_card(run: Run, checkpoint: Checkpoint, name: str) -> str:
@@ -139,8 +151,8 @@ def model_card(run: Run, checkpoint: Checkpoint, name: str) -> str:
     if own:
         reasons = ", ".join(min(obstacles(config.model).values(), key=len))
         how = (
-            f"transformers has no such architecture (because of: {reasons}), so it is loaded with `{MODELING}.py` in"
-            f" this folder, which `trust_remote_code=True` allows to run. Its `generate` keeps no cache, so it is"
+            f"transformers has no such architecture (because of: {reasons}), so it is loaded with the Python files"
+            f" in this folder, which `trust_remote_code=True` allows to run. Its `generate` keeps no cache, so it is"
             f" slow for long texts."
         )
     else:

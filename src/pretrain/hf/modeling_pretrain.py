@@ -17,9 +17,8 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from pretrain.config import ModelConfig
+from pretrain.hf.configuration_pretrain import PretrainConfig
 from pretrain.model.transformer import GPT
-
-from .configuration_pretrain import PretrainConfig
 
 
 class PretrainForCausalLM(PreTrainedModel, GenerationMixin):

@@ -20,15 +20,20 @@ CHUNK_ROWS = 512
 """Rows in a chunk at least: each chunk adds to the whole gradient of the head once."""
 
 
+def chunk_rows(device_type: str, vocab_rows: int) -> int:
+    """Rows of logits that are held at once on a type of device."""
+    return max(CHUNK_ROWS, CHUNK_ELEMENTS.get(device_type, 2**24) // vocab_rows)
+
+
 def softcap(logits: Tensor, cap: float) -> Tensor:
     """Bound logits smoothly to (-cap, cap): ``cap * tanh(logits / cap)`` (Gemma 2, arXiv 2408.00118). 0: unbounded."""
     return logits if cap == 0 else cap * torch.tanh(logits / cap)
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, cap: float, reduction: str, vocab_size: int
+    x: Tensor, weight: Tensor, targets: Tensor, cap: float, reduction: str, vocab_size: int, chunk: int
 ) -> Tensor:
-    """Cross-entropy in nats of ``softcap(x @ weight.T)`` against ``targets``, computed in chunks, softmax in fp32.
+    """Cross-entropy in nats of ``softcap(x @ weight.T)`` against ``targets``, softmax in fp32.
 
     Args:
         x: hidden states (..., C).
@@ -37,23 +42,25 @@ def linear_cross_entropy(
         cap: the softcap of the logits; 0 for none.
         reduction: ``sum`` (a scalar with gradients) or ``none`` (same shape as targets, without gradients).
         vocab_size: V; rows of a padded head past it are never predicted.
+        chunk: tokens whose logits are held at once.
     """
     losses = _LinearCrossEntropy.apply(
-        x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), cap, reduction, vocab_size
+        x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), cap, reduction, vocab_size, chunk
     )  # fmt: skip
     return losses if reduction == "sum" else losses.view_as(targets)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, cap: float, reduction: str, vocab_size: int) -> Tensor:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, targets: Tensor, cap: float, reduction: str, vocab_size: int, rows: int
+    ) -> Tensor:
         """X (N, C), weight (V or more, C), targets (N) → the sum of losses, or one for each row (N)."""
         want_gradient = reduction == "sum" and any(ctx.needs_input_grad[:2])
         w = weight.to(x.dtype)
         losses = torch.zeros(x.shape[0], dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x) if want_gradient else None
         grad_w = torch.zeros_like(weight, dtype=torch.float32) if want_gradient else None
-        rows = max(CHUNK_ROWS, CHUNK_ELEMENTS.get(x.device.type, 2**24) // weight.shape[0])
         for start in range(0, x.shape[0], rows):
             chunk = slice(start, start + rows)
             counted = targets[chunk] != IGNORE
@@ -85,4 +92,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_output: Tensor):  # type: ignore[override]
         """Scale the gradients that forward computed."""
         grad_x, grad_w = ctx.saved_tensors
-        return grad_x * grad_output.to(grad_x.dtype), grad_w * grad_output, None, None, None, None
+        return grad_x * grad_output.to(grad_x.dtype), grad_w * grad_output, None, None, None, None, None

@@ -2,11 +2,11 @@
 
     tokens (B, T) → embedding → [x + attention(norm(x)); x + mlp(norm(x))] × layers → norm → head → loss or logits
 
-It knows nothing of devices, processes or checkpoints: ``training/`` applies those from outside. Weights are fp32;
-activations have ``GPT.activation_dtype``, to which every matrix product casts its weight.
+It knows nothing of processes or checkpoints: ``training/`` applies those from outside. Weights are fp32; activations
+have ``GPT.activation_dtype``, to which every matrix product casts its weight.
 
-Shapes: B batch, T time (tokens), S tokens seen (T and those in the cache), C channels (``model.width``), H heads,
-D head width, V vocabulary.
+Shapes: B batch, T tokens, S tokens seen (T and those in the cache), C channels (``model.width``), H heads, D head
+dimension, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pretrain.config import ModelConfig
 from pretrain.model.cache import KVCache
-from pretrain.model.loss import linear_cross_entropy, softcap
+from pretrain.model.loss import chunk_rows, linear_cross_entropy, softcap
 
 
 class Linear(nn.Linear):
@@ -61,7 +61,7 @@ class Norm(nn.Module):
 
 def rotary(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines (T, R/2) that turn R channels of a head, in pairs, by position (arXiv 2104.09864)."""
-    rotated = int((config.head_width or config.width // config.heads) * config.rope_fraction)
+    rotated = int(head_dim(config) * config.rope_fraction)
     exponents = torch.arange(0, rotated, 2, dtype=torch.float32, device=positions.device) / rotated
     angles = positions.float()[:, None] * config.rope_theta**-exponents
     return angles.cos().to(dtype), angles.sin().to(dtype)
@@ -78,13 +78,17 @@ PLAIN_LIMIT = 256
 """Longest context on a CPU for which plain matrix products beat PyTorch's blockwise kernel (benchmarks/train.py)."""
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float, device_type: str
+) -> Tensor:
     """Attention of queries (B, H, T, D) over keys and values (B, G, S, D), G dividing H → (B, H, T, D).
 
     ``mask`` (broadcast to (B, H, T, S)) is True where looking is allowed; None is causal, or everything if T is 1.
     """
     T, S = q.shape[2], k.shape[2]
-    if q.device.type == "cpu" and T > 1 and S <= PLAIN_LIMIT and not dropout:
+    # The CPU kernel works in blocks made for long contexts: on short ones plain products are up to twice as fast. On
+    # a GPU they would write all scores to memory, which its kernel never does.
+    if device_type == "cpu" and T > 1 and S <= PLAIN_LIMIT and not dropout:
         if mask is None:
             mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
         if k.shape[1] != q.shape[1]:
@@ -108,16 +112,16 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.layer, self.dropout = layer, config.dropout
+        self.layer, self.dropout, self.device_type = layer, config.dropout, ""
         self.heads, self.kv_heads = config.heads, config.kv_heads or config.heads
-        self.head_width = config.head_width or config.width // config.heads
-        self.scale = config.attention_scale or self.head_width**-0.5
-        self.q = Linear(config.width, self.heads * self.head_width, bias=config.qkv_bias)
-        self.k = Linear(config.width, self.kv_heads * self.head_width, bias=config.qkv_bias)
-        self.v = Linear(config.width, self.kv_heads * self.head_width, bias=config.qkv_bias)
-        self.out = Linear(self.heads * self.head_width, config.width, bias=config.bias)
-        self.q_norm = Norm(config, self.head_width) if config.qk_norm else nn.Identity()
-        self.k_norm = Norm(config, self.head_width) if config.qk_norm else nn.Identity()
+        self.head_dim = D = head_dim(config)
+        self.scale = config.attention_scale or D**-0.5
+        self.q = Linear(config.width, self.heads * D, bias=config.qkv_bias)
+        self.k = Linear(config.width, self.kv_heads * D, bias=config.qkv_bias)
+        self.v = Linear(config.width, self.kv_heads * D, bias=config.qkv_bias)
+        self.out = Linear(self.heads * D, config.width, bias=config.bias)
+        self.q_norm = Norm(config, D) if config.qk_norm else nn.Identity()
+        self.k_norm = Norm(config, D) if config.qk_norm else nn.Identity()
         self.value_gate = None
         if has_value_embedding(config, layer):
             self.value_gate = Linear(min(VALUE_GATE_CHANNELS, config.width), self.kv_heads, bias=False)
@@ -132,9 +136,9 @@ class Attention(nn.Module):
     ) -> Tensor:
         """X (B, T, C) → (B, T, C). ``mask`` (..., T, S) is True where attention is allowed; None is plain causal."""
         B, T, _ = x.shape
-        q = self.q_norm(self.q(x).view(B, T, self.heads, self.head_width)).transpose(1, 2)
-        k = self.k_norm(self.k(x).view(B, T, self.kv_heads, self.head_width)).transpose(1, 2)
-        v = self.v(x).view(B, T, self.kv_heads, self.head_width)
+        q = self.q_norm(self.q(x).view(B, T, self.heads, self.head_dim)).transpose(1, 2)
+        k = self.k_norm(self.k(x).view(B, T, self.kv_heads, self.head_dim)).transpose(1, 2)
+        v = self.v(x).view(B, T, self.kv_heads, self.head_dim)
         if self.value_gate is not None and value_embedding is not None:
             gate = 3 * torch.sigmoid(self.value_gate(x[..., : self.value_gate.in_features]))  # (B, T, H)
             v = v + gate[..., None] * value_embedding.view_as(v)
@@ -143,7 +147,8 @@ class Attention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        y = attend(q, k, v, mask, self.scale, self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        y = attend(q, k, v, mask, self.scale, dropout, self.device_type or x.device.type)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -199,15 +204,17 @@ class GPT(nn.Module):
     """A decoder-only Transformer over a vocabulary of ``vocab_size`` tokens.
 
     Build it under ``torch.device("meta")``, give it memory with ``to_empty`` and values with :meth:`init_weights`.
-    ``boundary`` is the token that begins a document, for ``model.document_mask``.
+    ``bos_id`` is the token that begins a document, for ``model.document_mask``.
     """
 
     activation_dtype: torch.dtype = torch.float32
     """The dtype of activations and matrix products, set from outside."""
+    device_type: str = ""
+    """See :meth:`compute_as_on`."""
 
-    def __init__(self, config: ModelConfig, vocab_size: int, boundary: int | None = None):
+    def __init__(self, config: ModelConfig, vocab_size: int, bos_id: int | None = None):
         super().__init__()
-        self.config, self.vocab_size, self.boundary = config, vocab_size, boundary
+        self.config, self.vocab_size, self.bos_id = config, vocab_size, bos_id
         rows = math.ceil(vocab_size / config.vocab_multiple) * config.vocab_multiple
         self.embedding = Embedding(rows, config.width)
         if config.position == "learned":
@@ -222,7 +229,7 @@ class GPT(nn.Module):
         self.backout = nn.Parameter(torch.empty(1)) if config.backout else None
         self.value_embeddings = nn.ModuleDict(
             {
-                str(layer): Embedding(rows, self.blocks[layer].attention.v.out_features)  # type: ignore[union-attr]
+                str(layer): Embedding(rows, (config.kv_heads or config.heads) * head_dim(config))
                 for layer in range(config.layers)
                 if has_value_embedding(config, layer)
             }
@@ -235,6 +242,12 @@ class GPT(nn.Module):
         """Share the embedding with the head if ``model.tied_head``; once more after ``to_empty``, which parts them."""
         if self.config.tied_head:
             self.head.weight = self.embedding.weight
+
+    def compute_as_on(self, device_type: str) -> None:
+        """Take the paths of another type of device than the tensors', for a dry run that counts its memory."""
+        self.device_type = device_type
+        for block in self.blocks:
+            block.attention.device_type = device_type  # type: ignore[union-attr]
 
     def forward(
         self,
@@ -255,8 +268,9 @@ class GPT(nn.Module):
         x = self.stream(tokens, cache)
         if targets is None:
             return self.logits(x[:, -1:] if last_only else x)
+        chunk = chunk_rows(self.device_type or tokens.device.type, self.head.weight.shape[0])
         cap = self.config.logit_softcap
-        return linear_cross_entropy(self.norm(x), self.head.weight, targets, cap, reduction, self.vocab_size)
+        return linear_cross_entropy(self.norm(x), self.head.weight, targets, cap, reduction, self.vocab_size, chunk)
 
     def stream(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """The residual stream (B, T, C) of ``tokens`` (B, T) after the last layer; ``cache`` as in :meth:`forward`."""
@@ -278,8 +292,8 @@ class GPT(nn.Module):
         x = embedded = half_way = self.dropout(x)
         rope = self._rope(positions, x.dtype, cache) if config.position == "rope" else None
         documents = None
-        if config.document_mask and self.boundary is not None:
-            starts = tokens == self.boundary
+        if config.document_mask and self.bos_id is not None:
+            starts = tokens == self.bos_id
             documents = starts.cumsum(1) if cache is None else cache.extend_documents(starts)
         kinds = layer_kinds(config)
         masks = {kind: self._mask(positions, seen, kind, documents) for kind in set(kinds)}
@@ -339,18 +353,14 @@ class GPT(nn.Module):
                     module.bias.zero_()
             elif isinstance(module, nn.Linear):
                 bound = 1 / math.sqrt(module.in_features)  # of a uniform distribution, PyTorch's default
+                if kind == "zero":
+                    bound *= math.sqrt(3)  # standard deviation in_features ** -0.5
                 if kind == "gpt2":
                     module.weight.normal_(0, 0.02, generator=generator)
-                elif kind == "torch":
-                    module.weight.uniform_(-bound, bound, generator=generator)
                 else:
-                    bound *= math.sqrt(3)  # standard deviation in_features ** -0.5
                     module.weight.uniform_(-bound, bound, generator=generator)
                 if module.bias is not None:
-                    if kind == "torch":
-                        module.bias.uniform_(-bound, bound, generator=generator)
-                    else:
-                        module.bias.zero_()
+                    module.bias.zero_() if kind != "torch" else module.bias.uniform_(-bound, bound, generator=generator)
         for block in self.blocks:
             assert isinstance(block, Block)
             for projection in (block.attention.out, block.mlp.down):
@@ -385,6 +395,11 @@ class GPT(nn.Module):
 
 VALUE_GATE_CHANNELS, SMEAR_GATE_CHANNELS = 12, 24
 """Channels of the stream from which the gates of value embeddings and of the smear are computed, as in nanochat."""
+
+
+def head_dim(config: ModelConfig) -> int:
+    """D, the channels of one head."""
+    return config.head_width or config.width // config.heads
 
 
 def has_value_embedding(config: ModelConfig, layer: int) -> bool:

@@ -9,8 +9,6 @@ by fusing, and what an allocator loses between blocks, it does not know.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from pretrain.config import Config
 from pretrain.model import GPT
-from pretrain.model import transformer as attention
-from pretrain.model.loss import CHUNK_ELEMENTS, CHUNK_ROWS
+from pretrain.model.loss import chunk_rows
 from pretrain.model.transformer import Linear
 from pretrain.optim import Optimizer, build_optimizers
 from pretrain.training.parallel import recompute_blocks
@@ -67,8 +64,9 @@ def rehearse(config: Config, vocab_size: int, rows: int, micro_steps: int, dtype
         device: the type of the device for which to count; the rehearsal itself runs on the CPU.
     """
     holding = Holding()
-    with _as_on(device), FakeTensorMode(), holding:
+    with FakeTensorMode(), holding:
         model = GPT(config.model, vocab_size, 0)
+        model.compute_as_on(device)
         model.activation_dtype = dtype
         weights = holding.live
         if config.train.activation_checkpointing:
@@ -100,22 +98,10 @@ def rehearse(config: Config, vocab_size: int, rows: int, micro_steps: int, dtype
     if dtype != torch.float32 and not config.train.activation_checkpointing:
         cast = [module.weight for module in model.blocks.modules() if isinstance(module, Linear)]
         casts = dtype.itemsize * sum(weight.numel() for weight in cast)
-    at_once = max(CHUNK_ROWS, CHUNK_ELEMENTS.get(device, 2**24) // model.head.weight.shape[0])
+    at_once = chunk_rows(device, model.head.weight.shape[0])
     chunk = LOGIT_BYTES * model.head.weight.shape[0] * min(at_once, rows * config.model.context_length)
     activations = max(0, kept - head_gradient - casts)
     return Working(rows, weights, moments, gradients, casts, activations, chunk, max(forward, rest))
-
-
-@contextmanager
-def _as_on(device: str) -> Iterator[None]:
-    """Let what is computed on the CPU take the ways that it would take on another type of device."""
-    limit, chunk = attention.PLAIN_LIMIT, CHUNK_ELEMENTS["cpu"]
-    if device != "cpu":
-        attention.PLAIN_LIMIT, CHUNK_ELEMENTS["cpu"] = 0, CHUNK_ELEMENTS.get(device, 2**24)
-    try:
-        yield
-    finally:
-        attention.PLAIN_LIMIT, CHUNK_ELEMENTS["cpu"] = limit, chunk
 
 
 def _update(model: GPT, optimizers: list[Optimizer]) -> None:

@@ -85,7 +85,7 @@ def fill_model(model: GPT, world: World, fill: Callable[[GPT], None]) -> None:
     values: dict[str, Any] = {}
     if world.first:
         with torch.device("meta"):
-            whole = GPT(model.config, model.vocab_size, model.boundary)
+            whole = GPT(model.config, model.vocab_size, model.bos_id)
         size = sum(p.numel() for p in whole.parameters()) * 4
         whole = whole.to_empty(device=world.device if size < free_memory(world.device) / 2 else "cpu")
         whole.tie_head()
