@@ -189,13 +189,13 @@ def test_files_and_folders_without_permission_are_refused():
         inside = write(folder / "closed" / "a.txt", "x")
         file.chmod(0)
         inside.parent.chmod(0)
-        assert f"cannot be read (Permission denied); mend its permissions: chmod u+r {file}" in refusal(file)
+        assert f"cannot be read (Permission denied); fix its permissions: chmod u+r {file}" in refusal(file)
         assert "cannot be read (Permission denied)" in refusal(inside)
         assert "cannot be read (Permission denied)" in refusal(inside.parent)
         inside.parent.chmod(0o700)
 
 
-def test_this_room_needs_nothing_heavy():
+def test_text_needs_nothing_heavy():
     heavy = "{'torch', 'tokenizers', 'numpy', 'pyarrow', 'fsspec', 'aiohttp', 'huggingface_hub'}"
     code = f"import sys, pretrain.text; print({heavy} & set(sys.modules))"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -13,8 +13,7 @@ import pytest
 
 from pretrain.config import DataConfig
 from pretrain.errors import DataError
-from pretrain.text import Document, Piece, find_pieces, formats, pieces, read_documents, read_piece
-from pretrain.text.document import PROBLEMS
+from pretrain.text import PROBLEMS, Document, Piece, find_pieces, formats, pieces, read_documents, read_piece
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -281,7 +280,7 @@ def test_a_separator_must_come_and_not_overlap_itself(tmp_path: Path, monkeypatc
     file.write_text("words " * 100)
     monkeypatch.setattr(formats, "LINE_BYTES", 300)
     monkeypatch.setattr(formats, "CHUNK", 50)
-    with pytest.raises(DataError, match=r"no '<\|x\|>' for 300 bytes from byte 0 on; is that what stands between"):
+    with pytest.raises(DataError, match=r"begins at byte 0 is longer than 300 bytes; is '<\|x\|>' what stands between"):
         list(read_piece(find_pieces([str(file)], separator="<|x|>")[0]))
     with pytest.raises(ValueError, match=r"data\.separator '---' ends as it begins"):
         DataConfig(separator="---")
@@ -447,7 +446,8 @@ def test_what_is_no_json_lines_is_refused(tmp_path: Path, data: str):
 def test_a_line_without_end_is_refused_before_it_fills_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     lines = lines_file(tmp_path / "a.jsonl", [{"text": "x"}, {"text": "y" * 1000}])
     monkeypatch.setattr(formats, "LINE_BYTES", 500)
-    assert "the line at byte 14 is longer than 500 bytes" in refusal(lines)
+    monkeypatch.setattr(formats, "CHUNK", 50)
+    assert "begins at byte 14 is longer than 500 bytes; give one such as" in refusal(lines)
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])

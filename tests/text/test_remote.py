@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,7 +20,7 @@ from typing import Any
 import pytest
 
 from pretrain.errors import DataError
-from pretrain.text import find_pieces, opening, pieces, read_documents, read_piece, remote
+from pretrain.text import find_pieces, opening, pieces, read_documents, read_piece
 
 pytest.importorskip("aiohttp")
 
@@ -98,7 +99,7 @@ def server() -> Iterator[Server]:
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds that would have been waited between tries."""
     waited: list[float] = []
-    monkeypatch.setattr(remote.time, "sleep", waited.append)
+    monkeypatch.setattr(time, "sleep", waited.append)
     return waited
 
 
@@ -176,7 +177,7 @@ def test_a_server_that_stays_broken_is_given_up(server: Server, waits: list[floa
     server.faults += [503] * 100
     with pytest.raises(DataError, match="its server answers with status 503; try again later"):
         list(read_piece(piece))
-    assert len(waits) == remote.TRIES - 1
+    assert len(waits) == opening.TRIES - 1
     server.faults[:] = ["short"] * 100
     with pytest.raises(DataError, match=r"cannot be reached.*500 bytes came instead of 1,000"):
         list(read_piece(piece))

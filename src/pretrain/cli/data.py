@@ -66,7 +66,7 @@ def prepare(args: list[str]) -> int:
     from rich.console import Console
 
     from pretrain.config import DataConfig, TokenizerConfig
-    from pretrain.text.document import PROBLEMS
+    from pretrain.text import PROBLEMS
     from pretrain.tokens.prepare import prepare_text
     from pretrain.tokens.progress import Progress
 
@@ -169,7 +169,7 @@ def inspect(args: list[str]) -> int:
     """Show what token shards hold."""
     a = parse(InspectArguments, args, "data inspect")
 
-    from pretrain.text.document import PROBLEMS
+    from pretrain.text import PROBLEMS
     from pretrain.tokens import Manifest, open_corpus
     from pretrain.tokens.inspection import inspect_split
     from pretrain.tokens.shards import MANIFEST

@@ -77,11 +77,11 @@ def download(args: list[str]) -> int:
     else:
         found = _find(names[0], CATALOGUE)
         folder = Path(a.out or f"data/{found.name}")
-        if found.embedded:
+        if not found.train:
             print(f"{found.name} comes with the installation. Next:\n  pretrain train")
             return 0
 
-    from pretrain.text.download import Download, Patience, Unreachable, download_all
+    from pretrain.text.download import Download, RetryPolicy, Unreachable, download_all
 
     if found is None:
         items = [Download(url, folder / name) for url, name in zip(names, _names(names), strict=True)]
@@ -89,7 +89,7 @@ def download(args: list[str]) -> int:
         items = _items(found, a.shards, a.base_url, folder)
     try:
         with _progress(items) as show:
-            download_all(items, a.workers, Patience(a.tries, timeout=a.timeout), show)
+            download_all(items, a.workers, RetryPolicy(a.tries, timeout=a.timeout), show)
     except Unreachable as error:
         raise DataError(
             f"{error}; check the network (behind a proxy: HTTPS_PROXY), or bring the files to {folder} from elsewhere"
@@ -142,14 +142,14 @@ def _names(urls: Sequence[str]) -> list[str]:
 
 def _items(found: TextSet, train: int, base_url: str, folder: Path) -> list[Download]:
     """The files of a set to download. Raises DataError if the disk has no room for them."""
-    from pretrain.text.download import Download, partial_file
+    from pretrain.text.download import Download
 
     items, missing = [], 0
     for name in found.files(train):
         file = folder / found.saved_as.get(name, name)
         items.append(Download(found.url(name, base_url), file, found.sizes.get(name, 0), found.sha256.get(name, "")))
         if not file.exists():
-            part = partial_file(items[-1])
+            part = items[-1].part
             missing += max(0, found.size_about(name) - (part.stat().st_size if part.exists() else 0))
     there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(there).free

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from pretrain.errors import DataError
-from pretrain.text.opening import format_of, supported, unreadable
-from pretrain.text.remote import expand_url, is_url
+from pretrain.text.opening import expand_url, format_of, is_url, open_raw, supported, unreadable
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,8 @@ def find_files(paths: Sequence[str]) -> list[SourceFile]:
                 "data.paths holds an empty path; name a file, a folder or a pattern such as 'books/**/*.txt'"
             )
         for file in _remote(given) if is_url(given) else _local(given):
+            if file.named and file.size == 0:
+                raise DataError(f"{file.name}: this file is empty; delete it or give another")
             key = file.name if is_url(file.name) else str(Path(file.name).resolve())
             found.setdefault(key, file)
     return list(found.values())
@@ -50,8 +51,6 @@ def _remote(url: str) -> list[SourceFile]:
     files = expand_url(url)
     if [name for name, _ in files] == [url]:
         _check_type(url)
-        if files[0][1] == 0:
-            raise _empty(url)
         return [SourceFile(url, files[0][1], named=True)]
     sizes = dict(files)
     return [SourceFile(name, sizes[name], named=False) for name in _choose(list(sizes), url)]
@@ -62,10 +61,7 @@ def _local(given: str) -> list[SourceFile]:
     if os.path.isdir(path):
         names = _choose(_walk(path), given)
     elif os.path.lexists(path) or not glob.has_magic(given):  # a file whose name holds a * or [ is still that file
-        size = _size(str(path))
-        if size == 0:
-            raise _empty(str(path))
-        return [SourceFile(str(path), size, named=True)]
+        return [SourceFile(str(path), _size(str(path)), named=True)]
     else:
         matches = glob.glob(os.path.expanduser(given), recursive=True)
         names = _choose([str(Path(match)) for match in matches if not os.path.isdir(match)], given)
@@ -74,7 +70,7 @@ def _local(given: str) -> list[SourceFile]:
 
 def _walk(folder: Path) -> list[str]:
     def stop(error: OSError) -> NoReturn:
-        raise DataError(f"{error.filename}: this folder cannot be read ({error.strerror}); mend its permissions")
+        raise DataError(f"{error.filename}: this folder cannot be read ({error.strerror}); fix its permissions")
 
     files: list[str] = []
     for parent, subfolders, names in os.walk(folder, onerror=stop):
@@ -113,10 +109,7 @@ def _size(file: str) -> int:
     if not path.is_file():
         raise DataError(f"{file}: not a regular file; give {supported()} files or a folder of them")
     _check_type(file)
-    try:
-        open(path, "rb").close()
-    except OSError as error:
-        raise unreadable(file, error) from error
+    open_raw(file).close()
     return size
 
 
@@ -125,10 +118,6 @@ def _check_type(file: str) -> None:
         suffix = os.path.splitext(file)[1]
         kind = f"{suffix} files are" if suffix else "a file without a suffix is"
         raise DataError(f"{file}: {kind} not read; give {supported()} (plain text under another name: rename it)")
-
-
-def _empty(file: str) -> DataError:
-    return DataError(f"{file}: this file is empty; delete it or give another")
 
 
 def _nearest(missing: Path) -> str:

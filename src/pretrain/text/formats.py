@@ -5,9 +5,9 @@
     a range of JSON lines ───────────read_lines──────┼──> Document, Document, ...
     row groups of Parquet ───────────read_rows───────┘
 
-A range of a file begins and ends where ``text_cut`` (plain text) or the next line or separator says, so that ranges
-which follow one another give every document once. What was wrong with documents is counted under the names of
-``document.PROBLEMS``.
+A range of a file begins and ends where ``_text_cut`` (plain text) or the next line or separator says, so that ranges
+which follow one another give every document once. Readers count in ``problems`` what was wrong with documents, by the
+names in ``PROBLEMS``.
 """
 
 from __future__ import annotations
@@ -19,20 +19,31 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, BinaryIO
 
 from pretrain.errors import DataError
-from pretrain.text.document import Document
-from pretrain.text.opening import REMOTE_BUFFER, TEXT, one_line, open_bytes, open_raw
-from pretrain.text.remote import RemoteFile, is_url
+from pretrain.text.opening import REMOTE_BUFFER, TEXT, is_url, one_line, open_bytes, open_raw
 
 PROBE = 64 * 1024  # bytes at the start of a file that must look like text
 CHUNK = 1024 * 1024  # bytes decoded at once
-PART_CHARACTERS = 4 * 1024 * 1024  # a longer plain text is given in parts; in memory each is 16 MiB at most
+PART_CHARACTERS = 4 * 1024 * 1024  # a longer text is given in parts; in memory each is 16 MiB at most
 CUT_WINDOW = 64 * 1024  # within so much text a good place to cut is looked for
 LINE_BYTES = 1024**3  # what is longer is no line
 ROWS, ROWS_BYTES = 1024, 8 * 1024 * 1024  # rows of Parquet decoded at once: so many, of about so many bytes
+
+PROBLEMS = {
+    "empty": "documents without text, or of nothing but white space; left out",
+    "invalid UTF-8": "documents with bytes that are not UTF-8; U+FFFD stands in their place",
+    "lone surrogate": "documents with half of a surrogate pair (\\ud83d alone in JSON); U+FFFD in its place",
+    "NUL": "documents with NUL characters; kept as they are",
+    "not JSON": "lines that are not a JSON object; left out",
+    "no field": "JSON objects without the field; left out",
+    "null": "rows whose text is null; left out",
+    "not text": "JSON objects whose field is a number, list or object; left out",
+}
+"""What can be wrong with a document. Nothing else is changed or left out."""
 
 # Where a text may be cut without changing its tokens: between a letter or digit and a blank or line end (as
 # tokenizer.split_text does), or after a single line end. The pre-tokenizers in use end a word in both places.
@@ -40,6 +51,16 @@ _GOOD_CUT = re.compile(r"(?<=[^\W_])(?=[ \n])|(?<=\S\n)(?=[^\s/])")
 _LINE_ENDS = (b"\r\n", b"\n")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _JSON = json.JSONDecoder(strict=False)  # which keeps raw tabs and line ends in strings, rather than refusing them
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text that stands by itself: a file, a row of a Parquet or JSONL file, a paragraph of the embedded corpus."""
+
+    text: str
+    source: str  # the path of its file as the user gave it, or 'embedded:' and the name of the corpus
+    continues: bool = False
+    """Whether it goes on where the one before it ended: a part of one too large to be held. It gets no BOS token."""
 
 
 def check_start(file: str, kind: str, must_hold_text: bool) -> None:
@@ -73,7 +94,7 @@ def check_start(file: str, kind: str, must_hold_text: bool) -> None:
 
 
 def read_text(file: str, begin: int, end: int, problems: Counter[str]) -> Iterator[Document]:
-    """Give the text from the cut at ``begin`` to the cut at ``end`` (see ``text_cut``), or with ``end`` 0 to its end.
+    """Give the text from the cut at ``begin`` to the cut at ``end``, or with ``end`` 0 to the end of the file.
 
     It is one document, in parts of about PART_CHARACTERS; those after the first, and all if ``begin`` > 0, continue it.
     Every character is kept, line ends included; only a byte-order mark at the start of the file goes.
@@ -83,12 +104,12 @@ def read_text(file: str, begin: int, end: int, problems: Counter[str]) -> Iterat
         length = None
         if end:
             with open_raw(file) as beyond:
-                length = text_cut(beyond, end)
-            start = text_cut(stream, begin)
+                stop = _text_cut(beyond, end)
+            start = _text_cut(stream, begin)
             stream.seek(start)
-            length -= start
+            length = stop - start
         continues = begin > 0
-        for part, last in _parts(_decoded(_chunks(stream, length), begin == 0, seen)):
+        for part, last in _parts(_decoded(stream, length, begin == 0, seen)):
             if last and not continues and not end and not part.strip():
                 problems["empty"] += 1
                 return
@@ -100,54 +121,8 @@ def read_text(file: str, begin: int, end: int, problems: Counter[str]) -> Iterat
     problems.update(seen)
 
 
-def read_separated(file: str, separator: str, begin: int, end: int, problems: Counter[str]) -> Iterator[Document]:
-    """Give the documents between separators (long ones in parts) that start after ``begin``, not after ``end``.
-
-    The one at offset 0 counts as after ``begin`` 0, and ``end`` 0 is the end of the file. A line end before and one
-    after a separator go with it. ``separator`` does not overlap itself, so that it is found at the same places from
-    wherever one reads.
-    """
-    mark = separator.encode()
-    held = bytearray()
-    with one_line(file), open_bytes(file) as stream:
-        position = max(0, begin - len(mark) + 1)  # of held in the file
-        stream.seek(position)
-        inside, searched = begin == 0, 0
-        while position <= end or not end or not inside:
-            at = held.find(mark, searched)
-            if at < 0:
-                searched = max(0, len(held) - len(mark) + 1)
-                held += (chunk := stream.read(CHUNK))
-                if not chunk:
-                    break
-                if len(held) > LINE_BYTES:
-                    raise DataError(
-                        f"{file}: no {separator!r} for {LINE_BYTES:,} bytes from byte {position:,} on; is that what"
-                        f" stands between its documents (data.separator)?"
-                    )
-                continue
-            if inside:
-                yield from _separated(bytes(held[:at]), file, position == 0, False, problems)
-            del held[: at + len(mark)]
-            position, inside, searched = position + at + len(mark), True, 0
-        else:
-            return
-        if inside and held.strip():
-            yield from _separated(bytes(held), file, position == 0, True, problems)
-
-
-def _separated(data: bytes, file: str, first: bool, last: bool, problems: Counter[str]) -> Iterator[Document]:
-    before = (codecs.BOM_UTF8,) if first else _LINE_ENDS
-    data = data.removeprefix(next(filter(data.startswith, before), b""))
-    if not last:
-        data = data.removesuffix(next(filter(data.endswith, _LINE_ENDS), b""))
-    text = _checked(_from_bytes(data, problems), problems)
-    if text is not None:
-        yield from _documents(text, file)
-
-
-def text_cut(stream: BinaryIO, position: int) -> int:
-    """Give the offset at which to cut a plain text: the first good place from ``position`` on.
+def _text_cut(stream: BinaryIO, position: int) -> int:
+    """The offset at which to cut a plain text: the first good place from ``position`` on.
 
     Where there is none within CUT_WINDOW it is the next character. It depends on the bytes of the file alone, so that
     the reader of a range and the reader of the next agree on it.
@@ -174,16 +149,11 @@ def _next_character(data: bytes, offset: int) -> int:
     return offset
 
 
-def _chunks(stream: BinaryIO, count: int | None) -> Iterator[bytes]:
-    while count != 0 and (chunk := stream.read(CHUNK if count is None else min(CHUNK, count))):
-        yield chunk
-        count = None if count is None else count - len(chunk)
-
-
-def _decoded(chunks: Iterable[bytes], at_start: bool, seen: set[str]) -> Iterator[str]:
-    """Decode bytes, whole characters at a time; what is not UTF-8 becomes U+FFFD and is noted in ``seen``."""
+def _decoded(stream: BinaryIO, count: int | None, at_start: bool, seen: set[str]) -> Iterator[str]:
+    """Decode ``count`` bytes (None: all), whole characters at a time; what is not UTF-8 becomes U+FFFD."""
     rest = b""
-    for chunk in chunks:
+    while count != 0 and (chunk := stream.read(CHUNK if count is None else min(CHUNK, count))):
+        count = None if count is None else count - len(chunk)
         if at_start:
             chunk, at_start = chunk.removeprefix(codecs.BOM_UTF8), False
         rest += chunk
@@ -193,7 +163,7 @@ def _decoded(chunks: Iterable[bytes], at_start: bool, seen: set[str]) -> Iterato
     yield _utf8(rest, True, seen)[0]
 
 
-def _utf8(data: bytes, final: bool, seen: set[str]) -> tuple[str, int]:
+def _utf8(data: bytes | bytearray, final: bool, seen: set[str]) -> tuple[str, int]:
     """Decode what is whole, or all if ``final``. Gives the text and the number of bytes it took."""
     try:
         return codecs.utf_8_decode(data, "strict", final)
@@ -202,112 +172,34 @@ def _utf8(data: bytes, final: bool, seen: set[str]) -> tuple[str, int]:
         return codecs.utf_8_decode(data, "replace", final)
 
 
+def _from_bytes(data: bytes | bytearray, problems: Counter[str]) -> str:
+    seen: set[str] = set()
+    text, _ = _utf8(data, True, seen)
+    problems.update(seen)
+    return text
+
+
 def _parts(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
     """Join texts and cut them at good places into long parts. Gives each part and whether it is the last."""
-    held: list[str] = []
-    length = 0
+    held = ""
     for text in texts:
-        held.append(text)
-        length += len(text)
-        while length > PART_CHARACTERS + CUT_WINDOW:
-            whole = "".join(held)
-            cut = _part_end(whole, 0)
-            yield whole[:cut], False
-            held, length = [whole[cut:]], length - cut
-    yield "".join(held), True
+        held += text
+        start = 0
+        while len(held) - start > PART_CHARACTERS + CUT_WINDOW:
+            end = start + PART_CHARACTERS
+            if good := _GOOD_CUT.search(held, end, end + CUT_WINDOW):
+                end = good.start()
+            yield held[start:end], False
+            start = end
+        held = held[start:]
+    yield held, True
 
 
-def _part_end(text: str, start: int) -> int:
-    """Where to end a part of a long text that begins at ``start``."""
-    window = start + PART_CHARACTERS, start + PART_CHARACTERS + CUT_WINDOW
-    return good.start() if (good := _GOOD_CUT.search(text, *window)) else window[0]
-
-
-def _documents(text: str, file: str) -> Iterator[Document]:
-    """Give the text of a row: one document, in parts if it is long."""
-    start = 0
-    while len(text) - start > PART_CHARACTERS + CUT_WINDOW:
-        end = _part_end(text, start)
-        yield Document(text[start:end], file, start > 0)
-        start = end
-    yield Document(text[start:], file, start > 0)
-
-
-# JSON lines -----------------------------------------------------------------------------------------------------------
-
-
-def read_lines(
-    file: str, field: str, begin: int, end: int, problems: Counter[str], buffer: int = 0
-) -> Iterator[Document]:
-    """Give one document a line (a long one in parts), from the lines that start after ``begin``, not after ``end``.
-
-    The line at offset 0 counts as after ``begin`` 0, and ``end`` 0 is the end of the file. Blank lines are nothing.
-    ``buffer``: bytes to read at once, if not as usual. Raises DataError if the first line of the file is not a JSON
-    object with a text in ``field``: then it is the wrong file or the wrong field.
-    """
-    with one_line(file), open_bytes(file, buffer) as stream:
-        position = _after_line(stream, begin) if begin else 0
-        at_start = begin == 0
-        while (position <= end or not end) and (line := stream.readline(LINE_BYTES)):
-            if len(line) >= LINE_BYTES and not line.endswith(b"\n"):
-                raise DataError(
-                    f"{file}: the line at byte {position:,} is longer than {LINE_BYTES:,} bytes; "
-                    f"{_one_object_a_line(file)}"
-                )
-            if position == 0:
-                position, line = len(line), line.removeprefix(codecs.BOM_UTF8)
-            else:
-                position += len(line)
-            if line.isspace():
-                continue
-            seen: set[str] = set()
-            decoded, _ = _utf8(line, True, seen)
-            line = b""  # a long one takes room that is needed next
-            text = _text_of_line(decoded, bool(seen), file, field, problems, at_start)
-            decoded, at_start = "", False
-            if text is not None:
-                yield from _documents(text, file)
-
-
-def _after_line(stream: BinaryIO, position: int) -> int:
-    """Go to ``position`` and on past the next line end; give the offset."""
-    stream.seek(position)
-    while rest := stream.readline(CHUNK):
-        position += len(rest)
-        if rest.endswith(b"\n"):
-            break
-    return position
-
-
-def _text_of_line(line: str, mended: bool, file: str, field: str, problems: Counter[str], is_first: bool) -> str | None:
-    """Give the text in a line, None if there is none; ``mended``: U+FFFD stands for what was not UTF-8 in it."""
-    try:
-        row = _JSON.decode(line)
-    except (ValueError, RecursionError):
-        row = None
-    if not isinstance(row, dict):
-        if is_first:
-            raise DataError(f"{file}: its first line is not a JSON object; {_one_object_a_line(file)}")
-        problems["not JSON"] += 1
-        return None
-    if is_first and not isinstance(row.get(field, 0), str | None):
-        raise _no_text(file, field, list(row), [name for name, value in row.items() if isinstance(value, str)])
-    if field not in row:
-        problems["no field"] += 1
-        return None
-    text = row[field]
-    if isinstance(text, str):
-        if not text.isascii() and ("\\ud" in line or "\\uD" in line):
-            text, halves = _SURROGATE.subn("\ufffd", text)
-            if halves:
-                problems["lone surrogate"] += 1
-        if mended and "\ufffd" in text:
-            problems["invalid UTF-8"] += 1
-    return _checked(text, problems)
-
-
-def _one_object_a_line(file: str) -> str:
-    return f'give one such as {{"text": "..."}} a line; from a JSON array: jq -c .[] {shlex.quote(file)} > OUT.jsonl'
+def _documents(text: str | None, file: str) -> Iterator[Document]:
+    """Give the text of a row, if it has one: one document, in parts if it is long."""
+    if text is not None:
+        for number, (part, _) in enumerate(_parts([text])):
+            yield Document(part, file, number > 0)
 
 
 def _checked(text: Any, problems: Counter[str]) -> str | None:
@@ -323,17 +215,119 @@ def _checked(text: Any, problems: Counter[str]) -> str | None:
     return text
 
 
+# Documents between separators, and JSON lines -------------------------------------------------------------------------
+
+
+def read_separated(file: str, separator: str, begin: int, end: int, problems: Counter[str]) -> Iterator[Document]:
+    """Give the documents between separators (long ones in parts) that start after ``begin``, not after ``end``.
+
+    A line end before and one after a separator go with it.
+    """
+    fix = f"is {separator!r} what stands between its documents (data.separator)?"
+    for position, data, closed in _records(file, separator.encode(), begin, end, fix):
+        if not closed and not data.strip():
+            return
+        before = (codecs.BOM_UTF8,) if position == 0 else _LINE_ENDS
+        data = data.removeprefix(next(filter(data.startswith, before), b""))
+        if closed:
+            data = data.removesuffix(next(filter(data.endswith, _LINE_ENDS), b""))
+        yield from _documents(_checked(_from_bytes(data, problems), problems), file)
+
+
+def read_lines(
+    file: str, field: str, begin: int, end: int, problems: Counter[str], buffer: int = 0
+) -> Iterator[Document]:
+    """Give one document a line (a long one in parts), from the lines that start after ``begin``, not after ``end``.
+
+    Blank lines are nothing. ``buffer``: bytes to read at once, if not as usual. Raises DataError if the first line of
+    the file is not a JSON object with a text in ``field``: then it is the wrong file or the wrong field.
+    """
+    fix = f'give one such as {{"text": "..."}} a line; from a JSON array: jq -c .[] {shlex.quote(file)} > OUT.jsonl'
+    first = begin == 0
+    for position, line, _ in _records(file, b"\n", begin, end, fix, buffer):
+        if position == 0:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if not line or line.isspace():
+            continue
+        seen: set[str] = set()
+        decoded, _ = _utf8(line, True, seen)
+        line.clear()  # a long one takes room that is needed next
+        text = _text_of_line(decoded, bool(seen), file, field, problems, fix if first else "")
+        decoded, first = "", False
+        yield from _documents(text, file)
+
+
+def _records(
+    file: str, mark: bytes, begin: int, end: int, fix: str, buffer: int = 0
+) -> Iterator[tuple[int, bytearray, bool]]:
+    """Give what starts after ``begin``, not after ``end``, and ends at a mark: its offset, its bytes, whether it does.
+
+    The one at offset 0 counts as after ``begin`` 0, and ``end`` 0 is the end of the file, where the last one may end
+    without a mark. ``mark`` does not overlap itself, so that it is found at the same places from wherever one reads.
+    """
+    held = bytearray()
+    with one_line(file), open_bytes(file, buffer) as stream:
+        position = max(0, begin - len(mark) + 1)  # of held in the file
+        if position:
+            stream.seek(position)
+        inside, searched = begin == 0, 0
+        # No more at once than is buffered: what comes after the range need not be read.
+        while chunk := stream.read(min(CHUNK, len(stream.peek()) or 1)):
+            held += chunk
+            if held.find(mark, searched) >= 0:
+                *records, held = held.split(mark)
+                for record in records:
+                    start, position = position, position + len(record) + len(mark)
+                    if inside:
+                        yield start, record, True
+                    inside = True
+                    if position > end > 0:
+                        return
+            elif len(held) > LINE_BYTES:
+                raise DataError(f"{file}: what begins at byte {position:,} is longer than {LINE_BYTES:,} bytes; {fix}")
+            searched = max(0, len(held) - len(mark) + 1)
+        if inside and held:
+            yield position, held, False
+
+
+def _text_of_line(line: str, replaced: bool, file: str, field: str, problems: Counter[str], fix: str) -> str | None:
+    """Give the text in a line, None if there is none.
+
+    ``replaced``: U+FFFD stands for what was not UTF-8 in it. ``fix``: what to say if the first line is wrong.
+    """
+    try:
+        row = _JSON.decode(line)
+    except (ValueError, RecursionError):
+        row = None
+    if not isinstance(row, dict):
+        if fix:
+            raise DataError(f"{file}: its first line is not a JSON object; {fix}")
+        problems["not JSON"] += 1
+        return None
+    if fix and not isinstance(row.get(field, 0), str | None):
+        raise _no_text(file, field, list(row), [name for name, value in row.items() if isinstance(value, str)])
+    if field not in row:
+        problems["no field"] += 1
+        return None
+    text = row[field]
+    if isinstance(text, str):
+        if not text.isascii() and ("\\ud" in line or "\\uD" in line):
+            text, halves = _SURROGATE.subn("\ufffd", text)
+            if halves:
+                problems["lone surrogate"] += 1
+        if replaced and "\ufffd" in text:
+            problems["invalid UTF-8"] += 1
+    return _checked(text, problems)
+
+
 def _no_text(file: str, field: str, names: Sequence[str], texts: Sequence[str]) -> DataError:
     """Say that rows have no text under ``field``. ``names``: what they have; ``texts``: those that hold text."""
     listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     what = f"'{field}' holds no text there" if field in names else f"it has no '{field}'"
-    near = difflib.get_close_matches(field, texts, n=1, cutoff=0.4) or list(texts)[:1]
-    mend = (
-        f"did you mean {near[0]} ? Say so with --data.field or --field"
-        if near
-        else "none of them holds text; give another file"
-    )
-    return DataError(f"{file}: {what} (it has {listed or 'nothing'}); {mend}")
+    fix = "none of them holds text; give another file"
+    if near := difflib.get_close_matches(field, texts, n=1, cutoff=0.4) or list(texts)[:1]:
+        fix = f"did you mean {near[0]} ? Say so with --data.field or --field"
+    return DataError(f"{file}: {what} (it has {listed or 'nothing'}); {fix}")
 
 
 # Parquet --------------------------------------------------------------------------------------------------------------
@@ -360,9 +354,8 @@ def read_rows(file: str, field: str, begin: int, end: int, problems: Counter[str
         rows = min(ROWS, max(1, ROWS_BYTES * count // max(1, size)))
         for batch in parquet.iter_batches(rows, row_groups=groups, columns=[field], use_threads=False):
             for value in _values(batch.column(0)):
-                text = _checked(_from_bytes(value, problems) if isinstance(value, bytes) else value, problems)
-                if text is not None:
-                    yield from _documents(text, file)
+                text = _from_bytes(value, problems) if isinstance(value, bytes) else value
+                yield from _documents(_checked(text, problems), file)
 
 
 def _column_sizes(parquet: Any, file: str, field: str) -> list[int]:
@@ -375,24 +368,17 @@ def _column_sizes(parquet: Any, file: str, field: str) -> list[int]:
     return [max(1, group.column(column).total_uncompressed_size) if group.num_rows else 0 for group in groups]
 
 
-def _from_bytes(data: bytes, problems: Counter[str]) -> str:
-    seen: set[str] = set()
-    text, _ = _utf8(data, True, seen)
-    problems.update(seen)
-    return text
-
-
 def _parquet(file: str) -> Any:
     try:
         import pyarrow.parquet
     except ImportError as error:
         raise DataError(f"{file}: Parquet needs pyarrow; pip install 'pretrain[data]'") from error
-    # Not pre_buffer: it holds all of a row group's bytes, while a buffer holds as many as are being decoded.
-    buffer = REMOTE_BUFFER if is_url(file) else CHUNK
+    remote = is_url(file)
     return pyarrow.parquet.ParquetFile(
-        RemoteFile(file) if is_url(file) else file,
-        metadata=_remote_footer(file) if is_url(file) else None,
-        buffer_size=buffer,
+        open_raw(file) if remote else file,
+        metadata=_remote_footer(file) if remote else None,
+        buffer_size=REMOTE_BUFFER if remote else CHUNK,
+        # It would hold all of a row group's bytes, while a buffer holds as many as are being decoded.
         pre_buffer=False,
         page_checksum_verification=True,
     )
@@ -403,7 +389,7 @@ def _remote_footer(url: str) -> Any:
     """The metadata of a remote file, kept, as each of its pieces needs it and it takes several requests."""
     import pyarrow.parquet
 
-    with RemoteFile(url) as file:
+    with open_raw(url) as file:
         return pyarrow.parquet.read_metadata(file)
 
 

@@ -1,9 +1,11 @@
-"""The bytes of a file, wherever it lies and however it is compressed.
+"""The bytes of a file, wherever it is and however it is compressed.
 
-    file ──open_raw──> its bytes as they are ──open_bytes──> the bytes of the text
+    path or URL ──open_raw──> its bytes as they are ──open_bytes──> the bytes of the text
+    URL ──expand_url──> (URL, size), ...
 
-``format_of`` knows by the name what is inside. Whatever goes wrong while the bytes are read, ``one_line`` turns into a
-line for the user.
+``format_of`` tells by the name what is inside. fsspec and the package of each protocol read https://, hf://, s3://,
+gs:// and whatever else they know; what is added here is what reading for days needs: a range that does not come, or not
+whole, is asked for again. Whatever goes wrong becomes one line for the user (``one_line``, ``_explained``).
 """
 
 from __future__ import annotations
@@ -11,15 +13,16 @@ from __future__ import annotations
 import io
 import lzma
 import os
+import random
 import shlex
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
 from pretrain.errors import DataError, PretrainError
-from pretrain.text.remote import RemoteFile, is_url
 
 TEXT, JSON_LINES, PARQUET = "text", "JSON lines", "Parquet"
 FORMATS = {
@@ -31,17 +34,30 @@ FORMATS = {
     ".parquet": PARQUET,
 }
 COMPRESSIONS = (".gz", ".zst", ".xz")
-COMPRESSION_RATIO = 3  # bytes of text to a byte of a compressed file, about
 
 LOCAL_BUFFER = 1024 * 1024
 REMOTE_BUFFER = 8 * 1024 * 1024  # bytes asked for at once; smaller would wait more than read
+TRIES = 5  # for each range of bytes
+CONNECT_SECONDS, READ_SECONDS = 10, 60  # a try has failed when nothing has come for so long
 
 # The packages whose exceptions mean that the bytes they were given are damaged.
 _DECODERS = ("pyarrow", "backports", "compression", "_zstd")
+_HTTP = ("http", "https")
+# What a protocol needs beside fsspec, and the extra of pretrain with which that is installed.
+_PACKAGES = {
+    **dict.fromkeys(_HTTP, ("aiohttp", "data")),
+    **dict.fromkeys(("s3", "s3a"), ("s3fs", "s3")),
+    **dict.fromkeys(("gs", "gcs"), ("gcsfs", "gs")),
+}
+
+
+def is_url(path: str) -> bool:
+    """Whether this is the address of something remote."""
+    return "://" in path
 
 
 def format_of(file: str) -> tuple[str, str] | None:
-    """What a file holds, by its name: (TEXT, JSON_LINES or PARQUET; the suffix of its compression or '').
+    """What a file holds, by its name: TEXT, JSON_LINES or PARQUET, and the suffix of its compression or ''.
 
     None if it is of no type that is read.
     """
@@ -61,63 +77,38 @@ def supported() -> str:
 
 
 def open_raw(file: str) -> BinaryIO:
-    """Open a file without a buffer of ours, its bytes as they are. Raises DataError if that is not possible."""
+    """Open a file unbuffered, its bytes as they are. Raises DataError if that is not possible."""
     if is_url(file):
-        return cast(BinaryIO, RemoteFile(file))
+        return cast(BinaryIO, _RemoteFile(file))
     try:
-        return open(file, "rb", buffering=0)  # type: ignore[return-value]
+        return cast(BinaryIO, open(file, "rb", buffering=0))
     except OSError as error:
         raise unreadable(file, error) from error
 
 
-def open_bytes(file: str, buffer: int = 0) -> BinaryIO:
-    """Open a file for buffered reading of its text's bytes, decompressed. ``buffer``: bytes read at once, if not usual.
+def open_bytes(file: str, buffer: int = 0) -> io.BufferedReader:
+    """Open a file for buffered reading, decompressed. ``buffer``: bytes read at once, if not as usual.
 
     Raises DataError if that is not possible, or if a package for the compression is missing.
     """
+    stream = io.BufferedReader(cast(Any, open_raw(file)), buffer or (REMOTE_BUFFER if is_url(file) else LOCAL_BUFFER))
     compression = (format_of(file) or ("", ""))[1]
-    raw = cast(Any, open_raw(file))
-    stream = io.BufferedReader(raw, buffer or (REMOTE_BUFFER if is_url(file) else LOCAL_BUFFER))
     if not compression:
         return stream
-    return io.BufferedReader(_decompressed(file, stream, compression), buffer or LOCAL_BUFFER)
-
-
-@contextmanager
-def one_line(file: str) -> Iterator[None]:
-    """Turn what is raised while a file is read and decoded into DataError with its name and the mend."""
-    try:
-        yield
-    except PretrainError:
-        raise
-    except (EOFError, zlib.error, lzma.LZMAError) as error:
-        raise _damaged(file, error) from error
-    except Exception as error:
-        if type(error).__module__.partition(".")[0] in _DECODERS:
-            raise _damaged(file, error) from error
-        if isinstance(error, OSError):
-            if error.errno is None:  # not the system's: BadGzipFile, or pyarrow for a page that does not decode
-                raise _damaged(file, error) from error
-            raise unreadable(file, error) from error
-        raise
-
-
-def unreadable(file: str, error: OSError) -> DataError:
-    """Say why a file on this machine cannot be read."""
-    if isinstance(error, PermissionError):
-        mend = f"mend its permissions: chmod u+r {shlex.quote(file)}"
-    else:
-        mend = "is it still there, and its disk in order?"
-    return DataError(f"{file}: cannot be read ({error.strerror or error}); {mend}")
-
-
-def _decompressed(file: str, stream: BinaryIO, compression: str) -> Any:
     if compression == ".gz":
         import gzip
 
-        return gzip.GzipFile(fileobj=stream)
-    if compression == ".xz":
-        return lzma.LZMAFile(stream)
+        text: Any = gzip.GzipFile(fileobj=stream)
+    elif compression == ".xz":
+        text = lzma.LZMAFile(stream)  # noqa: SIM115
+    else:
+        zstd = _zstd(file)
+        # Large dumps are often compressed with windows of up to 2 GiB (zstd --long=31); by default these are refused.
+        text = zstd.ZstdFile(stream, options={zstd.DecompressionParameter.window_log_max: 31})
+    return io.BufferedReader(text, buffer or LOCAL_BUFFER)
+
+
+def _zstd(file: str) -> Any:
     try:
         try:
             from compression import zstd  # type: ignore[import-not-found]  # Python 3.14 has it
@@ -125,10 +116,270 @@ def _decompressed(file: str, stream: BinaryIO, compression: str) -> Any:
             from backports import zstd  # type: ignore[import-not-found]
     except ImportError as error:
         raise DataError(f"{file}: .zst needs backports.zstd; pip install 'pretrain[data]'") from error
-    # Large dumps are often compressed with windows of up to 2 GiB (zstd --long=31); by default these are refused.
-    return zstd.ZstdFile(stream, options={zstd.DecompressionParameter.window_log_max: 31})
+    return zstd
 
 
-def _damaged(file: str, error: Exception) -> DataError:
-    why = " ".join(str(error).split())[:200] or type(error).__name__
-    return DataError(f"{file}: this file is damaged or cut short ({why}); copy or download it again")
+@contextmanager
+def one_line(file: str) -> Iterator[None]:
+    """Turn what is raised while a file is read and decoded into DataError: which file, what is wrong, how to fix it."""
+    try:
+        yield
+    except PretrainError:
+        raise
+    except Exception as error:
+        module = type(error).__module__.partition(".")[0]
+        damaged = isinstance(error, (EOFError, zlib.error, lzma.LZMAError)) or module in _DECODERS
+        # An OSError without a number is not the system's: BadGzipFile, or pyarrow for a page that does not decode.
+        if damaged or (isinstance(error, OSError) and error.errno is None):
+            why = " ".join(str(error).split())[:200] or type(error).__name__
+            raise DataError(f"{file}: this file is damaged or cut short ({why}); copy or download it again") from error
+        if isinstance(error, OSError):
+            raise unreadable(file, error) from error
+        raise
+
+
+def unreadable(file: str, error: OSError) -> DataError:
+    """Say why a file on this machine cannot be read."""
+    if isinstance(error, PermissionError):
+        fix = f"fix its permissions: chmod u+r {shlex.quote(file)}"
+    else:
+        fix = "is it still there, and its disk in order?"
+    return DataError(f"{file}: cannot be read ({error.strerror or error}); {fix}")
+
+
+# Remote files ---------------------------------------------------------------------------------------------------------
+
+
+def expand_url(url: str) -> list[tuple[str, int | None]]:
+    """List the files that a URL stands for, sorted, each with its size in bytes where the server tells it.
+
+    A file stands for itself, a folder for all files in it at any depth (hidden ones left out), a pattern for what it
+    matches. Over http a URL is one file. Raises DataError if it is not there or not to be reached, or a package is
+    missing.
+    """
+    fs, path = _filesystem(url)
+    if _protocol(url) in _HTTP:
+        return [(url, _size_and_ranges(url)[0])]
+    try:
+        if any(character in path for character in "*?["):
+            found = fs.glob(path, detail=True)
+        else:
+            info = fs.info(path)
+            if info["type"] == "file":
+                return [(url, info["size"])]
+            found = fs.find(path, detail=True)
+            found = {name: info for name, info in found.items() if "/." not in name.removeprefix(path)}
+    except Exception as error:  # each protocol has exceptions of its own
+        raise _explained(url, error) from error
+    return sorted((fs.unstrip_protocol(name), info["size"]) for name, info in found.items() if info["type"] == "file")
+
+
+class _RemoteFile(io.RawIOBase):
+    """A remote file, unbuffered: each read is one request for exactly these bytes, tried up to TRIES times.
+
+    A server that knows no byte ranges is read as one stream, forwards only, and tried once. ``size`` is None if the
+    server does not tell. Raises DataError if it is not there, cannot be reached, or the bytes do not come.
+    """
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self.url = url
+        self.size, self.has_ranges = _size_and_ranges(url)
+        self.position = 0
+        self.file = _open(url, self.size if self.has_ranges else None)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self.has_ranges
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size or 0}[whence]
+        if not self.has_ranges and position != self.position:
+            raise DataError(
+                f"{self.url}: its server gives files only as a whole, and this one is needed in parts; download it "
+                f"and give the file"
+            )
+        self.position = position
+        return position
+
+    def readinto(self, buffer: Any) -> int:
+        from tenacity import Retrying, retry_if_exception, stop_after_attempt
+
+        view = memoryview(buffer).cast("B")
+        wanted = len(view) if self.size is None else min(len(view), max(0, self.size - self.position))
+        if not wanted:
+            return 0
+        retrying = Retrying(
+            stop=stop_after_attempt(TRIES if self.has_ranges else 1),
+            wait=lambda state: backoff(state.attempt_number),
+            # With these the server has decided: asked again, it answers the same.
+            retry=retry_if_exception(
+                lambda error: isinstance(error, Exception) and _status(error) not in (400, 401, 403, 404, 410, 416)
+            ),
+            reraise=True,
+        )
+        try:
+            data = retrying(self._fetch, wanted)
+        except Exception as error:
+            raise _explained(self.url, error) from error
+        view[: len(data)] = data
+        self.position += len(data)
+        return len(data)
+
+    def _fetch(self, wanted: int) -> bytes:
+        if self.has_ranges:
+            self.file.seek(self.position)
+        data = self.file.read(wanted)
+        if self.has_ranges and len(data) != wanted:
+            raise EOFError(f"{len(data):,} bytes came instead of {wanted:,}")
+        if not data and self.size is not None:
+            raise EOFError(f"it ended after {self.position:,} of {self.size:,} bytes")
+        return data
+
+    def close(self) -> None:
+        if not self.closed and hasattr(self, "file"):
+            self.file.close()
+        super().close()
+
+
+def backoff(tries: int) -> float:
+    """Seconds to wait after so many tries: 1, 2, 4, 8, less up to half by chance, so that not all come back at once."""
+    return 2 ** (tries - 1) * random.uniform(0.5, 1)
+
+
+def _protocol(url: str) -> str:
+    return url.partition("://")[0].lower()
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    """The file system of fsspec for a URL, and the path in it."""
+    from fsspec.core import url_to_fs
+
+    protocol = _protocol(url)
+    options: dict[str, Any] = {}
+    try:
+        if protocol in _HTTP:
+            import aiohttp
+
+            options["client_kwargs"] = {
+                "timeout": aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS),
+                # A server that compresses on the way would count other bytes than those of the file.
+                "headers": {"Accept-Encoding": "identity"},
+                "trust_env": True,  # proxies
+            }
+        elif protocol == "hf":
+            from huggingface_hub import constants
+
+            if constants.HF_HUB_OFFLINE:
+                raise DataError(
+                    f"{url}: cannot be read, as HF_HUB_OFFLINE is set; unset it, or give files that you have"
+                )
+            _reach(os.environ.get("HF_ENDPOINT") or constants.ENDPOINT)
+        elif protocol in ("gs", "gcs"):
+            import gcsfs  # type: ignore[import-not-found]  # noqa: F401  # if it is missing, that is to be said first
+
+            _reach(os.environ.get("STORAGE_EMULATOR_HOST", "https://storage.googleapis.com"))
+        elif protocol in ("s3", "s3a"):
+            options["config_kwargs"] = {
+                "connect_timeout": CONNECT_SECONDS,
+                "read_timeout": READ_SECONDS,
+                "retries": {"max_attempts": 2},
+            }
+        return url_to_fs(url, **options)
+    except DataError:
+        raise
+    except ImportError as error:
+        package, extra = _PACKAGES.get(protocol, (error.name or "another package", ""))
+        install = f"pretrain[{extra}]" if extra else package
+        raise DataError(f"{url}: {protocol}:// needs {package}; pip install '{install}'") from error
+    except Exception as error:
+        if isinstance(error, ValueError) and "not known" in str(error):
+            raise DataError(
+                f"{url}: {protocol}:// is not a known protocol; give https://, hf://, s3:// or gs://"
+            ) from error
+        raise _explained(url, error) from error
+
+
+@lru_cache
+def _reach(server: str) -> None:
+    """Ask a server for any answer, once: the libraries of hf:// and gs:// try for 23 and 50 seconds to get one."""
+    import httpx2
+
+    httpx2.head(server, timeout=CONNECT_SECONDS)
+
+
+def _open(url: str, size: int | None) -> Any:
+    """Open for reading by ranges; over http with size None, as a stream."""
+    fs, path = _filesystem(url)
+    options: dict[str, Any] = {"cache_type": "none"}
+    if _protocol(url) in _HTTP:
+        options = {"block_size": 0} if size is None else {"size": size, **options}
+    try:
+        return fs.open(path, "rb", **options)
+    except Exception as error:
+        raise _explained(url, error) from error
+
+
+@lru_cache(maxsize=4096)
+def _size_and_ranges(url: str) -> tuple[int | None, bool]:
+    """Ask for the size of a file, and whether any part of it can be read by itself. Tries only once."""
+    fs, path = _filesystem(url)
+    try:
+        info = fs.info(path)
+        if info["type"] != "file":
+            raise IsADirectoryError(path)
+        size = info["size"]
+        if _protocol(url) not in _HTTP or size is None:
+            return size, size is not None
+        if not info.get("partial", True):
+            return size, False
+        with _open(url, size) as file:
+            try:
+                file.seek(min(1, size))
+                file.read(1)
+            except ValueError:  # how fsspec says that the server answered with the whole file
+                return size, False
+        return size, True
+    except DataError:
+        raise
+    except Exception as error:
+        raise _explained(url, error) from error
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    return [error, *_chain(error.__cause__ or error.__context__)] if error else []
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status for which something failed."""
+    for each in _chain(error):
+        status = getattr(each, "status", None) or getattr(getattr(each, "response", None), "status_code", None)
+        if isinstance(status, int):
+            return status
+    return None
+
+
+def _explained(url: str, error: Exception) -> DataError:
+    """Say in one line what an exception of a protocol's package means, and what to do."""
+    chain = _chain(error)
+    names = {type(each).__name__ for each in chain}
+    status = _status(error)
+    why = " ".join(f"{type(chain[-1]).__name__}: {chain[-1]}".split())[:200]
+    # fsspec says of everything over http that it is not there, also without a network.
+    missing = isinstance(error, FileNotFoundError) and _protocol(url) not in _HTTP
+    if "RepositoryNotFoundError" in names:
+        text = "no such repository, or a private one; check the name, or log in: hf auth login"
+    elif status in (401, 403) or names & {"PermissionError", "NoCredentialsError", "GatedRepoError"}:
+        hint = " (a public bucket needs none: export FSSPEC_S3='{\"anon\": true}')" if url.startswith("s3") else ""
+        text = f"access is refused ({why}); give credentials{hint}"
+    elif missing or status in (404, 410):
+        text = "no such file or folder; check the address"
+    elif isinstance(error, IsADirectoryError):
+        text = "a folder where a file was expected"
+    elif status is not None:
+        text = f"its server answers with status {status}; try again later, or check the address"
+    else:
+        text = f"cannot be reached ({why}); check the address and the network"
+    return DataError(f"{url}: {text}")

@@ -14,17 +14,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from pretrain.errors import DataError
-from pretrain.text.document import Document
+from pretrain.text import formats
 from pretrain.text.embedded import embedded_documents
 from pretrain.text.files import SourceFile, find_files
-from pretrain.text.formats import PROBE, check_start, read_lines, read_rows, read_separated, read_text, row_group_sizes
-from pretrain.text.opening import COMPRESSION_RATIO, JSON_LINES, PARQUET, TEXT, format_of
-from pretrain.text.remote import RemoteFile, is_url
+from pretrain.text.formats import Document
+from pretrain.text.opening import JSON_LINES, PARQUET, TEXT, format_of, open_raw
 
 EMBEDDED = "embedded:"
 
 RANGE_BYTES = 8 * 1024 * 1024  # of a plain file make a piece
 ROW_GROUPS_BYTES = 16 * 1024 * 1024  # neighbouring row groups that hold less, together, are one piece
+COMPRESSION_RATIO = 3  # bytes of text to a byte of a compressed file, about
 PROBES = 16  # files looked at side by side, mostly waiting for a server
 
 
@@ -60,33 +60,29 @@ def find_pieces(paths: Sequence[str], field: str = "text", separator: str = "") 
 def read_piece(piece: Piece, field: str = "text", problems: Counter[str] | None = None) -> Iterator[Document]:
     """Give the documents of a piece in order, in bounded memory.
 
-    What is wrong with documents is mended, or they are left out, and it is counted in ``problems`` by the names in
+    What is wrong with documents is fixed, or they are left out, and it is counted in ``problems`` by the names in
     ``PROBLEMS``. Raises DataError if the file cannot be read or is damaged.
     """
     problems = Counter() if problems is None else problems
+    kind, _ = format_of(piece.file) or (TEXT, "")
     if piece.file == EMBEDDED:
         yield from embedded_documents()
-        return
-    kind, _ = format_of(piece.file) or (TEXT, "")
-    if piece.size == 0:  # an empty file
+    elif piece.size == 0:  # an empty file
         problems["empty"] += 1
     elif kind == PARQUET:
-        yield from read_rows(piece.file, field, piece.begin, piece.end, problems)
+        yield from formats.read_rows(piece.file, field, piece.begin, piece.end, problems)
     elif kind == JSON_LINES:
-        yield from read_lines(piece.file, field, piece.begin, piece.end, problems)
+        yield from formats.read_lines(piece.file, field, piece.begin, piece.end, problems)
     elif piece.separator:
-        yield from read_separated(piece.file, piece.separator, piece.begin, piece.end, problems)
+        yield from formats.read_separated(piece.file, piece.separator, piece.begin, piece.end, problems)
     else:
-        yield from read_text(piece.file, piece.begin, piece.end, problems)
+        yield from formats.read_text(piece.file, piece.begin, piece.end, problems)
 
 
 def read_documents(
     paths: Sequence[str], field: str = "text", problems: Counter[str] | None = None
 ) -> Iterator[Document]:
-    """Give the documents of these paths in order: those of all pieces, one piece after another.
-
-    Raises DataError as ``find_pieces`` and ``read_piece`` do.
-    """
+    """Give the documents of these paths in order. Raises DataError as ``find_pieces`` and ``read_piece`` do."""
     for piece in find_pieces(paths, field):
         yield from read_piece(piece, field, problems)
 
@@ -97,21 +93,22 @@ def _pieces(file: SourceFile, field: str, separator: str) -> list[Piece]:
         return _row_group_pieces(file, field)
     if file.size == 0:
         return [Piece(file.name, 0)]
-    check_start(file.name, kind, must_hold_text=file.named)
+    formats.check_start(file.name, kind, must_hold_text=file.named)
     if kind == JSON_LINES:  # the first line is looked at before it is given
-        next(read_lines(file.name, field, 0, 0, Counter(), buffer=PROBE), None)
+        next(formats.read_lines(file.name, field, 0, 0, Counter(), buffer=formats.PROBE), None)
     separator = separator if kind == TEXT else ""
     size = file.size if file.size is not None else RANGE_BYTES  # or whatever it is
     if compression:
         return [Piece(file.name, size * COMPRESSION_RATIO, separator=separator)]
-    if size <= RANGE_BYTES or not _has_ranges(file.name):
-        return [Piece(file.name, size, separator=separator)]
+    with open_raw(file.name) as stream:
+        if size <= RANGE_BYTES or not stream.seekable():
+            return [Piece(file.name, size, separator=separator)]
     ranges = [(begin, min(begin + RANGE_BYTES, size)) for begin in range(0, size, RANGE_BYTES)]
     return [Piece(file.name, end - begin, begin, end, separator) for begin, end in ranges]
 
 
 def _row_group_pieces(file: SourceFile, field: str) -> list[Piece]:
-    sizes = row_group_sizes(file.name, field)
+    sizes = formats.row_group_sizes(file.name, field)
     if file.named and not any(sizes):
         raise DataError(f"{file.name}: this file has no rows; delete it or give another")
     pieces: list[Piece] = []
@@ -123,10 +120,3 @@ def _row_group_pieces(file: SourceFile, field: str) -> list[Piece]:
                 pieces.append(Piece(file.name, held, begin, end))
             begin = end
     return pieces
-
-
-def _has_ranges(file: str) -> bool:
-    if not is_url(file):
-        return True
-    with RemoteFile(file) as remote:
-        return remote.has_ranges

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from pretrain.errors import DataError
-from pretrain.text.document import Document
+from pretrain.text.formats import Document
 
 TRAIN, VAL = "train", "val"
 
