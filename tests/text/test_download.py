@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-import huggingface_hub
 import pytest
+from huggingface_hub import constants
 
 from pretrain.cli import main
 from pretrain.errors import DataError, UsageError
@@ -133,7 +133,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("NO_PROXY", "*")
     for name in ("HF_TOKEN", "HF_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", "/none")  # a login of who runs the tests
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/none")  # a login of who runs the tests
     with Server() as server:
         server.files["/a.txt"] = BODY
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()

@@ -60,33 +60,26 @@ class DownloadArguments:
 def download(args: list[str]) -> int:
     """Download a public set of text, or files by their URLs."""
     a = parse(DownloadArguments, args, "data download")
-
     from pretrain.text.catalogue import CATALOGUE
 
-    names = list(a.names)
-    if a.list or not names:
+    if a.list or not a.names:
         print("\n\n".join(map(_facts, CATALOGUE.values())))
         print("\npretrain data download NAME [-n FILES] [--out DIR]")
         return 0
-    if all(map(_is_url, names)):
+    found = None if all(map(_is_url, a.names)) else _find(a.names, CATALOGUE)
+    if found is None:
         if a.shards or a.base_url:
             raise UsageError("-n and --base-url choose from a set of the catalogue; leave them out with URLs")
-        found, folder = None, Path(a.out or "data/downloads")
-    elif len(names) > 1:
-        raise UsageError(f"one set at a time, or several URLs, not {shlex.join(names)}")
+        folder = Path(a.out or "data/downloads")
+    elif not found.train:
+        print(f"{found.name} comes with the installation. Next:\n  pretrain train")
+        return 0
     else:
-        found = _find(names[0], CATALOGUE)
         folder = Path(a.out or f"data/{found.name}")
-        if not found.train:
-            print(f"{found.name} comes with the installation. Next:\n  pretrain train")
-            return 0
 
-    from pretrain.text.download import Download, RetryPolicy, Unreachable, download_all
+    from pretrain.text.download import RetryPolicy, Unreachable, download_all
 
-    if found is None:
-        items = [Download(url, folder / name) for url, name in zip(names, _names(names), strict=True)]
-    else:
-        items = _items(found, a.shards, a.base_url, folder)
+    items = _files_of_set(found, a.shards, a.base_url, folder) if found else _files_of_urls(a.names, folder)
     try:
         with _progress(items) as show:
             download_all(items, a.workers, RetryPolicy(a.tries, timeout=a.timeout), show)
@@ -99,24 +92,36 @@ def download(args: list[str]) -> int:
         raise Interrupted(
             f"interrupted: {whole} of {len(items)} files are in {folder}; the same command goes on from here"
         ) from None
-    failed = [item for item in items if item.state not in ("fetched", "kept")]
-    if failed:
-        _print_failures(failed)
+    if failed := [item for item in items if item.state == "failed"]:
+        width = max(len(item.file.name) for item in failed)
+        print(f"{'file':<{width}}  tries  why", file=sys.stderr)
+        for item in failed:
+            print(f"{item.file.name:<{width}}  {item.tries:>5}  {item.problem}", file=sys.stderr)
         raise DataError(
             f"{len(failed)} of {len(items)} files could not be downloaded to {folder}, for the reasons above;"
             f" the same command tries them again"
         )
-    print(_summary(items, folder, found))
+    kept = sum(item.state == "kept" for item in items)
+    before = f", {kept} of them there before" if kept else ""
+    print(f"{folder}: {len(items)} of {len(items)} files{before}, {_bytes(sum(item.done for item in items))}")
+    last_file = bool(found and found.validation)
+    if found and last_file:
+        print(f"{found.validation}, the last of them, is to validate on.")
+    data, tokens = shlex.quote(str(folder)), shlex.quote(f"{folder}-tokens")
+    print(f"Next:\n  pretrain data prepare {data}{' --split last_file' * last_file} --out {tokens}")
+    print(f"  pretrain train --data {data}{' --data.split last_file' * last_file}")
     return 0
 
 
-def _find(name: str, catalogue: dict[str, TextSet]) -> TextSet:
+def _find(names: Sequence[str], catalogue: dict[str, TextSet]) -> TextSet:
     """The set of that name. Raises UsageError with the nearest name if there is none."""
-    if (found := catalogue.get(name.lower())) is not None:
+    if len(names) > 1:
+        raise UsageError(f"one set at a time, or several URLs, not {shlex.join(names)}")
+    if (found := catalogue.get(names[0].lower())) is not None:
         return found
-    parts = [each for each in catalogue if name.lower() in each]
-    hint = f"; did you mean '{parts[0]}'?" if len(parts) == 1 else did_you_mean(name.lower(), parts or [*catalogue])
-    raise UsageError(f"no set named '{name}' in the catalogue{hint}")
+    parts = [each for each in catalogue if names[0].lower() in each]
+    hint = f"; did you mean '{parts[0]}'?" if len(parts) == 1 else did_you_mean(names[0], parts or [*catalogue])
+    raise UsageError(f"no set named '{names[0]}' in the catalogue{hint}")
 
 
 def _is_url(text: str) -> bool:
@@ -127,30 +132,31 @@ def _is_url(text: str) -> bool:
         return False
 
 
-def _names(urls: Sequence[str]) -> list[str]:
-    """The file names of URLs."""
-    names: list[str] = []
+def _files_of_urls(urls: Sequence[str], folder: Path) -> list[Download]:
+    from pretrain.text.download import Download
+
+    items: dict[str, Download] = {}
     for url in urls:
         name = urllib.parse.unquote(urllib.parse.urlsplit(url).path).rpartition("/")[2]
         if name in ("", ".", "..") or "\0" in name:
             raise UsageError(f"{url} does not end in the name of a file")
-        if name in names:
+        if name in items:
             raise UsageError(f"two URLs end in the same name {name}; download them into two folders, one by one")
-        names.append(name)
-    return names
+        items[name] = Download(url, folder / name)
+    return list(items.values())
 
 
-def _items(found: TextSet, train: int, base_url: str, folder: Path) -> list[Download]:
-    """The files of a set to download. Raises DataError if the disk has no room for them."""
+def _files_of_set(found: TextSet, train: int, base_url: str, folder: Path) -> list[Download]:
+    """Raises DataError if the disk has no room for them."""
     from pretrain.text.download import Download
 
     items, missing = [], 0
     for name in found.files(train):
         file = folder / found.saved_as.get(name, name)
-        items.append(Download(found.url(name, base_url), file, found.sizes.get(name, 0), found.sha256.get(name, "")))
+        item = Download(found.url(name, base_url), file, found.sizes.get(name, 0), found.sha256.get(name, ""))
+        items.append(item)
         if not file.exists():
-            part = items[-1].part
-            missing += max(0, found.size_about(name) - (part.stat().st_size if part.exists() else 0))
+            missing += max(0, found.size_about(name) - (item.part.stat().st_size if item.part.exists() else 0))
     there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(there).free
     if missing > free:
@@ -167,47 +173,20 @@ def _facts(each: TextSet) -> str:
     size = f"about {each.bytes / 1e9:,.0f} GB" if each.huge else _bytes(each.bytes)
     files = f"{count:,} file{'s' if count > 1 else ''}, {size}" if count else "nothing to download"
     amounts = [(each.characters, "characters"), (each.tokens, "tokens of GPT-2")]
-    amount = ", ".join(f"{_number(number)} {unit}" for number, unit in amounts if number)
+    amount = ", ".join(
+        f"{number / 1e9:,.0f} billion {unit}" if number >= 1e9 else f"{number:,} {unit}"
+        for number, unit in amounts
+        if number
+    )
     validation = f"validation: {each.validation}" if each.validation else ""
     lines = [each.about, f"about {amount}" if each.huge else amount, validation, f"licence: {each.licence}", each.page]
     return "\n  ".join([f"{each.name}  ({files})", *filter(None, lines)])
-
-
-def _number(number: int) -> str:
-    return f"{number / 1e9:,.0f} billion" if number >= 1e9 else f"{number:,}"
 
 
 def _bytes(number: int) -> str:
     from rich.filesize import decimal
 
     return decimal(number)
-
-
-def _print_failures(failed: list[Download]) -> None:
-    width = max(len(item.file.name) for item in failed)
-    print(f"{'file':<{width}}  tries  why", file=sys.stderr)
-    for item in failed:
-        print(f"{item.file.name:<{width}}  {item.tries:>5}  {item.problem}", file=sys.stderr)
-
-
-def _summary(items: list[Download], folder: Path, found: TextSet | None) -> str:
-    """The last lines: what there is now, and the commands that go on."""
-    kept = sum(item.state == "kept" for item in items)
-    there = f", {kept} of them there before" if kept else ""
-    lines = [f"{folder}: {len(items)} of {len(items)} files{there}, {_bytes(sum(item.done for item in items))}"]
-    prepare = train = ""
-    if found is not None and found.validation:
-        lines.append(f"{found.validation}, the last of them, is to validate on.")
-        prepare, train = " --split last_file", " --data.split last_file"
-    data, tokens = shlex.quote(str(folder)), shlex.quote(f"{folder}-tokens")
-    return "\n".join(
-        [
-            *lines,
-            "Next:",
-            f"  pretrain data prepare {data}{prepare} --out {tokens}",
-            f"  pretrain train --data {data}{train}",
-        ]
-    )
 
 
 @contextmanager
@@ -227,20 +206,19 @@ def _progress(items: list[Download]) -> Iterator[Callable[[], None]]:
         disable=not console.is_terminal,
         transient=True,
     )
-    running: dict[int, rich.TaskID] = {}
+    tasks = [bars.add_task(item.file.name, total=None, visible=False) for item in items]
+    whole = bars.add_task("", total=None)
     ended: set[int] = set()
 
     def show() -> None:
         for number, item in enumerate(items):
             if item.state == "running":
                 name = item.file.name + (f", try {item.tries}" if item.tries > 1 else "")
-                if number not in running:
-                    running[number] = bars.add_task(name, total=None)
-                bars.update(running[number], description=name, completed=item.done, total=item.total or None)
+                total = item.total or None
+                bars.update(tasks[number], visible=True, description=name, completed=item.done, total=total)
             elif item.state != "waiting" and number not in ended:
                 ended.add(number)
-                if number in running:
-                    bars.remove_task(running.pop(number))
+                bars.update(tasks[number], visible=False)
                 if not console.is_terminal:
                     what = {"kept": "there already", "failed": item.problem}.get(item.state, _bytes(item.done))
                     console.print(f"{item.file.name}  {what}", markup=False)
@@ -254,5 +232,4 @@ def _progress(items: list[Download]) -> Iterator[Callable[[], None]]:
         )
 
     with bars:
-        whole = bars.add_task(f"0 of {len(items)} files", total=None)
         yield show
