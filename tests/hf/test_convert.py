@@ -374,6 +374,7 @@ def test_an_export_needs_no_pretrain(make_run, tmp_path: Path):
         assert float(out.stdout or "nan") == pytest.approx(expected, rel=1e-4), out.stderr
 
 
+@pytest.mark.slow
 def test_gpt2_vocabulary_in_auto_tokenizer(shared_data: Path, tmp_path: Path, text_file: Path, monkeypatch):
     monkeypatch.setenv("PRETRAIN_GPT2_DIR", str(shared_data / "gpt2"))
     settings = {"data.paths": [str(text_file)], "tokenizer.kind": "gpt2", "train.steps": 1, **PLAIN}

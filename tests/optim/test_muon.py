@@ -43,7 +43,7 @@ def test_update_scales():
         for scale in ("spectral", "rms"):
             p = torch.nn.Parameter(start.clone())
             p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-            Muon([p], lr=0.1, update_scale=scale).step()
+            Muon([p], OptimConfig(lr=0.1, update_scale=scale)).step()
             moved[scale] = (p.detach() - start).norm()
         ratio = 0.2 * 64**0.5 / max(1, shape[0] / shape[1]) ** 0.5
         assert float(moved["rms"] / moved["spectral"]) == pytest.approx(ratio, rel=1e-4)
@@ -56,7 +56,7 @@ def test_cautious_decay_acts_only_where_the_update_shrinks_the_weight():
     def stepped(**settings) -> torch.Tensor:
         p = torch.nn.Parameter(start.clone())
         p.grad = gradient.clone()
-        Muon([p], lr=0.1, **settings).step()
+        Muon([p], OptimConfig(lr=0.1, **settings)).step()
         return p.detach()
 
     plain, decayed, cautious = stepped(), stepped(weight_decay=0.5), stepped(weight_decay=0.5, cautious=True)
@@ -75,7 +75,7 @@ def test_muon_equals_pytorchs(weight_decay: float):
     ours = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
     theirs = copy.deepcopy(ours)
     settings = {"lr": 0.02, "momentum": 0.95, "weight_decay": weight_decay}
-    a = Muon(ours, **settings)
+    a = Muon(ours, OptimConfig(**settings))
     b = torch.optim.Muon(theirs, **settings, nesterov=True, adjust_lr_fn="original")
     for _ in range(5):
         for x, y in zip(ours, theirs, strict=True):

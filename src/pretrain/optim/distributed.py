@@ -1,19 +1,18 @@
-"""How processes share the orthogonalising of Muon: each takes some of the matrices and hands the results round.
+"""How processes share the work on whole matrices: each takes some of them, and the results are exchanged.
 
-    one process      every matrix is its own
-    Replicated       all have the whole gradients (DDP): each orthogonalises its share, all-gather
-    RowSharded       each has some rows of every matrix (FSDP): all-to-all to whole matrices, orthogonalise, and back
+    alone            one process does all
+    Replicated       all have the whole gradients (DDP): each works on its share, all-gather
+    RowSharded       each has some rows of every matrix (FSDP): all-to-all to whole matrices, work, all-to-all back
     both             machines have the same rows (HSDP): each machine takes its share, and in it the processes theirs
 
-An exchange begins at once and is waited for later, so that the traffic of one stack of matrices runs beside the
-arithmetic on the next. Stacks seldom divide evenly; what is left over of one goes to the processes after those that
-had more of the one before, so that over all stacks they have equally much to do.
+An exchange is waited for only at the end, so that the traffic of one stack of matrices overlaps with the work on the
+next. Stacks seldom divide evenly: the remainder of each goes to the processes after those that had that of the one
+before, so that over all stacks they have equally much to do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,24 +23,15 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 Work = Callable[[Tensor], Tensor]
 """From whole matrices (N, R, C) to as many of the same shape."""
 
+Exchange = Callable[[Tensor, int, int, Work], Callable[[], Tensor]]
+"""``exchange(update, rows, first, work)`` begins to work on N matrices of R rows together with other processes. The
+function it returns waits for the results, which have the shape of ``update``.
 
-class Exchange(Protocol):
-    """Let processes work on matrices together."""
-
-    def __call__(self, update: Tensor, rows: int, first: int, work: Work) -> Callable[[], Tensor]:
-        """Begin; the function given back waits, and gives the results in the form of ``update``.
-
-        Args:
-            update: this process's rows of N matrices: (N, r, C).
-            rows: R, the rows of a whole matrix.
-            first: how many matrices came before these in this step.
-            work: what to do with whole matrices.
-        """
-        ...
+``update`` (N, r, C) has this process's r rows of each; ``first`` matrices were given out before these in this step."""
 
 
 def alone(update: Tensor, rows: int, first: int, work: Work) -> Callable[[], Tensor]:
-    """Nothing to exchange: ``update`` (N, R, C) holds whole matrices, all of them this process's own."""
+    """The exchange of one process, which has the whole of every matrix."""
     result = work(update)
     return lambda: result
 
@@ -60,7 +50,7 @@ class Replicated:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
     def __call__(self, update: Tensor, rows: int, first: int, work: Work) -> Callable[[], Tensor]:
-        """See :class:`Exchange`."""
+        """An :data:`Exchange`."""
         owned = shares(len(update), self.size, first)
         mine = update.split(owned)[self.rank]
         result = update.new_zeros(max(owned), *update.shape[1:])  # the others send as much
@@ -86,7 +76,7 @@ class RowSharded:
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
 
     def __call__(self, update: Tensor, rows: int, first: int, work: Work) -> Callable[[], Tensor]:
-        """See :class:`Exchange`."""
+        """An :data:`Exchange`."""
         count, own, columns = update.shape
         part = -(-rows // self.size)
         owned = shares(count, self.size, first)

@@ -58,37 +58,16 @@ def orthogonalize(matrices: Tensor, coefficients: list[tuple[float, float, float
 
 
 class Muon(Optimizer):
-    """Nesterov momentum, orthogonalised, for the hidden matrices of a network.
-
-    Args:
-        params: matrices (two dimensions each).
-        lr: learning rate.
-        momentum: decay of the running gradient.
-        weight_decay: decoupled, times the learning rate.
-        cautious: decay only where the update shrinks the weight too (arXiv 2411.16085).
-        newton_schulz: ``classic`` or ``polar_express``.
-        newton_schulz_steps: rounds of it.
-        update_scale: ``spectral`` or ``rms``, see ``OptimConfig.update_scale``.
-        dtype: of the Newton-Schulz products.
-    """
+    """Nesterov momentum, orthogonalised in ``dtype``, for the hidden matrices of a network."""
 
     exchange: Exchange = staticmethod(alone)
 
-    def __init__(
-        self,
-        params: Iterable[Tensor],
-        lr: float,
-        momentum: float = 0.95,
-        weight_decay: float = 0.0,
-        cautious: bool = False,
-        newton_schulz: str = "classic",
-        newton_schulz_steps: int = 5,
-        update_scale: str = "spectral",
-        dtype: torch.dtype = torch.float32,
-    ):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.cautious, self.update_scale, self.dtype = cautious, update_scale, dtype
-        self.coefficients = quintics(newton_schulz, newton_schulz_steps)
+    def __init__(self, params: Iterable[Tensor], config: OptimConfig, dtype: torch.dtype = torch.float32):
+        super().__init__(
+            params, {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
+        )  # fmt: skip
+        self.cautious, self.update_scale, self.dtype = config.cautious, config.update_scale, dtype
+        self.coefficients = quintics(config.newton_schulz, config.newton_schulz_steps)
         self.shapes: dict[Tensor, torch.Size] = {}
         for group in self.param_groups:
             assert all(p.ndim == 2 for p in group["params"]), "Muon is for matrices"
@@ -156,31 +135,20 @@ def build(model: GPT, config: OptimConfig) -> list[Optimizer]:
     with its own rate.
     """
     blocks = [p for p in model.blocks.parameters() if p.ndim == 2]
-    head = [model.head.weight] if model.head.weight is not model.embedding.weight else []
+    head = [] if model.config.tied_head else [model.head.weight]
     embeddings = [module.weight for module in model.children() if isinstance(module, torch.nn.Embedding)]
     value_embeddings = list(model.value_embeddings.parameters())
     claimed = {id(p) for p in (*blocks, *head, *embeddings, *value_embeddings)}
     scalars = [p for p in model.parameters() if id(p) not in claimed]
     width = (model.config.width / 768) ** -0.5 if config.width_scaling else 1.0
-    value_lr = config.value_embedding_lr or config.embedding_lr
-    groups = [
-        {"params": embeddings, "lr": config.embedding_lr * width, "weight_decay": 0.0},
-        {"params": value_embeddings, "lr": value_lr * width, "weight_decay": 0.0},
-        {"params": head, "lr": config.head_lr * width, "weight_decay": 0.0},
-        {"params": scalars, "lr": config.scalar_lr, "weight_decay": 0.0},
-    ]
-    muon = Muon(
-        blocks,
-        config.lr,
-        config.momentum,
-        config.weight_decay,
-        config.cautious,
-        config.newton_schulz,
-        config.newton_schulz_steps,
-        config.update_scale,
-        products_dtype(model.activation_dtype),
+    rates = (
+        (embeddings, config.embedding_lr * width),
+        (value_embeddings, (config.value_embedding_lr or config.embedding_lr) * width),
+        (head, config.head_lr * width),
+        (scalars, config.scalar_lr),
     )
-    return [muon, adamw.AdamW(groups, config)]
+    groups = [{"params": parameters, "lr": lr, "weight_decay": 0.0} for parameters, lr in rates]
+    return [Muon(blocks, config, products_dtype(model.activation_dtype)), adamw.AdamW(groups, config)]
 
 
 def products_dtype(activations: torch.dtype) -> torch.dtype:
