@@ -146,7 +146,7 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
+            k, v = cache.extend(f"k{self.layer}", k), cache.extend(f"v{self.layer}", v)
         dropout = self.dropout if self.training else 0.0
         y = attend(q, k, v, mask, self.scale, dropout, self.device_type or x.device.type)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
@@ -283,10 +283,10 @@ class GPT(nn.Module):
             x = x + self.position_embedding(positions)
         x = self.embedding_norm(x.to(self.activation_dtype))
         if self.smear is not None and self.smear_gate is not None:
-            before = x.new_zeros(x.shape[0], 1, x.shape[2])
+            before = torch.zeros_like(x[:, :1])
             if cache is not None:
-                before = before if cache.last_embedding is None else cache.last_embedding
-                cache.last_embedding = x[:, -1:]
+                before = cache.tensors.get("last_embedding", before)
+                cache.tensors["last_embedding"] = x[:, -1:]
             gate = self.smear.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., : self.smear_gate.in_features]))
             x = x + gate * torch.cat((before, x[:, :-1]), dim=1)
         x = embedded = half_way = self.dropout(x)
