@@ -354,7 +354,7 @@ def test_memory_does_not_grow_with_json_lines_or_row_groups(tmp_path: Path):
 # Text that is not as it should be
 
 
-def test_every_pathological_row_is_mended_or_left_out_and_counted(tmp_path: Path):
+def test_every_pathological_row_is_fixed_or_left_out_and_counted(tmp_path: Path):
     good = "a good one"
     lines: list[bytes] = [
         json.dumps({"text": good}).encode(),
@@ -403,7 +403,7 @@ def test_every_pathological_row_is_mended_or_left_out_and_counted(tmp_path: Path
     assert set(problems) == set(PROBLEMS)
 
 
-def test_parquet_strings_that_are_not_utf_8_are_mended(tmp_path: Path):
+def test_parquet_strings_that_are_not_utf_8_are_fixed(tmp_path: Path):
     rows = [b"good \xc3\xa9", b"bad \xff", None, b"", b"nul \0", b" \n"]
     for number, column in enumerate([pa.array(rows), pa.array(rows).view(pa.string())]):
         file = tmp_path / f"{number}.parquet"

@@ -150,13 +150,14 @@ def _files_of_set(found: TextSet, train: int, base_url: str, folder: Path) -> li
     """Raises DataError if the disk has no room for them."""
     from pretrain.text.download import Download
 
-    items, missing = [], 0
+    items = []
     for name in found.files(train):
-        file = folder / found.saved_as.get(name, name)
-        item = Download(found.url(name, base_url), file, found.sizes.get(name, 0), found.sha256.get(name, ""))
-        items.append(item)
-        if not file.exists():
-            missing += max(0, found.size_about(name) - (item.part.stat().st_size if item.part.exists() else 0))
+        url, file = found.url(name, base_url), folder / found.saved_as.get(name, name)
+        size, sha256 = found.sizes.get(name, 0), found.sha256.get(name, "")
+        items.append(Download(url, file, size, sha256, total=found.size_about(name)))
+    missing = sum(
+        item.total - (item.part.stat().st_size if item.part.exists() else 0) for item in items if not item.file.exists()
+    )
     there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(there).free
     if missing > free:
@@ -207,7 +208,7 @@ def _progress(items: list[Download]) -> Iterator[Callable[[], None]]:
         transient=True,
     )
     tasks = [bars.add_task(item.file.name, total=None, visible=False) for item in items]
-    whole = bars.add_task("", total=None)
+    whole = bars.add_task(f"0 of {len(items)} files", total=None)
     ended: set[int] = set()
 
     def show() -> None:
@@ -222,13 +223,10 @@ def _progress(items: list[Download]) -> Iterator[Callable[[], None]]:
                 if not console.is_terminal:
                     what = {"kept": "there already", "failed": item.problem}.get(item.state, _bytes(item.done))
                     console.print(f"{item.file.name}  {what}", markup=False)
-        sizes = [item.total for item in items if item.total]
-        unknown = sum(item.state in ("waiting", "running") and not item.total for item in items)
+        ready = sum(item.state in ("fetched", "kept") for item in items)
+        total = sum(item.total for item in items) or None
         bars.update(
-            whole,
-            description=f"{sum(item.state in ('fetched', 'kept') for item in items)} of {len(items)} files",
-            completed=sum(item.done for item in items if item.total),
-            total=sum(sizes) + unknown * sum(sizes) // len(sizes) if sizes else None,  # the unknown are as the others
+            whole, description=f"{ready} of {len(items)} files", completed=sum(item.done for item in items), total=total
         )
 
     with bars:

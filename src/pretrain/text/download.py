@@ -68,7 +68,7 @@ class Download:
     limit: int = 0  # refuse a file of more bytes than this; 0: any size
     state: Literal["waiting", "running", "fetched", "kept", "failed"] = "waiting"  # kept: it was complete already
     done: int = 0  # bytes on the disk
-    total: int = 0  # bytes of the whole file, as soon as the server has said it
+    total: int = 0  # bytes of the whole file, about, until the server says it; 0: no idea
     tries: int = 0
     problem: str = ""  # why it failed
 
@@ -189,6 +189,7 @@ class _Downloader:
             part = self._open_part(item)
             if part is None:
                 item.state, item.done = "kept", item.file.stat().st_size
+                item.total = item.done
                 return
             item.state = "running"
             retrying = Retrying(
@@ -288,7 +289,7 @@ class _Downloader:
             expected = f"the {item.size:,} published" if item.size else f"at most {item.limit:,}"
             if told.size and (told.size != item.size if item.size else told.size > item.limit > 0):
                 raise _Failed(f"the server's file has {told.size:,} bytes, not {expected}", again=False)
-            item.done, item.total = have, told.size or item.size
+            item.done, item.total = have, told.size or item.total or item.size
             for chunk in answer.iter_raw():
                 if self.stop.is_set():
                     raise _Stopped

@@ -89,13 +89,8 @@ def split_tail(documents: Iterable[Document], tail: Tail, position: int = 0, ope
     """Split off the characters from ``tail.cut`` on.
 
     The document in which the cut falls stays whole, in training, unless it is the last one: that is cut at exactly
-    this character, so that a single file splits as nanoGPT and LLMs-from-scratch do it.
-
-    Args:
-        documents: a run of the documents.
-        tail: where the tail of all text begins.
-        position: characters before the run.
-        opened: where the document began that the run may go on with.
+    this character, so that a single file splits as nanoGPT and LLMs-from-scratch do it. ``position``: characters
+    before this run of documents; ``opened``: where the document began that the run may go on with.
     """
     for document in documents:
         if not document.continues:
