@@ -224,11 +224,11 @@ class _Downloader:
         """Open the partial file for this process alone; None if the file is complete, perhaps by another process."""
         while not _is_complete(item):
             part = FileIO(item.part, "ab")
-            # Who had the lock may have completed and renamed it: then the open file is not the one at this path.
-            if _lock(part) and item.part.exists() and os.path.samestat(os.fstat(part.fileno()), item.part.stat()):
-                if not _is_complete(item):
-                    return part
-                item.part.unlink()
+            with contextlib.suppress(FileNotFoundError):  # who had the lock may have completed and renamed it
+                if _lock(part) and os.path.samestat(os.fstat(part.fileno()), item.part.stat()):
+                    if not _is_complete(item):
+                        return part
+                    item.part.unlink()
             part.close()
             self._wait(0.1)
         return None

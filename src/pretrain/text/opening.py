@@ -5,7 +5,7 @@
 
 ``format_of`` tells by the name what is inside. fsspec and the package of each protocol read https://, hf://, s3://,
 gs:// and whatever else they know; what is added here is what reading for days needs: a range that does not come, or not
-whole, is asked for again. Whatever goes wrong becomes one line for the user (``one_line``, ``_explained``).
+whole, is asked for again. Whatever goes wrong becomes one line for the user (``one_line``, ``_one_line_remote``).
 """
 
 from __future__ import annotations
@@ -157,10 +157,10 @@ def expand_url(url: str) -> list[tuple[str, int | None]]:
     matches. Over http a URL is one file. Raises DataError if it is not there or not to be reached, or a package is
     missing.
     """
-    fs, path = _filesystem(url)
     if _protocol(url) in _HTTP:
         return [(url, _size_and_ranges(url)[0])]
-    try:
+    fs, path = _filesystem(url)
+    with _one_line_remote(url):
         if any(character in path for character in "*?["):
             found = fs.glob(path, detail=True)
         else:
@@ -169,8 +169,6 @@ def expand_url(url: str) -> list[tuple[str, int | None]]:
                 return [(url, info["size"])]
             found = fs.find(path, detail=True)
             found = {name: info for name, info in found.items() if "/." not in name.removeprefix(path)}
-    except Exception as error:  # each protocol has exceptions of its own
-        raise _explained(url, error) from error
     return sorted((fs.unstrip_protocol(name), info["size"]) for name, info in found.items() if info["type"] == "file")
 
 
@@ -220,10 +218,8 @@ class _RemoteFile(io.RawIOBase):
             ),
             reraise=True,
         )
-        try:
+        with _one_line_remote(self.url):
             data = retrying(self._fetch, wanted)
-        except Exception as error:
-            raise _explained(self.url, error) from error
         view[: len(data)] = data
         self.position += len(data)
         return len(data)
@@ -259,7 +255,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
     protocol = _protocol(url)
     options: dict[str, Any] = {}
-    try:
+    with _one_line_remote(url):
         if protocol in _HTTP:
             import aiohttp
 
@@ -288,18 +284,6 @@ def _filesystem(url: str) -> tuple[Any, str]:
                 "retries": {"max_attempts": 2},
             }
         return url_to_fs(url, **options)
-    except DataError:
-        raise
-    except ImportError as error:
-        package, extra = _PACKAGES.get(protocol, (error.name or "another package", ""))
-        install = f"pretrain[{extra}]" if extra else package
-        raise DataError(f"{url}: {protocol}:// needs {package}; pip install '{install}'") from error
-    except Exception as error:
-        if isinstance(error, ValueError) and "not known" in str(error):
-            raise DataError(
-                f"{url}: {protocol}:// is not a known protocol; give https://, hf://, s3:// or gs://"
-            ) from error
-        raise _explained(url, error) from error
 
 
 @lru_cache
@@ -316,17 +300,15 @@ def _open(url: str, size: int | None) -> Any:
     options: dict[str, Any] = {"cache_type": "none"}
     if _protocol(url) in _HTTP:
         options = {"block_size": 0} if size is None else {"size": size, **options}
-    try:
+    with _one_line_remote(url):
         return fs.open(path, "rb", **options)
-    except Exception as error:
-        raise _explained(url, error) from error
 
 
 @lru_cache(maxsize=4096)
 def _size_and_ranges(url: str) -> tuple[int | None, bool]:
     """Ask for the size of a file, and whether any part of it can be read by itself. Tries only once."""
     fs, path = _filesystem(url)
-    try:
+    with _one_line_remote(url):
         info = fs.info(path)
         if info["type"] != "file":
             raise IsADirectoryError(path)
@@ -342,10 +324,6 @@ def _size_and_ranges(url: str) -> tuple[int | None, bool]:
             except ValueError:  # how fsspec says that the server answered with the whole file
                 return size, False
         return size, True
-    except DataError:
-        raise
-    except Exception as error:
-        raise _explained(url, error) from error
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:
@@ -361,25 +339,37 @@ def _status(error: BaseException) -> int | None:
     return None
 
 
-def _explained(url: str, error: Exception) -> DataError:
-    """Say in one line what an exception of a protocol's package means, and what to do."""
-    chain = _chain(error)
-    names = {type(each).__name__ for each in chain}
-    status = _status(error)
-    why = " ".join(f"{type(chain[-1]).__name__}: {chain[-1]}".split())[:200]
-    # fsspec says of everything over http that it is not there, also without a network.
-    missing = isinstance(error, FileNotFoundError) and _protocol(url) not in _HTTP
-    if "RepositoryNotFoundError" in names:
-        text = "no such repository, or a private one; check the name, or log in: hf auth login"
-    elif status in (401, 403) or names & {"PermissionError", "NoCredentialsError", "GatedRepoError"}:
-        hint = " (a public bucket needs none: export FSSPEC_S3='{\"anon\": true}')" if url.startswith("s3") else ""
-        text = f"access is refused ({why}); give credentials{hint}"
-    elif missing or status in (404, 410):
-        text = "no such file or folder; check the address"
-    elif isinstance(error, IsADirectoryError):
-        text = "a folder where a file was expected"
-    elif status is not None:
-        text = f"its server answers with status {status}; try again later, or check the address"
-    else:
-        text = f"cannot be reached ({why}); check the address and the network"
-    return DataError(f"{url}: {text}")
+@contextmanager
+def _one_line_remote(url: str) -> Iterator[None]:
+    """Turn the exceptions of a protocol's package into DataError: what they mean, and what to do."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        chain = _chain(error)
+        names = {type(each).__name__ for each in chain}
+        status = _status(error)
+        why = " ".join(f"{type(chain[-1]).__name__}: {chain[-1]}".split())[:200]
+        protocol = _protocol(url)
+        if isinstance(error, ImportError):
+            package, extra = _PACKAGES.get(protocol, (error.name or "another package", ""))
+            install = f"pretrain[{extra}]" if extra else package
+            text = f"{protocol}:// needs {package}; pip install '{install}'"
+        elif isinstance(error, ValueError) and "not known" in str(error):
+            text = f"{protocol}:// is not a known protocol; give https://, hf://, s3:// or gs://"
+        elif "RepositoryNotFoundError" in names:
+            text = "no such repository, or a private one; check the name, or log in: hf auth login"
+        elif status in (401, 403) or names & {"PermissionError", "NoCredentialsError", "GatedRepoError"}:
+            hint = " (a public bucket needs none: export FSSPEC_S3='{\"anon\": true}')" if protocol[:2] == "s3" else ""
+            text = f"access is refused ({why}); give credentials{hint}"
+        # fsspec says of everything over http that it is not there, also without a network.
+        elif status in (404, 410) or (isinstance(error, FileNotFoundError) and protocol not in _HTTP):
+            text = "no such file or folder; check the address"
+        elif isinstance(error, IsADirectoryError):
+            text = "a folder where a file was expected"
+        elif status is not None:
+            text = f"its server answers with status {status}; try again later, or check the address"
+        else:
+            text = f"cannot be reached ({why}); check the address and the network"
+        raise DataError(f"{url}: {text}") from error
