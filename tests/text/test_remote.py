@@ -44,6 +44,7 @@ class Server(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or every answer takes 40 ms
     server: Any
 
     def log_message(self, format: str, *args: Any) -> None:

@@ -198,7 +198,8 @@ def _parts(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
 def _documents(text: str | None, file: str) -> Iterator[Document]:
     """Give the text of a row, if it has one: one document, in parts if it is long."""
     if text is not None:
-        for number, (part, _) in enumerate(_parts([text])):
+        parts = _parts([text]) if len(text) > PART_CHARACTERS else [(text, True)]  # most are short
+        for number, (part, _) in enumerate(parts):
             yield Document(part, file, number > 0)
 
 
