@@ -16,7 +16,7 @@ from tests.conftest import TINY
 from pretrain.cli import main
 from pretrain.config import Config, ModelConfig, load_config
 from pretrain.errors import CheckpointError, PretrainError, UsageError
-from pretrain.hf.convert import OWN, config_from_hf, hf_type, load_hf, obstacles, to_hf
+from pretrain.hf.convert import OWN, config_from_hf, hf_type, load_hf, load_weights, obstacles, read_config, to_hf
 from pretrain.model import GPT
 from pretrain.runs import Run
 from pretrain.training import train
@@ -164,10 +164,12 @@ def test_no_counterpart_is_noticed(field: str):
     assert all(field in fields for kind, fields in obstacles(strange).items() if kind == "qwen3")
 
 
-def test_every_field_of_the_model_is_known_to_the_export():
-    from pretrain.hf.convert import _KNOWN_FIELDS
-
-    assert {field.name for field in dataclasses.fields(ModelConfig)} == _KNOWN_FIELDS
+def test_a_field_that_the_export_has_never_heard_of_is_not_lost():
+    fields = [("novelty", int, dataclasses.field(default=0))]
+    future = dataclasses.make_dataclass("Future", fields, bases=(ModelConfig,), frozen=True)
+    plain = {"mlp": "swiglu", "embedding_norm": False, "logit_softcap": 0.0}
+    assert all("novelty" in names for names in obstacles(future(novelty=1, **plain)).values())
+    assert hf_type(future(novelty=1, **plain)) == OWN
 
 
 CHANGES = {
@@ -193,6 +195,21 @@ def test_what_cannot_be_represented_is_refused_by_name(name: str):
     assert config_from_hf(tree).qk_norm
     with pytest.raises(UsageError, match=message):
         config_from_hf({**tree, **change})
+
+
+def test_a_model_may_be_smaller_than_its_checkpoint_not_larger(tmp_path: Path):
+    model = theirs("gpt2")
+    model.save_pretrained(tmp_path)
+    config = config_from_hf(read_config(tmp_path))
+    small = GPT(dataclasses.replace(config, context_length=8, vocab_multiple=64), VOCABULARY - 7)
+    load_weights(small, tmp_path)
+    x = tokens(length=8, vocabulary=VOCABULARY - 7)
+    assert torch.allclose(small(x), model(x).logits[..., : VOCABULARY - 7], atol=1e-5)
+    assert not small.embedding.weight[VOCABULARY - 7 :].any()
+    with pytest.raises(CheckpointError, match=r"wpe.weight is 32×32, .*64×32; use --model.context_length 32 or less"):
+        load_weights(GPT(dataclasses.replace(config, context_length=64), VOCABULARY), tmp_path)
+    with pytest.raises(CheckpointError, match=r"wte.weight is 257×32, which does not fit embedding.weight: 300×32"):
+        load_weights(GPT(config, 300), tmp_path)
 
 
 def test_gpt2_peculiarities_are_refused():

@@ -1,10 +1,11 @@
 """Models of Hugging Face's transformers in and out: GPT-2, Llama, Qwen3, and what an export of ours writes.
 
-    config.json  →  config_from_hf  →  ModelConfig          GPT  →  to_hf  →  config.json, tensors by their names there
-    *.safetensors  →  load_weights  →  GPT
+    config.json    →  config_from_hf  →  ModelConfig     GPT  →  to_hf  →  config.json, tensors by their names there
+    *.safetensors  →  load_weights    →  GPT
 
-One table (``_correspondence``) says which of their tensors holds which of ours; it is read in both directions. Whatever
-of a config.json or its tensors has no place in our model is an error that names it.
+The same tables are read in both directions. Whatever of a config.json or its tensors has no place in our model is an
+error that names it; a model of ours is written as an architecture of theirs only if its config.json, read back, means
+the same model.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,26 +26,84 @@ from torch import Tensor
 
 from pretrain.config import ModelConfig
 from pretrain.errors import CheckpointError, UsageError
-from pretrain.model.transformer import GPT, Norm, layer_kinds, window_length
+from pretrain.model.transformer import GPT, Norm, head_dim, layer_kinds, mlp_width, window_length
 
 OWN = "pretrain"
-"""The model_type of an export that transformers loads with a model file of ours (``hub/``)."""
+"""The model_type of an export that transformers loads with a model file of ours."""
 
-_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu2": "relu2"}
+_GPT2_FIELDS = {
+    "layers": "n_layer",
+    "heads": "n_head",
+    "width": "n_embd",
+    "context_length": "n_positions",
+    "mlp_width": "n_inner",
+    "norm_eps": "layer_norm_epsilon",
+}
+_LLAMA_FIELDS = {
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_width": "head_dim",
+    "width": "hidden_size",
+    "context_length": "max_position_embeddings",
+    "mlp_width": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+}
+_FIELDS = {"gpt2": _GPT2_FIELDS, "llama": _LLAMA_FIELDS, "qwen3": _LLAMA_FIELDS}
+"""Our fields and theirs, for each architecture."""
+
+_LEFT_OUT = {"n_inner": 0, "layer_norm_epsilon": 1e-5, "num_key_value_heads": 0, "rms_norm_eps": 1e-6}
+"""What fields mean that a config.json may leave out; ``head_dim`` depends on the architecture."""
+
 _GPT2_ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu2": "relu2"}
+
+_GPT2_TENSORS = {
+    "transformer.wte": ["embedding"],
+    "transformer.wpe": ["position_embedding"],
+    "transformer.h.{}.ln_1": ["blocks.{}.attention_norm"],
+    "transformer.h.{}.attn.c_attn": ["blocks.{}.attention.q", "blocks.{}.attention.k", "blocks.{}.attention.v"],
+    "transformer.h.{}.attn.c_proj": ["blocks.{}.attention.out"],
+    "transformer.h.{}.ln_2": ["blocks.{}.mlp_norm"],
+    "transformer.h.{}.mlp.c_fc": ["blocks.{}.mlp.up"],
+    "transformer.h.{}.mlp.c_proj": ["blocks.{}.mlp.down"],
+    "transformer.ln_f": ["norm"],
+    "lm_head": ["head"],
+}
+_LLAMA_TENSORS = {
+    "model.embed_tokens": ["embedding"],
+    "model.layers.{}.input_layernorm": ["blocks.{}.attention_norm"],
+    "model.layers.{}.self_attn.q_proj": ["blocks.{}.attention.q"],
+    "model.layers.{}.self_attn.k_proj": ["blocks.{}.attention.k"],
+    "model.layers.{}.self_attn.v_proj": ["blocks.{}.attention.v"],
+    "model.layers.{}.self_attn.o_proj": ["blocks.{}.attention.out"],
+    "model.layers.{}.post_attention_layernorm": ["blocks.{}.mlp_norm"],
+    "model.layers.{}.mlp.gate_proj": ["blocks.{}.mlp.gate"],
+    "model.layers.{}.mlp.up_proj": ["blocks.{}.mlp.up"],
+    "model.layers.{}.mlp.down_proj": ["blocks.{}.mlp.down"],
+    "model.norm": ["norm"],
+    "lm_head": ["head"],
+}
+_QWEN3_TENSORS = {
+    **_LLAMA_TENSORS,
+    "model.layers.{}.self_attn.q_norm": ["blocks.{}.attention.q_norm"],
+    "model.layers.{}.self_attn.k_norm": ["blocks.{}.attention.k_norm"],
+}
+_TENSORS = {"gpt2": _GPT2_TENSORS, "llama": _LLAMA_TENSORS, "qwen3": _QWEN3_TENSORS}
+"""Their layers and ours whose parameters these hold, one below the other."""
+
+_TABLES = ("embedding", "position_embedding", "head", "value_embeddings")
+"""Layers with a row for each token or position, of which a model may have fewer than its checkpoint."""
 
 # Fields of a config.json that do not change what the model computes. Dropout is among them: it is a choice of the
 # training that follows (model.dropout).
 # fmt: off
-_HARMLESS = frozenset(
-    {
-        "_name_or_path", "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache",
-        "initializer_range", "vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "task_specific_params",
-        "id2label", "label2id", "_num_labels", "num_labels", "pretraining_tp", "attention_dropout", "attn_pdrop",
-        "embd_pdrop", "resid_pdrop", "summary_activation", "summary_first_dropout", "summary_proj_to_labels",
-        "summary_type", "summary_use_proj", "n_ctx", "is_llama_config", "auto_map", "return_dict",
-    }
-)
+_HARMLESS = frozenset((
+    "_name_or_path", "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache", "initializer_range",
+    "vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "task_specific_params", "id2label", "label2id",
+    "_num_labels", "num_labels", "pretraining_tp", "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop",
+    "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
+    "n_ctx", "is_llama_config", "auto_map", "return_dict", "reorder_and_upcast_attn",
+))
 # fmt: on
 # Tensors that old checkpoints carry along although they follow from the configuration.
 _BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$|rotary_emb\.inv_freq$")
@@ -76,58 +136,42 @@ def config_from_hf(tree: Mapping[str, Any]) -> ModelConfig:
         UsageError: it asks for something that our Transformer does not have; the field is named.
     """
     kind = tree.get("model_type")
-    if kind == OWN:
-        return _model_config(tree.get("model"))
-    readers = {"gpt2": _from_gpt2, "llama": _from_llama, "qwen3": _from_llama}
-    if kind not in readers:
-        raise UsageError(f"a Hugging Face model_type {kind!r} cannot be read; those that can: {', '.join(readers)}")
-    left = {name: value for name, value in tree.items() if name not in _HARMLESS and value is not None}
-    del left["model_type"]
-    values = readers[kind](left, kind)
-    # What the reader did not take and is not switched off would change the model.
-    if unknown := [f"{name} {value!r}" for name, value in left.items() if value]:
-        raise UsageError(f"this {kind} checkpoint has {', '.join(unknown)}, which our Transformer cannot represent")
-    plain = {"norm_weight": True, "embedding_norm": False, "logit_softcap": 0.0, "init": "gpt2"}
-    return _model_config({**plain, **values})
-
-
-def _model_config(values: Any) -> ModelConfig:
+    if kind != OWN and kind not in _FIELDS:
+        raise UsageError(f"a Hugging Face model_type {kind!r} cannot be read; those that can: {', '.join(_FIELDS)}")
     try:
-        return ModelConfig(**values)
-    except (TypeError, ValueError) as error:
+        return ModelConfig(**(tree["model"] if kind == OWN else _read_fields(tree)))
+    except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"the checkpoint's config.json does not describe a model we can build: {error}") from None
 
 
-def _take(left: dict[str, Any], name: str, kind: str) -> Any:
-    if name not in left:
-        raise UsageError(f"the config.json of this {kind} checkpoint does not say {name}")
-    return left.pop(name)
+def _read_fields(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a ModelConfig that a config.json of transformers gives."""
+    kind = tree["model_type"]
+    left = {name: value for name, value in tree.items() if name not in _HARMLESS and value is not None}
+    del left["model_type"]
+    values: dict[str, Any] = {"norm_weight": True, "embedding_norm": False, "logit_softcap": 0.0, "init": "gpt2"}
+    missing = dict(_LEFT_OUT)
+    if "hidden_size" in left and "num_attention_heads" in left:
+        missing["head_dim"] = 128 if kind == "qwen3" else left["hidden_size"] // left["num_attention_heads"]
+    for ours, theirs in _FIELDS[kind].items():
+        if theirs not in left and theirs not in missing:
+            raise UsageError(f"the config.json of this {kind} checkpoint does not say {theirs}")
+        values[ours] = left.pop(theirs, missing.get(theirs))
+    values |= _read_gpt2(left) if kind == "gpt2" else _read_llama(left, kind, values["layers"])
+    # What was not taken and is not switched off would change the model.
+    if unknown := [f"{name} {value!r}" for name, value in left.items() if value]:
+        raise UsageError(f"this {kind} checkpoint has {', '.join(unknown)}, which our Transformer cannot represent")
+    return values
 
 
-def _insist(left: dict[str, Any], **wanted: Any) -> None:
-    """Take fields that we have one value for only."""
-    for name, value in wanted.items():
+def _read_gpt2(left: dict[str, Any]) -> dict[str, Any]:
+    only = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+    for name, value in only.items():
         if left.pop(name, value) != value:
             raise UsageError(f"this checkpoint has another {name} than {value!r}, which our Transformer does not have")
-
-
-def _activation(name: str, known: Mapping[str, str]) -> str:
-    if name not in known:
-        raise UsageError(f"this checkpoint has the activation {name!r}; known here: {', '.join(known)}")
-    return known[name]
-
-
-def _from_gpt2(left: dict[str, Any], kind: str) -> dict[str, Any]:
-    _insist(left, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
-    left.pop("reorder_and_upcast_attn", None)  # precision only
+    known = {theirs: ours for ours, theirs in _GPT2_ACTIVATIONS.items()} | {"gelu_pytorch_tanh": "gelu_tanh"}
     return {
-        "layers": _take(left, "n_layer", kind),
-        "heads": _take(left, "n_head", kind),
-        "width": _take(left, "n_embd", kind),
-        "context_length": _take(left, "n_positions", kind),
-        "mlp": _activation(left.pop("activation_function", "gelu_new"), _ACTIVATIONS),
-        "mlp_width": left.pop("n_inner", 0),
-        "norm_eps": left.pop("layer_norm_epsilon", 1e-5),
+        "mlp": _activation(left.pop("activation_function", "gelu_new"), known),
         "tied_head": left.pop("tie_word_embeddings", True),
         "position": "learned",
         "norm": "layernorm",
@@ -137,7 +181,7 @@ def _from_gpt2(left: dict[str, Any], kind: str) -> dict[str, Any]:
     }
 
 
-def _from_llama(left: dict[str, Any], kind: str) -> dict[str, Any]:
+def _read_llama(left: dict[str, Any], kind: str, layers: int) -> dict[str, Any]:
     theta = left.pop("rope_theta", 10000.0)
     for name in ("rope_scaling", "rope_parameters"):  # of transformers 4 and 5
         rope = dict(left.pop(name, {}))
@@ -145,41 +189,36 @@ def _from_llama(left: dict[str, Any], kind: str) -> dict[str, Any]:
         if {rope.pop("rope_type", "default"), rope.pop("type", "default")} != {"default"} or any(rope.values()):
             raise UsageError(f"this {kind} checkpoint has {name} other than the default, which our rope does not have")
     attention_bias, mlp_bias = left.pop("attention_bias", False), left.pop("mlp_bias", False)
-    heads, width = _take(left, "num_attention_heads", kind), _take(left, "hidden_size", kind)
-    _activation(left.pop("hidden_act", "silu"), {"silu": "swiglu"})
-    layers = _take(left, "num_hidden_layers", kind)
     window, from_layer = left.pop("sliding_window", 0), left.pop("max_window_layers", 28)
     window = window if left.pop("use_sliding_window", False) else 0
     first_sliding = from_layer if window else layers
     types = ["full_attention" if layer < first_sliding else "sliding_attention" for layer in range(layers)]
     types = left.pop("layer_types", types)
     names = {"full_attention": "L", "sliding_attention": "S"}
-    if set(types) - set(names) or types[-1] != "full_attention" or ("sliding_attention" in types and not window):
+    sliding = "sliding_attention" in types
+    if set(types) - set(names) or types[-1] != "full_attention" or (sliding and not window):
         raise UsageError(
             f"this {kind} checkpoint has layer_types {types}; ours are full_attention or sliding_attention with a"
             f" sliding_window, and the last layer sees the whole context"
         )
-    sliding = "sliding_attention" in types
     return {
-        "layers": layers,
-        "heads": heads,
-        "kv_heads": left.pop("num_key_value_heads", 0),
-        "width": width,
-        "head_width": left.pop("head_dim", 128 if kind == "qwen3" else width // heads),  # the classes' own defaults
-        "context_length": _take(left, "max_position_embeddings", kind),
-        "mlp": "swiglu",
-        "mlp_width": _take(left, "intermediate_size", kind),
-        "norm_eps": left.pop("rms_norm_eps", 1e-6),
+        "mlp": _activation(left.pop("hidden_act", "silu"), {"silu": "swiglu"}),
         "tied_head": left.pop("tie_word_embeddings", False),
         "position": "rope",
         "rope_theta": theta,
         "norm": "rmsnorm",
         "qk_norm": kind == "qwen3",
-        "bias": attention_bias or mlp_bias,  # the ones that the checkpoint does not have begin at zero
+        "bias": attention_bias or mlp_bias,  # those that the checkpoint does not have begin at zero
         "qkv_bias": attention_bias,
         "window_pattern": "".join(names[name] for name in types) if sliding else "L",
         "window": window if sliding else 0,
     }
+
+
+def _activation(name: str, known: Mapping[str, str]) -> str:
+    if name not in known:
+        raise UsageError(f"this checkpoint has the activation {name!r}; known here: {', '.join(known)}")
+    return known[name]
 
 
 def load_hf(folder: str | Path) -> GPT:
@@ -221,37 +260,40 @@ def load_weights(model: GPT, folder: str | Path) -> None:
             tensors = {name if name == "lm_head.weight" else prefix + name: file for name, file in tensors.items()}
         left = {name for name in tensors if not _BUFFERS.search(name)}
 
-        def read(name: str) -> Tensor:
+        def take(name: str) -> Tensor:
+            if name not in left:
+                raise CheckpointError(f"{folder} has no tensor {name}")
+            left.remove(name)
             file, stored_name = tensors[name]
             tensor = file.get_tensor(stored_name)
             if not tensor.is_floating_point():
                 raise CheckpointError(f"{folder}: {name} is {tensor.dtype}; quantised weights cannot be read")
             return tensor
 
-        for entry in _correspondence(tree, model):
-            if entry.theirs not in left:
-                raise CheckpointError(f"{folder} has no tensor {entry.theirs}")
-            left.remove(entry.theirs)
-            tensor = read(entry.theirs)
+        for entry in _entries(tree, model):
+            tensor = take(entry.theirs)
             tensor = tensor.T if entry.transposed else tensor
             targets = [ours[name] for name in entry.ours]
             waiting -= set(entry.ours)
-            if entry.rows:
-                _copy_rows(tensor, targets[0], entry, model, folder)
-                continue
-            sizes = [len(target) for target in targets]
-            if tensor.shape != (sum(sizes), *targets[0].shape[1:]):
-                shape = "×".join(map(str, tensor.shape))
+            sizes, fix = [len(target) for target in targets], ""
+            shape, whole = list(tensor.shape), tensor
+            if entry.rows:  # the first rows are enough
+                positions = entry.ours == ["position_embedding.weight"]
+                sizes = [model.config.context_length if positions else model.vocab_size]
+                fix = f"; use --model.context_length {len(tensor)} or less" if positions else ""
+                tensor = tensor[: sizes[0]]
+            needed = [sum(sizes), *targets[0].shape[1:]]
+            if list(tensor.shape) != needed:
                 raise CheckpointError(
-                    f"{folder}: {entry.theirs} is {shape}, which does not fit {', '.join(entry.ours)}"
+                    f"{folder}: {entry.theirs} is {_product(shape)}, which does not fit {', '.join(entry.ours)}:"
+                    f" {_product(needed)}{fix}"
                 )
             for target, part in zip(targets, tensor.split(sizes), strict=True):
-                target.copy_(part)
-        if model.config.tied_head and "lm_head.weight" in left:  # some save the shared tensor twice
-            left.remove("lm_head.weight")
-            embedding = next(e.theirs for e in _correspondence(tree, model) if e.ours == ("embedding.weight",))
-            if not torch.equal(read("lm_head.weight"), read(embedding)):
-                raise CheckpointError(f"{folder}: tie_word_embeddings is on, but lm_head.weight is not {embedding}")
+                target.zero_()
+                target[: len(part)] = part
+            twice = entry.ours == ["embedding.weight"] and model.config.tied_head and "lm_head.weight" in left
+            if twice and not torch.equal(take("lm_head.weight"), whole):
+                raise CheckpointError(f"{folder}: tie_word_embeddings is on, but lm_head.weight is not {entry.theirs}")
     if left:
         raise CheckpointError(f"{folder} has tensors that have no place in the model: {_some(left)}")
     if missing := {name for name in waiting if not name.endswith(".bias")}:
@@ -260,17 +302,8 @@ def load_weights(model: GPT, folder: str | Path) -> None:
         ours[name].zero_()
 
 
-def _copy_rows(tensor: Tensor, target: Tensor, entry: _Entry, model: GPT, folder: str | Path) -> None:
-    positions = entry.ours == ("position_embedding.weight",)
-    needed = model.config.context_length if positions else model.vocab_size
-    if len(tensor) < needed or tensor.shape[1:] != target.shape[1:]:
-        mend = f"; use --model.context_length {len(tensor)} or less" if positions else ""
-        raise CheckpointError(
-            f"{folder}: {entry.theirs} has {len(tensor)} rows of {tensor.shape[1]}, and the model needs {needed} of"
-            f" {target.shape[1]}{mend}"
-        )
-    target.zero_()
-    target[:needed] = tensor[:needed]
+def _product(shape: list[int]) -> str:
+    return "×".join(map(str, shape))
 
 
 def _some(names: set[str]) -> str:
@@ -290,7 +323,7 @@ def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, tuple[Any, str]]:
     else:
         files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     if not files:
-        if list(folder.glob("*.bin")) + list(folder.glob("*.pt")) + list(folder.glob("*.pth")):
+        if any(path.suffix in (".bin", ".pt", ".pth") for path in folder.iterdir()):
             convert = f"M.from_pretrained({str(folder)!r}).save_pretrained({str(folder) + '-safe'!r})"
             raise CheckpointError(
                 f"{folder} has its weights pickled, which could run any code; if you trust them, convert them once:"
@@ -318,67 +351,29 @@ class _Entry:
     """One tensor of theirs and the parameters of ours that it holds, one below the other."""
 
     theirs: str
-    ours: tuple[str, ...]
+    ours: list[str]
+    rows: bool
     transposed: bool = False  # GPT-2's Conv1D keeps (in, out)
-    rows: bool = False  # a row for each token or position, of which a model may have fewer
 
 
-_GPT2_LAYER = {
-    "ln_1": ("attention_norm",),
-    "attn.c_attn": ("attention.q", "attention.k", "attention.v"),
-    "attn.c_proj": ("attention.out",),
-    "ln_2": ("mlp_norm",),
-    "mlp.c_fc": ("mlp.up",),
-    "mlp.c_proj": ("mlp.down",),
-}
-_LLAMA_LAYER = {
-    "input_layernorm": "attention_norm",
-    "self_attn.q_proj": "attention.q",
-    "self_attn.k_proj": "attention.k",
-    "self_attn.v_proj": "attention.v",
-    "self_attn.o_proj": "attention.out",
-    "post_attention_layernorm": "mlp_norm",
-    "mlp.gate_proj": "mlp.gate",
-    "mlp.up_proj": "mlp.up",
-    "mlp.down_proj": "mlp.down",
-}
-_QK_NORMS = {"self_attn.q_norm": "attention.q_norm", "self_attn.k_norm": "attention.k_norm"}
-
-
-def _correspondence(tree: Mapping[str, Any], model: GPT) -> Iterator[_Entry]:
+def _entries(tree: Mapping[str, Any], model: GPT) -> Iterator[_Entry]:
     """Every tensor that a checkpoint with this config.json has."""
-    kind, layers = tree["model_type"], range(model.config.layers)
+    kind = tree["model_type"]
     if kind == OWN:
-        for name, parameter in model.named_parameters():
-            yield _Entry(f"gpt.{name}", (name,), rows=parameter.dim() == 2 and _is_table(name))
+        for name, _ in model.named_parameters():
+            yield _Entry(f"gpt.{name}", [name], name.split(".")[0] in _TABLES)
         return
-    embedding, norm = {"gpt2": ("transformer.wte", "transformer.ln_f")}.get(kind, ("model.embed_tokens", "model.norm"))
-    yield _Entry(f"{embedding}.weight", ("embedding.weight",), rows=True)
-    if not model.config.tied_head:
-        yield _Entry("lm_head.weight", ("head.weight",), rows=True)
-    yield _Entry(f"{norm}.weight", ("norm.weight",))
-    if kind == "gpt2":
-        yield _Entry("transformer.wpe.weight", ("position_embedding.weight",), rows=True)
-        yield _Entry(f"{norm}.bias", ("norm.bias",))
-        for layer in layers:
-            for theirs, parts in _GPT2_LAYER.items():
-                for leaf in ("weight", "bias"):
-                    ours = tuple(f"blocks.{layer}.{part}.{leaf}" for part in parts)
-                    transposed = leaf == "weight" and ".c_" in theirs
-                    yield _Entry(f"transformer.h.{layer}.{theirs}.{leaf}", ours, transposed)
-        return
-    for layer in layers:
-        for theirs, ours in {**_LLAMA_LAYER, **(_QK_NORMS if kind == "qwen3" else {})}.items():
-            room = theirs.partition(".")[0]
-            has_bias = theirs.endswith("_proj") and tree.get("mlp_bias" if room == "mlp" else "attention_bias")
-            for leaf in ("weight", "bias") if has_bias else ("weight",):
-                yield _Entry(f"model.layers.{layer}.{theirs}.{leaf}", (f"blocks.{layer}.{ours}.{leaf}",))
-
-
-def _is_table(name: str) -> bool:
-    return name in ("embedding.weight", "head.weight", "position_embedding.weight") or name.startswith(
-        "value_embeddings."
-    )
+    for theirs, ours in _TENSORS[kind].items():
+        rows = ours[0] in _TABLES
+        if theirs == "lm_head" and model.config.tied_head:
+            continue
+        bias = kind == "gpt2"
+        if kind != "gpt2" and theirs.endswith("_proj"):
+            bias = bool(tree.get("mlp_bias" if ".mlp." in theirs else "attention_bias"))
+        for layer in range(model.config.layers if "{}" in theirs else 1):
+            for leaf in ("weight", "bias") if bias and not rows else ("weight",):
+                names = [f"{each.format(layer)}.{leaf}" for each in ours]
+                yield _Entry(f"{theirs.format(layer)}.{leaf}", names, rows, leaf == "weight" and ".c_" in theirs)
 
 
 # --------------------------------------------------------------------------------------------------------- out
@@ -386,72 +381,35 @@ def _is_table(name: str) -> bool:
 
 def obstacles(config: ModelConfig) -> dict[str, list[str]]:
     """For each architecture of transformers that we can write, the fields of ``config`` that it cannot express."""
-    default, head_width = ModelConfig(), config.head_width or config.width // config.heads
-    windows = "S" in layer_kinds(config)
-    everywhere = [
-        name
-        for name, plain in {
-            "embedding_norm": False,
-            "value_embeddings": False,
-            "residual_scalars": False,
-            "smear": False,
-            "backout": False,
-            "document_mask": False,
-            "logit_softcap": 0.0,
-        }.items()
-        if getattr(config, name) != plain
-    ]
-    if config.attention_scale not in (0.0, head_width**-0.5):
-        everywhere.append("attention_scale")
-    # A field that this file has never heard of must not be lost.
-    everywhere += [
-        field.name
-        for field in dataclasses.fields(config)
-        if field.name not in _KNOWN_FIELDS and getattr(config, field.name) != getattr(default, field.name)
-    ]
-    only = {
-        "gpt2": {
-            "position": config.position == "learned",
-            "norm": config.norm == "layernorm",
-            "mlp": config.mlp in _GPT2_ACTIVATIONS,
-            "qk_norm": not config.qk_norm,
-            "kv_heads": config.kv_heads in (0, config.heads),
-            "head_width": head_width * config.heads == config.width,
-            "window_pattern": not windows,
-        },
-        "llama": {
-            "position": config.position == "rope",
-            "rope_fraction": config.rope_fraction == 1,
-            "norm": config.norm == "rmsnorm",
-            "mlp": config.mlp == "swiglu",
-            "qk_norm": not config.qk_norm,
-            "width": config.width % config.heads == 0,
-            "window_pattern": not windows,
-        },
-        "qwen3": {
-            "position": config.position == "rope",
-            "rope_fraction": config.rope_fraction == 1,
-            "norm": config.norm == "rmsnorm",
-            "mlp": config.mlp == "swiglu",
-            "qk_norm": config.qk_norm,
-            "bias": not config.bias,
-        },
-    }
-    return {
-        kind: everywhere + [name for name, possible in fields.items() if not possible] for kind, fields in only.items()
-    }
+    found, wanted = {}, _meaning(config)
+    for kind in _FIELDS:
+        values = {**dataclasses.asdict(ModelConfig()), **_read_fields(_tree(config, kind))}
+        there = _meaning(SimpleNamespace(**values))
+        found[kind] = [name for name, value in wanted.items() if name not in there or there[name] != value]
+    if config.width % config.heads:
+        found["llama"].append("width")  # its class insists
+    if config.bias:
+        found["qwen3"].append("bias")  # its MLP has none
+    return found
 
 
-# fmt: off
-_KNOWN_FIELDS = frozenset(
-    {
-        "depth", "layers", "heads", "kv_heads", "width", "head_width", "context_length", "mlp", "mlp_width", "position",
-        "rope_theta", "rope_fraction", "norm", "norm_weight", "norm_eps", "embedding_norm", "qk_norm",
-        "attention_scale", "window_pattern", "window", "document_mask", "bias", "qkv_bias", "value_embeddings",
-        "residual_scalars", "smear", "backout", "tied_head", "logit_softcap", "vocab_multiple", "dropout", "init",
+def _meaning(config: Any) -> dict[str, Any]:
+    """What a ModelConfig's fields say about the model's function, 0 replaced by what it stands for.
+
+    Norm weights and biases are not in it: where a model has none, ones and zeros do the same.
+    """
+    windows = [window_length(config) if kind == "S" else 0 for kind in layer_kinds(config)]
+    ignored = {"depth", "window", "vocab_multiple", "dropout", "init", "norm_weight", "bias", "qkv_bias"}
+    if config.position != "rope":
+        ignored |= {"rope_theta", "rope_fraction"}
+    fields = {name: value for name, value in vars(config).items() if name not in ignored}
+    return fields | {
+        "kv_heads": config.kv_heads or config.heads,
+        "head_width": head_dim(config),
+        "mlp_width": mlp_width(config),
+        "attention_scale": config.attention_scale or head_dim(config) ** -0.5,
+        "window_pattern": windows,
     }
-)
-# fmt: on
 
 
 def hf_type(config: ModelConfig) -> str:
@@ -467,14 +425,15 @@ def to_hf(model: GPT, kind: str = "") -> tuple[dict[str, Any], dict[str, Tensor]
     norm weights that we do without are written as zeros and ones.
     """
     kind = kind or hf_type(model.config)
-    tree = {"model_type": kind, "vocab_size": model.vocab_size, **_TREES[kind](model)}
-    tree |= {"tie_word_embeddings": model.config.tied_head, "dtype": "float32", "torch_dtype": "float32"}
+    tree = _tree(model.config, kind) | {"vocab_size": model.vocab_size, "dtype": "float32", "torch_dtype": "float32"}
+    if kind == OWN:
+        tree["boundary"] = model.bos_id
     ours = {name: parameter.detach() for name, parameter in model.named_parameters()}
     state = {}
-    for entry in _correspondence(tree, model):
+    for entry in _entries(tree, model):
         parts = [ours[name] if name in ours else _neutral(model, name) for name in entry.ours]
-        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-        if entry.rows and entry.ours != ("position_embedding.weight",):
+        tensor = torch.cat(parts)
+        if entry.rows and entry.ours != ["position_embedding.weight"]:
             tensor = tensor[: model.vocab_size]
         state[entry.theirs] = (tensor.T if entry.transposed else tensor).contiguous()
     return tree, state
@@ -487,68 +446,32 @@ def _neutral(model: GPT, name: str) -> Tensor:
     if isinstance(module, Norm):
         return torch.full(module.channels, 1.0 if leaf == "weight" else 0.0)
     assert isinstance(module, torch.nn.Linear), name
-    assert leaf == "bias", name
     return torch.zeros(module.out_features)
 
 
-def _gpt2_tree(model: GPT) -> dict[str, Any]:
-    config = model.config
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "n_layer": config.layers,
-        "n_head": config.heads,
-        "n_embd": config.width,
-        "n_positions": config.context_length,
-        "n_inner": _mlp_width(model),
-        "activation_function": _GPT2_ACTIVATIONS[config.mlp],
-        "layer_norm_epsilon": config.norm_eps,
-        "resid_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
-    }
-
-
-def _llama_tree(model: GPT) -> dict[str, Any]:
-    config = model.config
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads or config.heads,
-        "head_dim": config.head_width or config.width // config.heads,
-        "hidden_size": config.width,
-        "intermediate_size": _mlp_width(model),
-        "max_position_embeddings": config.context_length,
+def _tree(config: ModelConfig, kind: str) -> dict[str, Any]:
+    """The config.json of a model as this model_type, as far as that can express it."""
+    tree: dict[str, Any] = {"model_type": kind, "tie_word_embeddings": config.tied_head}
+    if kind == OWN:
+        model = dataclasses.asdict(dataclasses.replace(config, vocab_multiple=1))
+        return tree | {"architectures": ["PretrainForCausalLM"], "model": model}
+    meaning = _meaning(config)
+    tree |= {theirs: meaning[ours] for ours, theirs in _FIELDS[kind].items()}
+    if kind == "gpt2":
+        dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
+        activation = _GPT2_ACTIVATIONS.get(config.mlp, "gelu_new")
+        return tree | {"architectures": ["GPT2LMHeadModel"], "activation_function": activation, **dropout}
+    tree |= {
+        "architectures": ["LlamaForCausalLM" if kind == "llama" else "Qwen3ForCausalLM"],
         "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,  # where transformers 4 looks; 5 looks below
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "attention_bias": config.qkv_bias or config.bias,
-        "mlp_bias": config.bias,
     }
-
-
-def _qwen3_tree(model: GPT) -> dict[str, Any]:
-    tree = _llama_tree(model) | {"architectures": ["Qwen3ForCausalLM"]}
-    del tree["mlp_bias"]
-    kinds = layer_kinds(model.config)
-    if "S" not in kinds:
-        return tree
-    types = ["sliding_attention" if kind == "S" else "full_attention" for kind in kinds]
-    window = window_length(model.config)
-    return tree | {"layer_types": types, "use_sliding_window": True, "sliding_window": window}
-
-
-def _own_tree(model: GPT) -> dict[str, Any]:
-    return {
-        "architectures": ["PretrainForCausalLM"],
-        "model": dataclasses.asdict(dataclasses.replace(model.config, vocab_multiple=1)),
-        "boundary": model.bos_id,
-    }
-
-
-_TREES = {"gpt2": _gpt2_tree, "llama": _llama_tree, "qwen3": _qwen3_tree, OWN: _own_tree}
-
-
-def _mlp_width(model: GPT) -> int:
-    return model.blocks[0].mlp.up.out_features  # type: ignore[union-attr, return-value]
+    if kind == "llama":
+        return tree | {"mlp_bias": config.bias}
+    kinds = layer_kinds(config)
+    if "S" in kinds:
+        types = ["sliding_attention" if each == "S" else "full_attention" for each in kinds]
+        tree |= {"layer_types": types, "use_sliding_window": True, "sliding_window": window_length(config)}
+    return tree

@@ -158,10 +158,9 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.kind = config.mlp
-        gated = config.mlp == "swiglu"
-        hidden = config.mlp_width or (64 * math.ceil(config.width * 8 / 3 / 64) if gated else 4 * config.width)
+        hidden = mlp_width(config)
         self.up = Linear(config.width, hidden, bias=config.bias)
-        self.gate = Linear(config.width, hidden, bias=config.bias) if gated else None
+        self.gate = Linear(config.width, hidden, bias=config.bias) if config.mlp == "swiglu" else None
         self.down = Linear(hidden, config.width, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -400,6 +399,12 @@ VALUE_GATE_CHANNELS, SMEAR_GATE_CHANNELS = 12, 24
 def head_dim(config: ModelConfig) -> int:
     """D, the channels of one head."""
     return config.head_width or config.width // config.heads
+
+
+def mlp_width(config: ModelConfig) -> int:
+    """Hidden channels of the MLP."""
+    default = 64 * math.ceil(config.width * 8 / 3 / 64) if config.mlp == "swiglu" else 4 * config.width
+    return config.mlp_width or default
 
 
 def has_value_embedding(config: ModelConfig, layer: int) -> bool:
