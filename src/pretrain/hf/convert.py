@@ -407,7 +407,7 @@ def _meaning(config: Any) -> dict[str, Any]:
         "kv_heads": config.kv_heads or config.heads,
         "head_width": head_dim(config),
         "mlp_width": mlp_width(config),
-        "attention_scale": config.attention_scale or head_dim(config) ** -0.5,
+        "attention_scale": 0.0 if config.attention_scale == head_dim(config) ** -0.5 else config.attention_scale,
         "window_pattern": windows,
     }
 
