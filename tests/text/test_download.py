@@ -435,7 +435,7 @@ def test_a_parquet_file_must_open(server: Server, tmp_path: Path):
     for bad in (good[:-1], b"PARX" + good[4:], b"PAR1", good[:4] + good[-8:], b"<html>"):
         file.write_bytes(bad)  # one that is there already is no better
         server.files["/a.parquet"] = bad
-        with pytest.raises(DataError, match="not a whole Parquet file: "):
+        with pytest.raises(DataError, match="not a complete Parquet file: "):
             download(server.url("/a.parquet"), file, retry=QUICK)
         server.files["/a.parquet"] = good
         download(server.url("/a.parquet"), file, retry=QUICK)
@@ -451,7 +451,7 @@ def test_a_parquet_footer_is_read(server: Server, tmp_path: Path):
     good = parquet_bytes()
     length = int.from_bytes(good[-8:-4], "little")
     server.files["/a.parquet"] = good[: -8 - length] + bytes(length) + good[-8:]
-    with pytest.raises(DataError, match="not a whole Parquet file: "):
+    with pytest.raises(DataError, match="not a complete Parquet file: "):
         download(server.url("/a.parquet"), tmp_path / "a.parquet", retry=QUICK)
 
 
@@ -834,7 +834,7 @@ def test_interrupted_it_stops_and_keeps_what_it_has(server: Server, tmp_path: Pa
     assert out == ""
     assert (
         err.splitlines()[-1]
-        == f"pretrain: interrupted: 1 of 2 files are in {tmp_path}; the same command goes on from here"
+        == f"pretrain: interrupted: 1 of 2 files are in {tmp_path}; the same command resumes from here"
     )
     assert "Traceback" not in err
     assert json.loads((tmp_path / "a.txt.part.note").read_text())["size"] == len(BODY)

@@ -1,4 +1,4 @@
-"""``pretrain data download``: what to get, how far it is, what failed, and what to do next."""
+"""``pretrain data download``: choose the files, show progress and failures, say what to do next."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class DownloadArguments:
     """Download a public set of text from the catalogue, or files by their URLs.
 
-    Without NAME the catalogue is listed. Complete files are kept, partial ones gone on with. Sizes and hashes are
-    checked where the server gives them. HF_ENDPOINT, HF_TOKEN and HTTPS_PROXY are honoured.
+    Without NAME the catalogue is listed. Complete files are kept, partial ones resumed. Sizes and hashes are verified
+    where the server gives them. HF_ENDPOINT, HF_TOKEN and HTTPS_PROXY are honoured.
     """
 
     names: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[NAME | URL ...]")] = ()
@@ -35,7 +35,7 @@ class DownloadArguments:
     list: bool = False
     """List the catalogue."""
     shards: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 0
-    """Training files to download; the validation file always goes along. 0: all, which huge sets refuse."""
+    """Training files to download, besides the validation file. 0: all, which huge sets refuse."""
     out: str = ""
     """The folder to put the files in. Default: data/NAME, or data/downloads for URLs."""
     workers: int = 4
@@ -43,7 +43,7 @@ class DownloadArguments:
     base_url: str = ""
     """The folder with the set's files on a mirror, instead of where they were published."""
     tries: int = 5
-    """How often a file is tried, with longer and longer waits between."""
+    """Tries for each file, with longer and longer waits between."""
     timeout: float = 30.0
     """Seconds without a byte after which a connection counts as broken."""
 
@@ -90,7 +90,7 @@ def download(args: list[str]) -> int:
     except KeyboardInterrupt:
         whole = sum(item.state in ("fetched", "kept") for item in items)
         raise Interrupted(
-            f"interrupted: {whole} of {len(items)} files are in {folder}; the same command goes on from here"
+            f"interrupted: {whole} of {len(items)} files are in {folder}; the same command resumes from here"
         ) from None
     if failed := [item for item in items if item.state == "failed"]:
         width = max(len(item.file.name) for item in failed)
@@ -192,7 +192,7 @@ def _bytes(number: int) -> str:
 
 @contextmanager
 def _progress(items: list[Download]) -> Iterator[Callable[[], None]]:
-    """Show on standard error how far the downloads are: bars on a terminal, else a line for each finished file."""
+    """Show progress on standard error: bars on a terminal, else a line for each finished file."""
     from rich import progress as rich
     from rich.console import Console
 

@@ -3,7 +3,7 @@
     files, folders, patterns, URLs ──find_pieces──> Piece, Piece, ... ──read_piece──> Document, Document, ...
 
 ``files`` finds the files, ``opening`` opens them (remote and compressed ones too), ``formats`` reads the types of file,
-``pieces`` divides files into parts that are read by themselves. ``embedded`` is the corpus that comes with the
+``pieces`` divides files into parts that can be read independently. ``embedded`` is the corpus that comes with the
 installation, ``split`` sets the validation text apart, ``catalogue`` lists public texts and ``download`` fetches them.
 """
 

@@ -11,8 +11,7 @@ from typing import Any
 
 from pretrain.errors import UsageError
 
-HUGE = 20_000_000_000
-"""Bytes from which on a set is downloaded in part, by a number of files that the user chooses."""
+HUGE = 20_000_000_000  # bytes from which on the user must say how many files to download
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,9 @@ class TextSet:
         return self.bytes >= HUGE
 
     def files(self, train: int = 0) -> list[str]:
-        """Name the first ``train`` training files (0: all of them) and, always, the validation file.
+        """The first ``train`` training files (0: all of them) and, always, the validation file.
 
-        Raises UsageError if there are not so many, or if the set is huge and ``train`` is 0.
+        Raises UsageError if there are fewer, or if the set is huge and ``train`` is 0.
         """
         if train == 0 and self.huge:
             raise UsageError(

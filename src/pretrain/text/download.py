@@ -1,14 +1,14 @@
-"""Files from the network onto the disk: whole, checked, and no byte twice.
+"""Download files: complete, verified, and no byte twice.
 
     URL ──> FILE.part ──bytes as they come──> size, hashes, Parquet footer ──> synced ──> FILE
               └ FILE.part.note: what the server said of the file (ETag, size, hashes)
 
-A file stands under its own name only when it is complete. What a broken connection, Ctrl-C or kill -9 leaves is
-FILE.part, and the next try asks for the rest of it (Range), provided that the server still has the same file
-(If-Range). Of two processes that want the same file one downloads it; the other waits and then has it.
+A file gets its name only when it is complete. A broken connection, Ctrl-C or kill -9 leaves FILE.part, and the next try
+asks for the rest (Range) if the server still has the same file (If-Range). If two processes want the same file, one
+downloads it and the other waits.
 
-httpx2 talks to the servers, Hugging Face's too: their own library checks no hashes, and its partial files are gone on
-with only by itself. tenacity repeats what fails.
+Files of the Hub are downloaded in the same way, with the addresses and the user's token from huggingface_hub: its own
+hf_hub_download (2.4) keeps no partial file to resume from, and verifies no hash.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ from pretrain.text.opening import backoff
 
 try:
     import fcntl
-except ImportError:  # Windows: two processes with the same file are then the user's care
+except ImportError:  # Windows: two processes must not download the same file
     fcntl = None
 
-LONGEST_WAIT = 300  # seconds: a server that asks for more (Retry-After) is given up for now
+LONGEST_WAIT = 300  # seconds; if a server asks for more (Retry-After), the file fails
 CONNECT_TIMEOUT = 10  # seconds
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How often and how patiently a file is tried."""
+    """How often to try, and how long to wait."""
 
     tries: int = 5
     backoff: float = 1.0  # seconds before the second try, twice as long before each further one
@@ -63,35 +63,33 @@ class Download:
 
     url: str
     file: Path
-    size: int = 0  # bytes that it must have; 0: not known beforehand
-    sha256: str = ""  # that it must have, in hexadecimal; empty: not known beforehand
+    size: int = 0  # expected bytes; 0: unknown
+    sha256: str = ""  # expected, in hexadecimal; empty: unknown
     limit: int = 0  # refuse a file of more bytes than this; 0: any size
-    state: Literal["waiting", "running", "fetched", "kept", "failed"] = "waiting"  # kept: it was complete already
+    state: Literal["waiting", "running", "fetched", "kept", "failed"] = "waiting"  # kept: it was already complete
     done: int = 0  # bytes on the disk
-    total: int = 0  # bytes of the whole file, about, until the server says it; 0: no idea
+    total: int = 0  # bytes of the whole file; an estimate until the server tells, 0: unknown
     tries: int = 0
     problem: str = ""  # why it failed
 
     @property
     def part(self) -> Path:
-        """Where its bytes are until it is complete."""
+        """Holds its bytes until it is complete."""
         return self.file.with_name(f"{self.file.name}.part")
 
     @property
     def note(self) -> Path:
-        """What the server said of the partial file."""
+        """Holds what the server said about the partial file."""
         return self.file.with_name(f"{self.file.name}.part.note")
 
 
 def download(
     url: str, file: Path, *, size: int = 0, sha256: str = "", limit: int = 0, retry: RetryPolicy = RetryPolicy()
 ) -> Path:
-    """Download one file, unless it is there already. Give its path.
+    """Download one file, unless it is already there, and return its path. Folders are created.
 
-    ``url`` is http:// or https://; to Hugging Face (or HF_ENDPOINT), and nowhere else, the user's token goes along.
-    Folders are made. ``size``, ``sha256`` and ``limit`` are those of Download.
-
-    Raises DataError if it cannot be had: the line says why, and the caller adds what to do about it.
+    ``url`` is http:// or https://; the user's token is sent to Hugging Face (or HF_ENDPOINT) only. ``size``, ``sha256``
+    and ``limit`` are those of Download. Raises DataError that says why it failed; the caller adds what to do about it.
     """
     item = Download(url, file, size, sha256, limit)
     download_all([item], 1, retry)
@@ -106,23 +104,21 @@ def download_all(
     retry: RetryPolicy = RetryPolicy(),
     show: Callable[[], None] = lambda: None,
 ) -> None:
-    """Download files side by side. What became of each is in its ``state`` and ``problem``.
+    """Download files in parallel. The outcome of each is in its ``state`` and ``problem``.
 
-    ``show`` is called about ten times a second in the calling thread. A KeyboardInterrupt there stops the downloads;
-    partial files stay for the next time.
-
-    Raises DataError as soon as going on is useless for all files: Unreachable, or the disk is full.
+    ``show`` is called about ten times a second in the calling thread. KeyboardInterrupt stops the downloads; partial
+    files stay for the next time. Raises DataError when no file can succeed: Unreachable, or the disk is full.
     """
-    queue = iter(items)  # which all threads share
+    queue = iter(items)  # shared by all threads
     with httpx2.Client(
         follow_redirects=True,
         timeout=httpx2.Timeout(retry.timeout, connect=min(CONNECT_TIMEOUT, retry.timeout), pool=None),
         limits=httpx2.Limits(max_connections=workers),
-        # Lengths, ranges and hashes are of the bytes of the file, so they must come as they are.
+        # Sizes, ranges and hashes are those of the file itself, not of a compressed form of it.
         headers={"Accept-Encoding": "identity", "User-Agent": "pretrain"},
     ) as client:
         downloader = _Downloader(client, retry)
-        # Not concurrent.futures: at exit it waits for its threads, even for one that hangs in a stalled connection.
+        # Not concurrent.futures: at exit it would wait for its threads, even for one in a stalled connection.
         threads = [
             threading.Thread(target=downloader.work, args=(queue,), daemon=True)
             for _ in range(min(workers, len(items)))
@@ -144,15 +140,15 @@ def download_all(
 
 
 class Unreachable(DataError):
-    """A host cannot be reached from here: no network, no such host, nobody listens. Waiting does not help."""
+    """A host that never answered cannot be reached: no network, no such host. Waiting does not help."""
 
 
 class _Failed(Exception):
-    """Why a try failed; ``again`` if another may succeed, after at least ``wait`` seconds; ``anew``: from byte 0."""
+    """Why a try failed; whether to retry, after at least ``wait`` seconds, and whether to restart at byte 0."""
 
-    def __init__(self, why: str, again: bool = True, wait: float = 0, anew: bool = False):
+    def __init__(self, why: str, retry: bool = True, wait: float = 0, restart: bool = False):
         super().__init__(why)
-        self.again, self.wait, self.anew = again, wait, anew
+        self.retry, self.wait, self.restart = retry, wait, restart
 
 
 class _Stopped(Exception):
@@ -160,7 +156,7 @@ class _Stopped(Exception):
 
 
 class _Downloader:
-    """What the threads of a job share."""
+    """State shared by the threads."""
 
     def __init__(self, client: httpx2.Client, retry: RetryPolicy):
         self.client = client
@@ -183,7 +179,7 @@ class _Downloader:
             self.stop.set()
 
     def get(self, item: Download) -> None:
-        """Download a file with all the tries it takes. Raises DataError for what would hit every other file too."""
+        """Download one file, with retries. Raises DataError for problems that would hit every other file too."""
         try:
             item.file.parent.mkdir(parents=True, exist_ok=True)
             part = self._open_part(item)
@@ -194,7 +190,7 @@ class _Downloader:
             item.state = "running"
             retrying = Retrying(
                 stop=stop_after_attempt(self.retry.tries),
-                retry=retry_if_exception(lambda error: isinstance(error, _Failed) and error.again),
+                retry=retry_if_exception(lambda error: isinstance(error, _Failed) and error.retry),
                 wait=self._pause,
                 sleep=self._wait,
                 reraise=True,
@@ -208,7 +204,7 @@ class _Downloader:
                     item.state = "fetched"
                 except _Failed as failed:
                     item.state, item.problem = "failed", str(failed)
-                finally:  # also on Ctrl-C: nothing stays that cannot be gone on with
+                finally:  # also on Ctrl-C: keep only what can be resumed
                     if item.state != "fetched" and (_size(part) == 0 or _read_note(item) is None):
                         item.part.unlink(missing_ok=True)
                         item.note.unlink(missing_ok=True)
@@ -216,15 +212,15 @@ class _Downloader:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise DataError(
                     f"{item.file.parent}: no room left on the disk for {item.file.name}; free some, or give another"
-                    f" folder, and run the same command again: it goes on where this one stopped"
+                    f" folder, and run the same command again: it resumes where this one stopped"
                 ) from None
             raise DataError(f"{item.file} cannot be written ({error.strerror}); give another folder") from None
 
     def _open_part(self, item: Download) -> FileIO | None:
-        """Open the partial file for this process alone; None if the file is complete, perhaps by another process."""
+        """Open and lock the partial file; None if the file is complete, perhaps thanks to another process."""
         while not _is_complete(item):
             part = FileIO(item.part, "ab")
-            with contextlib.suppress(FileNotFoundError):  # who had the lock may have completed and renamed it
+            with contextlib.suppress(FileNotFoundError):  # the holder of the lock has completed and renamed it
                 if _lock(part) and os.path.samestat(os.fstat(part.fileno()), item.part.stat()):
                     if not _is_complete(item):
                         return part
@@ -234,7 +230,7 @@ class _Downloader:
         return None
 
     def _pause(self, state: RetryCallState) -> float:
-        """Seconds until the next try, no less than the server asks for."""
+        """Seconds until the next try, at least what the server asks for."""
         failed = state.outcome.exception() if state.outcome else None
         asked = failed.wait if isinstance(failed, _Failed) else 0
         return max(asked, self.retry.backoff * backoff(state.attempt_number))
@@ -244,24 +240,24 @@ class _Downloader:
             raise _Stopped
 
     def _receive(self, item: Download, part: FileIO) -> None:
-        """One try: ask for what is missing, write it, check the whole, and give it its name."""
+        """One try: request what is missing, write it, verify the whole file, rename it."""
         try:
             have = _size(part)
-            told = _read_note(item) if have else None
-            if told is None or have != told.size:  # else it was killed between its last byte and its renaming
-                told = self._request(item, part, have, told)
+            info = _read_note(item) if have else None
+            if info is None or have != info.size:  # else it was killed between the last byte and the rename
+                info = self._request(item, part, have, info)
             item.done = _size(part)
-            size = item.size or told.size
-            digests = told.digests | ({"sha256": item.sha256} if item.sha256 else {})
+            size = item.size or info.size
+            digests = info.digests | ({"sha256": item.sha256} if item.sha256 else {})
             if defect := _defect(item.part, item.file.suffix, size, digests):
-                raise _Failed(defect, again=item.done > 0, anew=item.done >= size)
+                raise _Failed(defect, retry=item.done > 0, restart=item.done >= size)
         except httpx2.TransportError as error:
-            again = isinstance(error, (httpx2.TimeoutException, httpx2.NetworkError, httpx2.ProtocolError))
-            raise _Failed(self._explain(error, item), again) from error
+            retry = isinstance(error, (httpx2.TimeoutException, httpx2.NetworkError, httpx2.ProtocolError))
+            raise _Failed(self._explain(error, item), retry) from error
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-            raise _Failed(str(error), again=False) from error
+            raise _Failed(str(error), retry=False) from error
         except _Failed as failed:
-            if failed.anew and _size(part):
+            if failed.restart and _size(part):
                 part.truncate(0)
             raise
         os.fsync(part.fileno())
@@ -269,27 +265,29 @@ class _Downloader:
         item.note.unlink(missing_ok=True)
         sync_folder(item.file.parent)
 
-    def _request(self, item: Download, part: FileIO, have: int, told: _Told | None) -> _Told:
+    def _request(self, item: Download, part: FileIO, have: int, noted: _FileInfo | None) -> _FileInfo:
+        """Write what the server sends to the partial file, after the ``have`` bytes there if it has ``noted`` still."""
         headers = _authorization(item.url)
-        if told is not None:
-            headers |= {"Range": f"bytes={have}-", "If-Range": told.validator}
+        if noted is not None:
+            headers |= {"Range": f"bytes={have}-", "If-Range": noted.validator}
         with self.client.stream("GET", item.url, headers=headers) as answer:
             self._reached.update(each.request.url.host for each in (*answer.history, answer))
             _refuse(answer, item)
-            now = _what_is_told(item.url, answer)
+            info = _file_info(item.url, answer)
             if answer.status_code == 206:
-                if told is None or not told.goes_on_with(now, have, answer.headers.get("Content-Range", "")):
-                    raise _Failed("the server went on with another file", anew=True)
-            else:  # the whole: asked for, or because the file has changed or the server knows no ranges
+                if noted is None or not noted.continued_by(info, have, answer.headers.get("Content-Range", "")):
+                    raise _Failed("the server continued with another file", restart=True)
+                info = noted
+            else:  # the whole file: as requested, or because it has changed or the server supports no ranges
                 if have:
                     part.truncate(0)
-                have, told = 0, now
-                write_atomically(item.note, json.dumps(asdict(told)))
+                have = 0
+                write_atomically(item.note, json.dumps(asdict(info)))
             most = item.size or item.limit
             expected = f"the {item.size:,} published" if item.size else f"at most {item.limit:,}"
-            if told.size and (told.size != item.size if item.size else told.size > item.limit > 0):
-                raise _Failed(f"the server's file has {told.size:,} bytes, not {expected}", again=False)
-            item.done, item.total = have, told.size or item.total or item.size
+            if info.size and (info.size != item.size if item.size else info.size > item.limit > 0):
+                raise _Failed(f"the server's file has {info.size:,} bytes, not {expected}", retry=False)
+            item.done, item.total = have, info.size or item.total or item.size
             for chunk in answer.iter_raw():
                 if self.stop.is_set():
                     raise _Stopped
@@ -298,11 +296,11 @@ class _Downloader:
                     rest = rest[part.write(rest) :]
                 item.done += len(chunk)
                 if most and item.done > most:
-                    raise _Failed(f"the server's file is longer than {expected}", again=False, anew=True)
-        return told
+                    raise _Failed(f"the server's file is longer than {expected}", retry=False, restart=True)
+        return info
 
     def _explain(self, error: httpx2.TransportError, item: Download) -> str:
-        """What went wrong with a connection. Raises Unreachable if its host never answered before."""
+        """Say what went wrong with a connection. Raises Unreachable if its host has never answered."""
         why = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, httpx2.ConnectTimeout):
             why = "no answer"
@@ -321,40 +319,40 @@ class _Downloader:
         return why
 
 
-# What the server says -------------------------------------------------------------------------------------------------
+# What the server says about a file ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Told:
-    """What the server said of a file; kept beside the partial file, so that only the same file is gone on with."""
+class _FileInfo:
+    """What the server said about a file; noted beside the partial file, so that only the same file is resumed."""
 
     url: str
-    validator: str  # a strong ETag, or the time of its last change; empty: no way to know the file again
-    size: int  # 0: not said
+    validator: str  # a strong ETag, or Last-Modified; empty: it cannot be resumed
+    size: int  # 0: unknown
     digests: dict[str, str] = field(default_factory=dict)  # name in hashlib -> hexadecimal digits
 
-    def goes_on_with(self, now: _Told, have: int, content_range: str) -> bool:
-        """Whether a partial answer is the rest of this file, from byte ``have`` on."""
+    def continued_by(self, now: _FileInfo, have: int, content_range: str) -> bool:
+        """Whether a partial answer is the rest of this file, from byte ``have``."""
         match = re.match(r"bytes (\d+)-", content_range)
         same = now.validator in (self.validator, "") and now.size in (self.size, 0)
         same = same and all(self.digests.get(name, digest) == digest for name, digest in now.digests.items())
         return match is not None and int(match[1]) == have and same
 
 
-def _read_note(item: Download) -> _Told | None:
-    """What was told of the partial file; None if that is of no use for going on with it."""
+def _read_note(item: Download) -> _FileInfo | None:
+    """What the server said about the partial file; None if it cannot be resumed."""
     try:
-        told = _Told(**json.loads(item.note.read_text(encoding="utf-8")))
+        info = _FileInfo(**json.loads(item.note.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
-    return told if told.validator and told.url == without_secrets(item.url) else None
+    return info if info.validator and info.url == without_secrets(item.url) else None
 
 
-def _what_is_told(url: str, answer: httpx2.Response) -> _Told:
-    # Hugging Face tells the size and SHA-256 of a large file where it redirects to its store, whose own ETag may be
+def _file_info(url: str, answer: httpx2.Response) -> _FileInfo:
+    # Hugging Face sends the size and SHA-256 of a large file with the redirect to its store, whose own ETag may be
     # another hash. Elsewhere an ETag of 64 digits need not be a hash of the content: GitHub's is not.
     redirects = httpx2.Headers()
-    for each in (answer, *reversed(answer.history)):  # the first to say it is right
+    for each in (answer, *reversed(answer.history)):  # the first answer counts
         redirects.update(each.headers)
     etag = answer.headers.get("ETag", "")
     tag = redirects.get("X-Linked-ETag") or (redirects["ETag"] if "X-Repo-Commit" in redirects else "")
@@ -365,7 +363,7 @@ def _what_is_told(url: str, answer: httpx2.Response) -> _Told:
     if answer.status_code == 200:
         size = size or answer.headers.get("Content-Length", "")
     validator = answer.headers.get("Last-Modified", "") if not etag or etag.startswith("W/") else etag
-    return _Told(without_secrets(url), validator, int(size) if size.isdecimal() else 0, digests)
+    return _FileInfo(without_secrets(url), validator, int(size) if size.isdecimal() else 0, digests)
 
 
 def _digests(headers: httpx2.Headers) -> dict[str, str]:
@@ -386,28 +384,28 @@ def _digests(headers: httpx2.Headers) -> dict[str, str]:
 
 
 def _refuse(answer: httpx2.Response, item: Download) -> None:
-    """Raise _Failed for an answer that does not bring the file."""
+    """Raise _Failed for an answer without the file."""
     code, headers = answer.status_code, answer.headers
     if code in (200, 206):
         if headers.get("Content-Type", "").startswith("text/html") and not item.file.name.endswith((".html", ".htm")):
-            raise _Failed("a web page came instead of the file, perhaps the login page of a network", again=False)
+            raise _Failed("a web page came instead of the file, perhaps the login page of a network", retry=False)
         if headers.get("Content-Encoding", "identity") != "identity":
-            raise _Failed(f"the server sends it only as Content-Encoding: {headers['Content-Encoding']}", again=False)
+            raise _Failed(f"the server sends it only as Content-Encoding: {headers['Content-Encoding']}", retry=False)
         return
     why = f"HTTP {code} {answer.reason_phrase}".strip()
-    if code == 416:  # there is no such rest: the file is shorter than it was
-        raise _Failed(why, anew=True)
+    if code == 416:  # the file has become shorter
+        raise _Failed(why, restart=True)
     if code in (401, 403) and _is_hugging_face(item.url):
         given = "Authorization" in (*answer.history, answer)[0].request.headers
         why += "; the token (HF_TOKEN) is not accepted" if given else "; it may need a token: HF_TOKEN or hf auth login"
     wait = _retry_after(headers.get("Retry-After", ""))
     if wait > LONGEST_WAIT:
-        raise _Failed(f"{why}; the server asks to come back in {wait:,.0f} s", again=False)
-    raise _Failed(why, again=code in (408, 425, 429) or code >= 500, wait=wait)
+        raise _Failed(f"{why}; the server asks to come back in {wait:,.0f} s", retry=False)
+    raise _Failed(why, retry=code in (408, 425, 429) or code >= 500, wait=wait)
 
 
 def _retry_after(text: str) -> float:
-    """Seconds to wait, from a number of them or a date."""
+    """Seconds to wait, given as a number or a date."""
     if text.strip().isdecimal():
         return float(text)
     try:
@@ -423,12 +421,12 @@ def _is_hugging_face(url: str) -> bool:
 
 
 def _authorization(url: str) -> dict[str, str]:
-    """The header with the user's token, for Hugging Face only. On a redirect to another host httpx2 drops it."""
+    """The header with the user's token, for Hugging Face only; httpx2 drops it on a redirect to another host."""
     if not _is_hugging_face(url):
         return {}
     from huggingface_hub import get_token
 
-    token = get_token()  # of HF_TOKEN or hf auth login
+    token = get_token()  # from HF_TOKEN or hf auth login
     if token is None:
         return {}
     if not re.fullmatch(r"[!-~]+", token):  # or it would be printed as an illegal header
@@ -444,7 +442,7 @@ def _size(part: FileIO) -> int:
 
 
 def _lock(part: FileIO) -> bool:
-    """Take the file for this process; False if another has it. On file systems without locks it is always free."""
+    """Lock the file; False if another process has it. File systems without locks always allow it."""
     if fcntl is not None:
         try:
             fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -456,13 +454,13 @@ def _lock(part: FileIO) -> bool:
 
 
 def _is_complete(item: Download) -> bool:
-    """Whether the file is there and whole, as far as that can be known without asking the server."""
+    """Whether the file is there and complete, as far as can be known without the server."""
     digests = {"sha256": item.sha256} if item.sha256 else {}
     return item.file.is_file() and not _defect(item.file, item.file.suffix, item.size, digests)
 
 
 def _defect(file: Path, suffix: str, expected: int, digests: dict[str, str]) -> str:
-    """Why this is not the whole file of so many bytes (0: any), these hashes and this suffix; empty if it is."""
+    """Why this is not the complete file of that size (0: any), suffix and hashes; empty if it is."""
     size = file.stat().st_size
     if size == 0:
         return "the server sent an empty file"
@@ -474,12 +472,12 @@ def _defect(file: Path, suffix: str, expected: int, digests: dict[str, str]) -> 
         if actual.hexdigest() != digest:
             return f"altered on the way: {algorithm} {actual.hexdigest()[:12]}… instead of {digest[:12]}…"
     if suffix == ".parquet" and (problem := _parquet_problem(file)):
-        return f"not a whole Parquet file: {problem}"
+        return f"not a complete Parquet file: {problem}"
     return ""
 
 
 def _parquet_problem(file: Path) -> str:
-    """Why this is not a whole Parquet file; empty if it is: its footer is there and, with pyarrow, can be read."""
+    """Why this is not a complete Parquet file; empty if its footer is there and, with pyarrow, can be read."""
     size = file.stat().st_size
     with open(file, "rb") as data:
         head = data.read(4)

@@ -1,4 +1,4 @@
-"""Which files the paths stand for: files, folders, patterns and URLs, in one order for everybody."""
+"""Find the files that paths name: files, folders, patterns and URLs, in the same order on every machine."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _walk(folder: Path) -> list[str]:
 
 
 def _choose(files: list[str], given: str) -> list[str]:
-    """Keep the files of a folder or pattern that are read, sorted. What else lies beside them is not an error.
+    """Keep the files of a folder or pattern that are read, sorted. Other files beside them are not an error.
 
     A plain .json file counts only where the pattern asks for it: beside texts it mostly holds something else.
     """

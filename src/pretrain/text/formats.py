@@ -1,13 +1,13 @@
-"""The types of file: bytes to documents, in bounded memory, whatever is in them.
+"""The types of file: bytes to documents, in bounded memory, whatever they contain.
 
     a range of plain text ───────────read_text───────┐
     the same with a separator in it ─read_separated──┤
     a range of JSON lines ───────────read_lines──────┼──> Document, Document, ...
     row groups of Parquet ───────────read_rows───────┘
 
-A range of a file begins and ends where ``_text_cut`` (plain text) or the next line or separator says, so that ranges
-which follow one another give every document once. Readers count in ``problems`` what was wrong with documents, by the
-names in ``PROBLEMS``.
+A range of a file begins and ends where ``_text_cut`` (plain text) or the next line or separator says, so that
+consecutive ranges give every document once. Readers count in ``problems`` what was wrong with documents, by the names
+in ``PROBLEMS``.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from pretrain.text.opening import REMOTE_BUFFER, TEXT, is_url, one_line, open_by
 PROBE = 64 * 1024  # bytes at the start of a file that must look like text
 CHUNK = 1024 * 1024  # bytes decoded at once
 PART_CHARACTERS = 4 * 1024 * 1024  # a longer text is given in parts; in memory each is 16 MiB at most
-CUT_WINDOW = 64 * 1024  # within so much text a good place to cut is looked for
-LINE_BYTES = 1024**3  # what is longer is no line
-ROWS, ROWS_BYTES = 1024, 8 * 1024 * 1024  # rows of Parquet decoded at once: so many, of about so many bytes
+CUT_WINDOW = 64 * 1024  # characters (of a range: bytes) searched for a good place to cut
+LINE_BYTES = 1024**3  # a longer line is an error
+ROWS, ROWS_BYTES = 1024, 8 * 1024 * 1024  # rows of Parquet decoded at once, at most, and about their bytes
 
 PROBLEMS = {
     "empty": "documents without text, or of nothing but white space; left out",
@@ -55,12 +55,12 @@ _JSON = json.JSONDecoder(strict=False)  # which keeps raw tabs and line ends in 
 
 @dataclass(frozen=True)
 class Document:
-    """A text that stands by itself: a file, a row of a Parquet or JSONL file, a paragraph of the embedded corpus."""
+    """An independent text: a file, a row of a Parquet or JSONL file, a paragraph of the embedded corpus."""
 
     text: str
     source: str  # the path of its file as the user gave it, or 'embedded:' and the name of the corpus
     continues: bool = False
-    """Whether it goes on where the one before it ended: a part of one too large to be held. It gets no BOS token."""
+    """Whether it continues the one before it, as a part of a document too large to be held. It gets no BOS token."""
 
 
 def check_start(file: str, kind: str, must_hold_text: bool) -> None:
@@ -142,7 +142,7 @@ def _text_cut(stream: BinaryIO, position: int) -> int:
 
 
 def _next_character(data: bytes, offset: int) -> int:
-    """Pass over the bytes that go on with a character; there are never more than three."""
+    """Skip the continuation bytes of a character; there are never more than three."""
     stop = min(offset + 3, len(data))
     while offset < stop and data[offset] & 0xC0 == 0x80:
         offset += 1

@@ -4,8 +4,8 @@
     URL ──expand_url──> (URL, size), ...
 
 ``format_of`` tells by the name what is inside. fsspec and the package of each protocol read https://, hf://, s3://,
-gs:// and whatever else they know; what is added here is what reading for days needs: a range that does not come, or not
-whole, is asked for again. Whatever goes wrong becomes one line for the user (``one_line``, ``_one_line_remote``).
+gs:// and others; for runs of days, a range that does not arrive complete is requested again. Errors become one line for
+the user (``one_line``, ``_one_line_remote``).
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ FORMATS = {
 COMPRESSIONS = (".gz", ".zst", ".xz")
 
 LOCAL_BUFFER = 1024 * 1024
-REMOTE_BUFFER = 8 * 1024 * 1024  # bytes asked for at once; smaller would wait more than read
+REMOTE_BUFFER = 8 * 1024 * 1024  # bytes per request; with less, latency would dominate
 TRIES = 5  # for each range of bytes
-CONNECT_SECONDS, READ_SECONDS = 10, 60  # a try has failed when nothing has come for so long
+CONNECT_SECONDS, READ_SECONDS = 10, 60  # a try without a byte for so long has failed
 
 # The packages whose exceptions mean that the bytes they were given are damaged.
 _DECODERS = ("pyarrow", "backports", "compression", "_zstd")
 _HTTP = ("http", "https")
-# What a protocol needs beside fsspec, and the extra of pretrain with which that is installed.
+# The package that a protocol needs besides fsspec, and the extra of pretrain that installs it.
 _PACKAGES = {
     **dict.fromkeys(_HTTP, ("aiohttp", "data")),
     **dict.fromkeys(("s3", "s3a"), ("s3fs", "s3")),
@@ -212,7 +212,7 @@ class _RemoteFile(io.RawIOBase):
         retrying = Retrying(
             stop=stop_after_attempt(TRIES if self.has_ranges else 1),
             wait=lambda state: backoff(state.attempt_number),
-            # With these the server has decided: asked again, it answers the same.
+            # After these a second request would get the same answer.
             retry=retry_if_exception(
                 lambda error: isinstance(error, Exception) and _status(error) not in (400, 401, 403, 404, 410, 416)
             ),
@@ -261,7 +261,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
             options["client_kwargs"] = {
                 "timeout": aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS),
-                # A server that compresses on the way would count other bytes than those of the file.
+                # Ranges must be those of the file itself, not of a compressed form of it.
                 "headers": {"Accept-Encoding": "identity"},
                 "trust_env": True,  # proxies
             }
@@ -274,7 +274,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
                 )
             _reach(os.environ.get("HF_ENDPOINT") or constants.ENDPOINT)
         elif protocol in ("gs", "gcs"):
-            import gcsfs  # type: ignore[import-not-found]  # noqa: F401  # if it is missing, that is to be said first
+            import gcsfs  # type: ignore[import-not-found]  # noqa: F401  # report first if it is missing
 
             _reach(os.environ.get("STORAGE_EMULATOR_HOST", "https://storage.googleapis.com"))
         elif protocol in ("s3", "s3a"):
@@ -288,7 +288,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 @lru_cache
 def _reach(server: str) -> None:
-    """Ask a server for any answer, once: the libraries of hf:// and gs:// try for 23 and 50 seconds to get one."""
+    """Check once that a server answers: the libraries of hf:// and gs:// would retry for 23 and 50 seconds."""
     import httpx2
 
     httpx2.head(server, timeout=CONNECT_SECONDS)

@@ -1,4 +1,4 @@
-"""Pieces: the parts of the text that can be read by themselves, in any order and by any process.
+"""Pieces: parts of the text that can be read independently, in any order and by any process.
 
     paths ──find_pieces──> Piece, Piece, ... ──read_piece──> Document, Document, ...
 
@@ -30,7 +30,7 @@ PROBES = 16  # files looked at side by side, mostly waiting for a server
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of the text that is read by itself."""
+    """A part of the text that can be read independently."""
 
     file: str  # a path or URL, or EMBEDDED
     size: int  # about how many bytes of text it holds; for planning only
@@ -60,8 +60,8 @@ def find_pieces(paths: Sequence[str], field: str = "text", separator: str = "") 
 def read_piece(piece: Piece, field: str = "text", problems: Counter[str] | None = None) -> Iterator[Document]:
     """Give the documents of a piece in order, in bounded memory.
 
-    What is wrong with documents is fixed, or they are left out, and it is counted in ``problems`` by the names in
-    ``PROBLEMS``. Raises DataError if the file cannot be read or is damaged.
+    Bad documents are fixed or left out, and counted in ``problems`` by the names in ``PROBLEMS``. Raises DataError if
+    the file cannot be read or is damaged.
     """
     problems = Counter() if problems is None else problems
     kind, _ = format_of(piece.file) or (TEXT, "")
@@ -97,7 +97,7 @@ def _pieces(file: SourceFile, field: str, separator: str) -> list[Piece]:
     if kind == JSON_LINES:  # the first line is looked at before it is given
         next(formats.read_lines(file.name, field, 0, 0, Counter(), buffer=formats.PROBE), None)
     separator = separator if kind == TEXT else ""
-    size = file.size if file.size is not None else RANGE_BYTES  # or whatever it is
+    size = file.size if file.size is not None else RANGE_BYTES  # unknown
     if compression:
         return [Piece(file.name, size * COMPRESSION_RATIO, separator=separator)]
     with open_raw(file.name) as stream:

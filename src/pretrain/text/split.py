@@ -24,7 +24,7 @@ class Part:
 
     text: str
     split: str  # TRAIN or VAL
-    begins: bool  # whether a document of this side begins here; otherwise it goes on from the part before
+    begins: bool  # whether a document of this side begins here; otherwise it continues the part before
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Survey:
 
 
 def survey(documents: Iterable[Document], alphabet: bool = False) -> Survey:
-    """Count what is there, once through."""
+    """Count the documents, in one pass."""
     characters, count, last = 0, 0, None
     distinct: set[str] = set()
     for document in documents:
@@ -90,7 +90,7 @@ def split_tail(documents: Iterable[Document], tail: Tail, position: int = 0, ope
 
     The document in which the cut falls stays whole, in training, unless it is the last one: that is cut at exactly
     this character, so that a single file splits as nanoGPT and LLMs-from-scratch do it. ``position``: characters
-    before this run of documents; ``opened``: where the document began that the run may go on with.
+    before this run of documents; ``opened``: where the document began that the run may continue.
     """
     for document in documents:
         if not document.continues:
@@ -111,7 +111,7 @@ def split_hash(documents: Iterable[Document], val_fraction: float, opened: str =
     """Choose about ``val_fraction`` of the documents for validation by the SHA-256 of their text.
 
     The choice depends on nothing else, so equal documents are on the same side and stay there when others are added.
-    Of a document in several parts the first one decides; ``opened`` is the side of the one that the run may go on with.
+    Of a document in several parts the first one decides; ``opened`` is the side of the one that the run may continue.
     """
     for document in documents:
         if not document.continues:
