@@ -40,11 +40,7 @@ LAST_STEPS = 50
 def export_run(run: Run, format: Literal["hf", "safetensors"], out: Path, checkpoint: Checkpoint | None = None) -> str:
     """Write the model of ``run`` into the folder ``out``, which appears whole or not at all; says how to load it.
 
-    Args:
-        run: the run directory.
-        format: ``hf`` or ``safetensors``.
-        out: a folder that does not exist or is empty.
-        checkpoint: of which step; by default the newest.
+    ``checkpoint`` is by default the newest.
 
     Raises:
         UsageError: ``out`` has files, or cannot be written.
@@ -55,32 +51,33 @@ def export_run(run: Run, format: Literal["hf", "safetensors"], out: Path, checkp
     checkpoint = checkpoint or run.newest_checkpoint()
     model, tokenizer = run.load_model(checkpoint=checkpoint), run.tokenizer()
     tree, tensors = to_hf(model, OWN if format == "safetensors" else "")
-    own = tree["model_type"] == OWN
+    own, code = tree["model_type"] == OWN, {}
     if format == "safetensors":
         tensors = {name.removeprefix("gpt."): tensor for name, tensor in tensors.items()}
-    files: dict[str, str] = {}
-    if format == "hf":
-        if boundary := _boundary(tokenizer):
-            tree |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.bos_id}
+        files = {"config.json": tree}
+        how = f'from pretrain.hf.convert import load_hf; model = load_hf("{out}")'
+    else:
+        bos, bos_id = _bos(tokenizer), tokenizer.bos_id
+        ids = {"bos_token_id": bos_id, "eos_token_id": bos_id} if bos else {}
         if own:
+            code = model_code()
             tree["auto_map"] = {
                 "AutoConfig": f"{CONFIGURATION}.PretrainConfig",
                 "AutoModelForCausalLM": f"{MODELING}.PretrainForCausalLM",
             }
-            files |= model_code()
-        files["tokenizer_config.json"] = _json(
-            {
+        files = {
+            "config.json": tree | ids,
+            "generation_config.json": ids | ({"use_cache": False} if own else {}),
+            "tokenizer_config.json": {
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "model_max_length": run.config.model.context_length,
                 "clean_up_tokenization_spaces": False,
                 "split_special_tokens": True,  # the name of a special token in a text is text
-                **({"bos_token": boundary, "eos_token": boundary} if boundary else {}),
-            }
-        )
-        ids = {name: tree[name] for name in ("bos_token_id", "eos_token_id") if name in tree}
-        files["generation_config.json"] = _json({**ids, **({"use_cache": False} if own else {})})
-        files["README.md"] = model_card(run, checkpoint, out.resolve().name)
-    files["config.json"] = _json(tree)
+                **({"bos_token": bos, "eos_token": bos} if bos else {}),
+            },
+        }
+        code["README.md"] = model_card(run, checkpoint, out.resolve().name)
+        how = f'model = AutoModelForCausalLM.from_pretrained("{out}"{", trust_remote_code=True" if own else ""})'
 
     final = out.resolve()
     temporary = final.with_name(f".{final.name}.tmp")
@@ -90,16 +87,14 @@ def export_run(run: Run, format: Literal["hf", "safetensors"], out: Path, checkp
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
         (temporary / "model.safetensors").chmod(0o644)  # safetensors lets only its owner read it
         tokenizer.save(temporary / "tokenizer.json")
-        for name, text in files.items():
+        for name, text in {**code, **{name: _json(file) for name, file in files.items()}}.items():
             (temporary / name).write_text(text, encoding="utf-8")
         os.replace(temporary, final)  # an empty folder gives way
     except OSError as error:
         raise UsageError(f"cannot write {out}: {error.strerror}; choose another --out") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    if format == "safetensors":
-        return f'from pretrain.hf.convert import load_hf; model = load_hf("{out}")'
-    return f'model = AutoModelForCausalLM.from_pretrained("{out}"{", trust_remote_code=True" if own else ""})'
+    return how
 
 
 def model_code() -> dict[str, str]:
@@ -116,56 +111,18 @@ def model_code() -> dict[str, str]:
 
 def model_card(run: Run, checkpoint: Checkpoint, name: str) -> str:
     """README.md of an export: what the model is, what it learned from, how good it is, how to load it, its settings."""
-    config, summary = run.config, run.summary
-    kind = hf_type(config.model)
-    own = kind == OWN
-    trust = ", trust_remote_code=True" if own else ""
-    tokens = checkpoint.step * config.train.batch_tokens
-    facts = [
-        f"Trained on {tokens:,} tokens in {checkpoint.step:,} steps"
-        + (f", beginning with the weights of {config.train.init_from}" if config.train.init_from else ""),
-        f"Tokenizer: {Path(config.tokenizer.kind).name}, {run.tokenizer().vocab_size:,} tokens",
-        f"Context: {config.model.context_length} tokens",
-    ]
-    if summary and summary["steps"] == checkpoint.step:
-        facts.insert(0, f"Parameters: {summary['parameters']:,}")
-    records = [record for record in read_jsonl(run.metrics) if record["step"] <= checkpoint.step]
-    losses = [record["train/loss"] for record in records[-LAST_STEPS:] if record.get("train/loss") is not None]
-    if losses:
-        facts.append(f"Training loss: {sum(losses) / len(losses):.4f} nats per token (mean of {len(losses)} steps)")
-    if last := next((record for record in reversed(records) if record.get("val/loss") is not None), None):
-        facts.append(
-            f"Held-out loss: {last['val/loss']:.4f} nats per token"
-            + (f", {last['val/bpb']:.4f} bits per byte" if last.get("val/bpb") is not None else "")
-            + f" (after step {last['step']:,})"
-        )
-    core = _core(run, checkpoint)
-    measured = next((record for record in reversed(records) if record.get("val/core") is not None), None)
-    if measured and not core:
-        count = config.eval.core_max_per_task
-        facts.append(
-            f"CORE: {measured['val/core']:.4f} after step {measured['step']:,}, the mean of the tasks of"
-            f" {without_secrets(config.eval.core_bundle) or 'the bundle'}"
-            + (f", {count:,} questions each" if count else "")
-        )
-    if own:
+    config, bos, kind = run.config, _bos(run.tokenizer()), hf_type(run.config.model)
+    how = f"It computes what transformers' `{kind}` does, and is loaded as that."
+    if kind == OWN:
         reasons = ", ".join(min(obstacles(config.model).values(), key=len))
         how = (
             f"transformers has no such architecture (because of: {reasons}), so it is loaded with the Python files"
             f" in this folder, which `trust_remote_code=True` allows to run. Its `generate` keeps no cache, so it is"
             f" slow for long texts."
         )
-    else:
-        how = f"It computes what transformers' `{kind}` does, and is loaded as that."
+    if bos:
+        how += f" Every document began with `{bos}`; the tokenizer does not add it by itself."
     settings = {section: table for section, table in config_to_dict(config).items() if section not in FREE_SECTIONS}
-    for name in ("paths", "val_paths"):
-        settings["data"][name] = [without_secrets(path) for path in settings["data"][name]]
-    bos = (
-        f" Every document began with `{_boundary(run.tokenizer())}`; the tokenizer does not add it by itself."
-        if _boundary(run.tokenizer())
-        else ""
-    )
-    first = "[tokenizer.bos_token_id] + " if bos else ""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -176,56 +133,87 @@ pipeline_tag: text-generation
 A language model trained with `pretrain`. It continues text; it was not taught to follow instructions, and was not
 checked for harmful or wrong statements.
 
-{chr(10).join(f"- {fact}" for fact in facts)}
+{chr(10).join(f"- {fact}" for fact in _facts(run, checkpoint))}
 
 ## Data
 
 {_data(run)}
-{core}## Loading
+{_core(run, checkpoint)}## Loading
 
-{how}{bos}
+{how}
 
 ```python
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}"{trust})
+model = AutoModelForCausalLM.from_pretrained("{name}"{", trust_remote_code=True" if kind == OWN else ""})
 tokenizer = AutoTokenizer.from_pretrained("{name}")
-ids = torch.tensor([{first}tokenizer.encode("And ")])
+ids = torch.tensor([{"[tokenizer.bos_token_id] + " if bos else ""}tokenizer.encode("And ")])
 print(tokenizer.decode(model.generate(ids, max_new_tokens=50, do_sample=True)[0]))
 ```
 
 ## Configuration
 
 ```json
-{_json(settings).strip()}
+{_json(without_secrets(settings)).strip()}
 ```
 """
+
+
+def _facts(run: Run, checkpoint: Checkpoint) -> list[str]:
+    """Size, tokens and losses of a checkpoint, a sentence each."""
+    config, summary, step = run.config, run.summary, checkpoint.step
+    begin = f", beginning with the weights of {config.train.init_from}" if config.train.init_from else ""
+    facts = [
+        f"Trained on {step * config.train.batch_tokens:,} tokens in {step:,} steps{begin}",
+        f"Tokenizer: {Path(config.tokenizer.kind).name}, {run.tokenizer().vocab_size:,} tokens",
+        f"Context: {config.model.context_length} tokens",
+    ]
+    if summary and summary["steps"] == step:
+        facts.insert(0, f"Parameters: {summary['parameters']:,}")
+    records = [record for record in read_jsonl(run.metrics) if record["step"] <= step]
+    losses = [record["train/loss"] for record in records[-LAST_STEPS:] if record.get("train/loss") is not None]
+    if losses:
+        facts.append(f"Training loss: {sum(losses) / len(losses):.4f} nats per token (mean of {len(losses)} steps)")
+
+    def newest(name: str) -> dict[str, Any] | None:
+        return next((record for record in reversed(records) if record.get(name) is not None), None)
+
+    if last := newest("val/loss"):
+        bpb = f", {last['val/bpb']:.4f} bits per byte" if last.get("val/bpb") is not None else ""
+        facts.append(f"Held-out loss: {last['val/loss']:.4f} nats per token{bpb} (after step {last['step']:,})")
+    if (measured := newest("val/core")) and not stored_core(run, checkpoint):
+        count = config.eval.core_max_per_task
+        facts.append(
+            f"CORE: {measured['val/core']:.4f} after step {measured['step']:,}, the mean of the tasks of"
+            f" {without_secrets(config.eval.core_bundle) or 'the bundle'}"
+            + (f", {count:,} questions each" if count else "")
+        )
+    return facts
 
 
 def _data(run: Run) -> str:
     """What the model learned from: a table with a line for each data set, as far as its files tell."""
     data = run.config.data
-    names = [without_secrets(path) for path in data.paths] or [embedded_name()]
+    names = ", ".join(without_secrets(path) for path in data.paths) or embedded_name()
     try:
         corpus = run.corpus()
     except DataError:
-        return f"{', '.join(names)}; its tokens were no longer there when this was written.\n"
+        return f"{names}; its tokens were no longer there when this was written.\n"
     rows = [["data", "training tokens", "documents", "bytes", "held-out tokens", "documents", "bytes"]]
     shared = len(corpus.datasets) > 1
     if shared:
         rows[0].append("share of rows")
-    train = max(1, corpus.tokens("train"))
     for number, dataset in enumerate(corpus.datasets):
-        name = ", ".join(names)
+        name, train = names, _sizes(dataset, "train")
         if is_tokens(data.paths):
             name = without_secrets(dataset.name) + _made_from(Path(dataset.name).expanduser())
-        rows.append([name, *_sizes(dataset, "train"), *_sizes(dataset, "val")])
         if data.stream:
-            rows[-1][1:4] = "tokenized while training", "", ""
+            train = ["tokenized while training", "", ""]
+        rows.append([name, *train, *_sizes(dataset, "val")])
         if shared:
-            weight = data.weights[number] / sum(data.weights) if data.weights else dataset.tokens("train") / train
-            rows[-1].append(f"{weight:.1%}")
+            weights = data.weights or [each.tokens("train") for each in corpus.datasets]
+            rows[-1].append(f"{weights[number] / max(1, sum(weights)):.1%}")
     return _table(rows)
 
 
@@ -266,22 +254,19 @@ def _core(run: Run, checkpoint: Checkpoint) -> str:
         parts.append("a part of CORE, which compares only with the same part of another model's")
     if stored["max_per_task"]:
         parts.append(f"of the first {stored['max_per_task']:,} questions of each task at most")
-    note = f"This is {', and '.join(parts)}.\n" if parts else ""
-    return f"## CORE\n\n{_table(rows)}\n{note}{chr(10) if note else ''}"
+    note = f"This is {', and '.join(parts)}.\n\n" if parts else ""
+    return f"## CORE\n\n{_table(rows)}\n{note}"
 
 
 def _table(rows: list[list[str]]) -> str:
     """Markdown."""
-    lines = ["| " + " | ".join(map(_cells, row)) + " |" for row in rows]
+    cells = [[text.replace("|", "\\|").replace("\n", " ") for text in row] for row in rows]
+    lines = ["| " + " | ".join(row) + " |" for row in cells]
     lines.insert(1, "|" + " --- |" * len(rows[0]))
     return "\n".join(lines) + "\n"
 
 
-def _cells(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _boundary(tokenizer: Tokenizer) -> str:
+def _bos(tokenizer: Tokenizer) -> str:
     """The name of the token that begins a document; empty if there is none."""
     return "" if tokenizer.bos_id is None else tokenizer.decode([tokenizer.bos_id], show_special=True)
 
