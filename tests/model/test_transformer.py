@@ -64,7 +64,7 @@ def test_parameter_counts_are_as_published(changes: dict, vocab_size: int, count
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_future_is_not_seen(name: str):
     model = build(ModelConfig(**{**SMALL, **VARIANTS[name]}))
-    tokens = torch.randint(1, 39, (2, 16), generator=torch.Generator().manual_seed(4))  # one document: no boundary, 0
+    tokens = torch.randint(1, 39, (2, 16), generator=torch.Generator().manual_seed(4))  # one document: no BOS, 0
     changed = tokens.clone()
     changed[:, 9] += 1
     before, after = model(tokens), model(changed)

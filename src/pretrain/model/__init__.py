@@ -1,4 +1,4 @@
-"""The model room: the Transformer and its loss.
+"""The Transformer, its loss, and its cache for generation.
 
 tokens (B, T)  →  transformer.GPT  →  loss.linear_cross_entropy  →  nats
 """

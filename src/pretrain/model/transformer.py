@@ -59,7 +59,11 @@ class Norm(nn.Module):
         return F.layer_norm(x, self.channels, weight, None if self.bias is None else self.bias.to(x.dtype), self.eps)
 
 
-def rotary(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+Rope = tuple[Tensor, Tensor]
+"""Cosines and sines of some positions."""
+
+
+def rotary(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Rope:
     """Cosines and sines (T, R/2) that turn R channels of a head, in pairs, by position (arXiv 2104.09864)."""
     rotated = int(head_dim(config) * config.rope_fraction)
     exponents = torch.arange(0, rotated, 2, dtype=torch.float32, device=positions.device) / rotated
@@ -95,16 +99,8 @@ def attend(
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         scores = torch.where(mask, (q @ k.mT) * scale, -torch.inf)
         return scores.softmax(dim=-1) @ v
-    return F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        is_causal=mask is None and T > 1,
-        dropout_p=dropout,
-        scale=scale,
-        enable_gqa=k.shape[1] != q.shape[1],
-    )
+    causal, gqa = mask is None and T > 1, k.shape[1] != q.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scale, enable_gqa=gqa)
 
 
 class Attention(nn.Module):
@@ -127,12 +123,7 @@ class Attention(nn.Module):
             self.value_gate = Linear(min(VALUE_GATE_CHANNELS, config.width), self.kv_heads, bias=False)
 
     def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor] | None,
-        mask: Tensor | None,
-        value_embedding: Tensor | None,
-        cache: KVCache | None,
+        self, x: Tensor, rope: Rope | None, mask: Tensor | None, value_embedding: Tensor | None, cache: KVCache | None
     ) -> Tensor:
         """X (B, T, C) → (B, T, C). ``mask`` (..., T, S) is True where attention is allowed; None is plain causal."""
         B, T, _ = x.shape
@@ -140,7 +131,7 @@ class Attention(nn.Module):
         k = self.k_norm(self.k(x).view(B, T, self.kv_heads, self.head_dim)).transpose(1, 2)
         v = self.v(x).view(B, T, self.kv_heads, self.head_dim)
         if self.value_gate is not None and value_embedding is not None:
-            gate = 3 * torch.sigmoid(self.value_gate(x[..., : self.value_gate.in_features]))  # (B, T, H)
+            gate = 3 * torch.sigmoid(self.value_gate(x[..., : self.value_gate.in_features]))  # (B, T, H), as nanochat
             v = v + gate[..., None] * value_embedding.view_as(v)
         v = v.transpose(1, 2)
         if rope is not None:
@@ -187,12 +178,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor] | None,
-        mask: Tensor | None,
-        value_embedding: Tensor | None,
-        cache: KVCache | None,
+        self, x: Tensor, rope: Rope | None, mask: Tensor | None, value_embedding: Tensor | None, cache: KVCache | None
     ) -> Tensor:
         """X (B, T, C) → (B, T, C)."""
         x = x + self.dropout(self.attention(self.attention_norm(x), rope, mask, value_embedding, cache))
@@ -245,18 +231,14 @@ class GPT(nn.Module):
     def compute_as_on(self, device_type: str) -> None:
         """Take the paths of another type of device than the tensors', for a dry run that counts its memory."""
         self.device_type = device_type
-        for block in self.blocks:
-            block.attention.device_type = device_type  # type: ignore[union-attr]
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.device_type = device_type
 
     def forward(
-        self,
-        tokens: Tensor,
-        targets: Tensor | None = None,
-        *,
-        reduction: str = "sum",
-        cache: KVCache | None = None,
+        self, tokens: Tensor, targets: Tensor | None = None, *, reduction: str = "sum", cache: KVCache | None = None,
         last_only: bool = False,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Predict the token after each of ``tokens`` (B, T).
 
         With ``targets`` (B, T): the cross-entropy in nats, fp32, summed over targets that are not ``IGNORE`` (a
@@ -314,7 +296,7 @@ class GPT(nn.Module):
         """Scores of the next token (..., V), fp32, from what :meth:`stream` gives (..., C), or some of it."""
         return softcap(self.head(self.norm(x))[..., : self.vocab_size].float(), self.config.logit_softcap)
 
-    def _rope(self, positions: Tensor, dtype: torch.dtype, cache: KVCache | None) -> tuple[Tensor, Tensor]:
+    def _rope(self, positions: Tensor, dtype: torch.dtype, cache: KVCache | None) -> Rope:
         """Cosines and sines of these positions, (T, R/2) or (B, 1, T, R/2); a cache keeps those of all positions."""
         if cache is None:
             return rotary(self.config, positions, dtype)
