@@ -251,7 +251,7 @@ def test_separated_documents_come_once_from_any_pieces(tmp_path: Path, monkeypat
         wanted = [text for text in texts if text.strip()]
         for size in (1, 2, 3, 7, 20, 1000):
             monkeypatch.setattr(pieces, "RANGE_BYTES", size)
-            monkeypatch.setattr(formats, "CHUNK", draw.randrange(1, 9))
+            monkeypatch.setattr(formats, "BLOCK", draw.randrange(1, 9))
             if not whole.strip():
                 continue
             found = find_pieces([str(file)], separator=mark)
@@ -279,7 +279,7 @@ def test_a_separator_must_come_and_not_overlap_itself(tmp_path: Path, monkeypatc
     file = tmp_path / "a.txt"
     file.write_text("words " * 100)
     monkeypatch.setattr(formats, "LINE_BYTES", 300)
-    monkeypatch.setattr(formats, "CHUNK", 50)
+    monkeypatch.setattr(formats, "BLOCK", 50)
     with pytest.raises(DataError, match=r"begins at byte 0 is longer than 300 bytes; is '<\|x\|>' what stands between"):
         list(read_piece(find_pieces([str(file)], separator="<|x|>")[0]))
     with pytest.raises(ValueError, match=r"data\.separator '---' ends as it begins"):
@@ -446,7 +446,7 @@ def test_what_is_no_json_lines_is_refused(tmp_path: Path, data: str):
 def test_a_line_without_end_is_refused_before_it_fills_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     lines = lines_file(tmp_path / "a.jsonl", [{"text": "x"}, {"text": "y" * 1000}])
     monkeypatch.setattr(formats, "LINE_BYTES", 500)
-    monkeypatch.setattr(formats, "CHUNK", 50)
+    monkeypatch.setattr(formats, "BLOCK", 50)
     assert "begins at byte 14 is longer than 500 bytes; give one such as" in refusal(lines)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from pretrain.errors import DataError
-from pretrain.text import find_pieces, opening, pieces, read_documents, read_piece
+from pretrain.text import find_pieces, formats, opening, pieces, read_documents, read_piece
 
 pytest.importorskip("aiohttp")
 
@@ -140,6 +140,7 @@ def test_every_type_of_file_is_read_over_http(server: Server):
 def test_a_large_remote_file_is_read_in_ranges(server: Server, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(pieces, "RANGE_BYTES", 1000)
     monkeypatch.setattr(opening, "REMOTE_BUFFER", 512)
+    monkeypatch.setattr(formats, "BLOCK", 256)
     rows = [f"row {n} é" * (n % 9 + 1) for n in range(300)]
     server.files["a.jsonl"] = "".join(json.dumps({"text": row}) + "\n" for row in rows).encode()
     server.files["a.txt"] = " ".join(rows).encode()

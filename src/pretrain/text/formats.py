@@ -27,7 +27,8 @@ from pretrain.errors import DataError
 from pretrain.text.opening import REMOTE_BUFFER, TEXT, is_url, one_line, open_bytes, open_raw
 
 PROBE = 64 * 1024  # bytes at the start of a file that must look like text
-CHUNK = 1024 * 1024  # bytes decoded at once
+CHUNK = 1024 * 1024  # bytes of plain text decoded at once
+BLOCK = 64 * 1024  # bytes of lines split at once; few, so that little is read beyond a range
 PART_CHARACTERS = 4 * 1024 * 1024  # a longer text is given in parts; in memory each is 16 MiB at most
 CUT_WINDOW = 64 * 1024  # characters (of a range: bytes) searched for a good place to cut
 LINE_BYTES = 1024**3  # a longer line is an error
@@ -99,7 +100,7 @@ def read_text(file: str, begin: int, end: int, problems: Counter[str]) -> Iterat
     It is one document, in parts of about PART_CHARACTERS; those after the first, and all if ``begin`` > 0, continue it.
     Every character is kept, line ends included; only a byte-order mark at the start of the file goes.
     """
-    seen: set[str] = set()
+    seen: Counter[str] = Counter()  # by part
     with one_line(file), open_bytes(file) as stream:
         length = None
         if end:
@@ -114,11 +115,11 @@ def read_text(file: str, begin: int, end: int, problems: Counter[str]) -> Iterat
                 problems["empty"] += 1
                 return
             if "\0" in part:
-                seen.add("NUL")
+                seen["NUL"] += 1
             if part:
                 yield Document(part, file, continues)
             continues = True
-    problems.update(seen)
+    problems.update(set(seen))
 
 
 def _text_cut(stream: BinaryIO, position: int) -> int:
@@ -149,7 +150,7 @@ def _next_character(data: bytes, offset: int) -> int:
     return offset
 
 
-def _decoded(stream: BinaryIO, count: int | None, at_start: bool, seen: set[str]) -> Iterator[str]:
+def _decoded(stream: BinaryIO, count: int | None, at_start: bool, problems: Counter[str]) -> Iterator[str]:
     """Decode ``count`` bytes (None: all), whole characters at a time; what is not UTF-8 becomes U+FFFD."""
     rest = b""
     while count != 0 and (chunk := stream.read(CHUNK if count is None else min(CHUNK, count))):
@@ -157,26 +158,19 @@ def _decoded(stream: BinaryIO, count: int | None, at_start: bool, seen: set[str]
         if at_start:
             chunk, at_start = chunk.removeprefix(codecs.BOM_UTF8), False
         rest += chunk
-        text, used = _utf8(rest, False, seen)
+        text, used = _utf8(rest, False, problems)
         rest = rest[used:]
         yield text
-    yield _utf8(rest, True, seen)[0]
+    yield _utf8(rest, True, problems)[0]
 
 
-def _utf8(data: bytes | bytearray, final: bool, seen: set[str]) -> tuple[str, int]:
-    """Decode what is whole, or all if ``final``. Gives the text and the number of bytes it took."""
+def _utf8(data: bytes, final: bool, problems: Counter[str]) -> tuple[str, int]:
+    """Decode the complete characters, or all if ``final``. Gives the text and the number of bytes it took."""
     try:
         return codecs.utf_8_decode(data, "strict", final)
     except UnicodeDecodeError:
-        seen.add("invalid UTF-8")
+        problems["invalid UTF-8"] += 1
         return codecs.utf_8_decode(data, "replace", final)
-
-
-def _from_bytes(data: bytes | bytearray, problems: Counter[str]) -> str:
-    seen: set[str] = set()
-    text, _ = _utf8(data, True, seen)
-    problems.update(seen)
-    return text
 
 
 def _parts(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
@@ -232,7 +226,8 @@ def read_separated(file: str, separator: str, begin: int, end: int, problems: Co
         data = data.removeprefix(next(filter(data.startswith, before), b""))
         if closed:
             data = data.removesuffix(next(filter(data.endswith, _LINE_ENDS), b""))
-        yield from _documents(_checked(_from_bytes(data, problems), problems), file)
+        text, _ = _utf8(data, True, problems)
+        yield from _documents(_checked(text, problems), file)
 
 
 def read_lines(
@@ -245,48 +240,43 @@ def read_lines(
     """
     fix = f'give one such as {{"text": "..."}} a line; from a JSON array: jq -c .[] {shlex.quote(file)} > OUT.jsonl'
     first = begin == 0
+    replaced: Counter[str] = Counter()  # apart from problems, as it may be in another field
     for position, line, _ in _records(file, b"\n", begin, end, fix, buffer):
         if position == 0:
             line = line.removeprefix(codecs.BOM_UTF8)
         if not line or line.isspace():
             continue
-        seen: set[str] = set()
-        decoded, _ = _utf8(line, True, seen)
-        line.clear()  # a long one takes room that is needed next
-        text = _text_of_line(decoded, bool(seen), file, field, problems, fix if first else "")
+        replaced.clear()
+        decoded, _ = _utf8(line, True, replaced)
+        text = _text_of_line(decoded, bool(replaced), file, field, problems, fix if first else "")
         decoded, first = "", False
         yield from _documents(text, file)
 
 
 def _records(
     file: str, mark: bytes, begin: int, end: int, fix: str, buffer: int = 0
-) -> Iterator[tuple[int, bytearray, bool]]:
+) -> Iterator[tuple[int, bytes, bool]]:
     """Give what starts after ``begin``, not after ``end``, and ends at a mark: its offset, its bytes, whether it does.
 
     The one at offset 0 counts as after ``begin`` 0, and ``end`` 0 is the end of the file, where the last one may end
     without a mark. ``mark`` does not overlap itself, so that it is found at the same places from wherever one reads.
     """
-    held = bytearray()
+    held, inside = b"", begin == 0
+    position = max(0, begin - len(mark) + 1)  # of held in the file
     with one_line(file), open_bytes(file, buffer) as stream:
-        position = max(0, begin - len(mark) + 1)  # of held in the file
         if position:
             stream.seek(position)
-        inside, searched = begin == 0, 0
-        # No more at once than is buffered: what comes after the range need not be read.
-        while chunk := stream.read(min(CHUNK, len(stream.peek()) or 1)):
-            held += chunk
-            if held.find(mark, searched) >= 0:
-                *records, held = held.split(mark)
-                for record in records:
-                    start, position = position, position + len(record) + len(mark)
-                    if inside:
-                        yield start, record, True
-                    inside = True
-                    if position > end > 0:
-                        return
-            elif len(held) > LINE_BYTES:
+        while chunk := stream.read(max(BLOCK, len(held))):  # doubling: a long record is joined in O(n)
+            *records, held = (held + chunk).split(mark)
+            for record in records:
+                start, position = position, position + len(record) + len(mark)
+                if inside:
+                    yield start, record, True
+                inside = True
+                if position > end > 0:
+                    return
+            if len(held) > LINE_BYTES:
                 raise DataError(f"{file}: what begins at byte {position:,} is longer than {LINE_BYTES:,} bytes; {fix}")
-            searched = max(0, len(held) - len(mark) + 1)
         if inside and held:
             yield position, held, False
 
@@ -355,7 +345,7 @@ def read_rows(file: str, field: str, begin: int, end: int, problems: Counter[str
         rows = min(ROWS, max(1, ROWS_BYTES * count // max(1, size)))
         for batch in parquet.iter_batches(rows, row_groups=groups, columns=[field], use_threads=False):
             for value in _values(batch.column(0)):
-                text = _from_bytes(value, problems) if isinstance(value, bytes) else value
+                text = _utf8(value, True, problems)[0] if isinstance(value, bytes) else value
                 yield from _documents(_checked(text, problems), file)
 
 
