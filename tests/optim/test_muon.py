@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from pretrain.config import ModelConfig, OptimConfig
+from pretrain.config import Config, ModelConfig, OptimConfig, ScheduleConfig, TrainConfig
 from pretrain.model import GPT
 from pretrain.optim import build_optimizers
 from pretrain.optim.distributed import shares
@@ -163,3 +163,27 @@ def test_processes_share_stacks_evenly():
             assert max(owned) - min(owned) <= 1
             total, first = [a + b for a, b in zip(total, owned, strict=True)], first + count
         assert max(total) - min(total) <= 1
+
+
+def test_what_follows_the_schedule():
+    """Momentum rises, then falls with the linear decay; weight decay ends at 0; groups keep their own rates."""
+    fields = {"momentum": 0.97, "momentum_warmup_steps": 40, "momentum_final": 0.9, "decay_to_zero": True}
+    optim = OptimConfig(weight_decay=0.2, lr=0.1, embedding_lr=0.3, **fields)
+    schedule = ScheduleConfig(kind="linear", warmup_steps=0, decay_fraction=0.5, final=0.2)
+    config = Config(optim=optim, schedule=schedule, train=TrainConfig(steps=200))
+    muon, adamw = build_optimizers(small_model(), optim)
+    seen = {}
+    for step in (0, 20, 100, 150, 200):
+        muon.set_step(step, config)
+        adamw.set_step(step, config)
+        group = muon.param_groups[0]
+        seen[step] = (group["momentum"], group["weight_decay"], group["lr"], adamw.param_groups[0]["lr"])
+    expected = {
+        0: (0.85, 0.2, 0.1, 0.3),
+        20: (0.91, 0.1 * (1 + math.cos(math.pi / 10)), 0.1, 0.3),
+        100: (0.97, 0.1, 0.1, 0.3),
+        150: (0.935, 0.1 * (1 + math.cos(math.pi * 0.75)), 0.06, 0.18),
+        200: (0.9, 0.0, 0.02, 0.06),
+    }
+    for step, values in expected.items():
+        assert seen[step] == pytest.approx(values)

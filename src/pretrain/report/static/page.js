@@ -66,7 +66,7 @@
       id: "rate", title: "Learning rate and momentum", unit: "",
       lines: [
         { table: "train", column: "train/lr", label: "learning rate" },
-        { table: "train", column: "train/momentum", label: "Muon momentum", scale: "momentum" },
+        { table: "train", column: "train/momentum", label: "momentum", scale: "momentum" },
       ],
     },
     {
