@@ -493,6 +493,14 @@ def test_the_token_goes_to_hugging_face_only(server: Server, file: Path, monkeyp
     assert not any(TOKEN in each.read_text("latin-1") for each in file.parent.iterdir())
 
 
+def test_the_token_of_a_login_is_used(server: Server, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_ENDPOINT", server.url(""))
+    (tmp_path / "token").write_text(TOKEN)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    download(server.url("/a.txt"), file, retry=QUICK)
+    assert tokens(server) == [f"Bearer {TOKEN}"]
+
+
 def test_a_redirect_brings_size_and_hash(server: Server, file: Path):
     server.files["/linked"] = b""
     headers = {"Location": server.url("/a.txt", "localhost"), "X-Linked-ETag": f'"{SHA256}"', "X-Linked-Size": "300000"}
@@ -507,7 +515,9 @@ def test_errors_never_tell_the_token_or_a_password(server: Server, file: Path, m
     monkeypatch.setenv("HF_ENDPOINT", server.url(""))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     server.faults["/a.txt"] = [Fault(401), Fault(403)]
-    with pytest.raises(DataError, match=r"HTTP 401 Unauthorized; the token \(HF_TOKEN\) is not accepted") as caught:
+    with pytest.raises(
+        DataError, match=r"HTTP 401 Unauthorized; your token \(HF_TOKEN or hf auth login\) is not accepted"
+    ) as caught:
         download(server.url("/a.txt"), file, retry=QUICK)
     assert TOKEN not in str(caught.value)
     monkeypatch.delenv("HF_TOKEN")

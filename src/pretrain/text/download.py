@@ -397,7 +397,8 @@ def _refuse(answer: httpx2.Response, item: Download) -> None:
         raise _Failed(why, restart=True)
     if code in (401, 403) and _is_hugging_face(item.url):
         given = "Authorization" in (*answer.history, answer)[0].request.headers
-        why += "; the token (HF_TOKEN) is not accepted" if given else "; it may need a token: HF_TOKEN or hf auth login"
+        where = "HF_TOKEN or hf auth login"
+        why += f"; your token ({where}) is not accepted" if given else f"; it may need a token: {where}"
     wait = _retry_after(headers.get("Retry-After", ""))
     if wait > LONGEST_WAIT:
         raise _Failed(f"{why}; the server asks to come back in {wait:,.0f} s", retry=False)
