@@ -14,8 +14,8 @@ def for_inference(model: GPT) -> GPT:
     """A copy of a model as it is now: in evaluation mode, not compiled, sharing all weights that stay as they are.
 
     The weights of matrix products are cast to ``activation_dtype`` once instead of at every step. On a CPU they are
-    also packed in oneDNN's blocked layout, in which decoding is 1.1 to 1.9 times as fast (benchmarks/generate.py), at
-    the price of a copy. A model that is spread over processes is given back as it is.
+    also packed in oneDNN's blocked layout, at the price of a copy: GPT-2 124M then decodes 1.1 (fp32, one row) to 1.9
+    times as fast (eight rows). A model that is spread over processes is given back as it is.
     """
     if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
         return model
