@@ -4,7 +4,7 @@
     python benchmarks/scaling.py --processes 1 4 8      on GPUs, one for each process
     python benchmarks/scaling.py --torchrun             one process as it is, and under torchrun
 
-Each process trains on ``--rows`` rows of its own (weak scaling) through the parts that Trainer.train_step is made of.
+Each process trains on ``--rows`` rows of its own (weak scaling) through the parts that train_step is made of.
 ``apart`` are as many processes that do not talk, so that what they cost one another in caches and memory is not taken
 for communication: share = 1 - apart / together. Muon shares its work too, so its share may be below 0.
 """
@@ -59,7 +59,7 @@ def measure(settings: dict) -> float:
         fill_model(model, world, lambda whole: whole.init_weights(_generator(whole)))
         parameters = Parameters(model, kind, world)
         optimizers = build_optimizers(model, config.optim)
-        parameters.spread(optimizers)
+        parameters.distribute(optimizers)
         forward = training_forward(model, kind, world)
         generator = torch.Generator().manual_seed(everybody.rank)
         size = (2, rows, settings["context_length"])
@@ -72,11 +72,11 @@ def measure(settings: dict) -> float:
             synchronise(forward, last=True, reshard=config.parallel.reshard)
             (forward(tokens, targets) / targets.numel()).backward()
             gradients = parameters.gradients()
-            norm = parameters.norm(gradients)
+            norm = parameters.gradient_norm(gradients)
             torch.nn.utils.clip_grads_with_norm_(parameters.local.values(), 1.0, norm)
             for optimizer in optimizers:
                 optimizer.step()
-            parameters.forget_gradients()
+            parameters.zero_grad()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - begin)

@@ -41,7 +41,7 @@ def measure_step(contender: str, nanogpt: str, steps: int) -> dict[str, float]:
 
 
 def our_step(contender: str, _nanogpt: str) -> Callable:
-    """GPT-2's shape with AdamW, through the parts that Trainer.train_step is made of."""
+    """GPT-2's shape with AdamW, through the parts that train_step is made of."""
     import torch
 
     from pretrain.config import load_config

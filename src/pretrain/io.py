@@ -12,19 +12,21 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 
-def write_atomically(file: Path, text: str) -> None:
-    """Write a small file, so that it is there whole or not at all, and safe on the disk when this returns."""
+def write_atomically(file: Path, text: str, sync: bool = True) -> None:
+    """Write a small file, so that it is there whole or not at all; with ``sync`` safe on the disk on return."""
     temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as out:
             out.write(text)
-            out.flush()
-            os.fsync(out.fileno())
+            if sync:
+                out.flush()
+                os.fsync(out.fileno())
         os.replace(temporary, file)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(file.parent)
+    if sync:
+        sync_folder(file.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -26,20 +26,17 @@ def record(step: int, loss: float | None = 4.0, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def panel() -> Panel:
-    made = Panel(Precision("bf16", torch.device("cpu")), share=1e-5, saved=0)
-    made.begin(0, 200)
-    return made
+    return Panel(Precision("bf16", torch.device("cpu")), share=1e-5, saved=0, done=0, steps=200)
 
 
 def test_the_smoothed_loss_is_a_mean_of_the_last_steps(panel: Panel):
     losses = [5.0, 4.0, 3.0, 2.0]
     for step, loss in enumerate(losses, 1):
-        panel.step(record(step, loss), step)
-        panel.step(record(step, loss), step)  # on a GPU the same numbers come again until new ones are fetched
+        panel.step(record(step, loss))
     weights = [0.95 ** (len(losses) - 1 - i) for i in range(len(losses))]
     assert panel.smoothed == pytest.approx(sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights))
-    panel.step(record(5, None), 5)  # a step whose loss was not finite
-    panel.step(record(6, math.inf), 6)
+    panel.step(record(5, None))  # a step whose loss was not finite
+    panel.step(record(6, math.inf))
     assert panel.smoothed == pytest.approx(sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights))
 
 
@@ -48,9 +45,9 @@ def test_what_the_panel_shows(panel: Panel, monkeypatch):
     now = [100.0]
     monkeypatch.setattr("pretrain.training.console.time.monotonic", lambda: now[0])
     for step in range(1, 51):
-        panel.step(record(step, 4.0), step)
+        panel.step(record(step, 4.0))
         now[0] += 2.0
-    panel.evaluated(record(50, 4.0, **{"val/loss": 4.4, "val/bpb": 1.7}))
+    panel.validation = record(50, 4.0, **{"val/loss": 4.4, "val/bpb": 1.7})
     text = panel.draw().plain
     assert "step 50/200" in text
     assert "25%" in text
@@ -64,8 +61,10 @@ def test_what_the_panel_shows(panel: Panel, monkeypatch):
     assert "no checkpoint yet" in text
     panel.saved = 40
     assert "checkpoint of step 40" in panel.draw().plain
-    panel.evaluated(record(60, 4.0, **{"val/loss": None, "val/bpb": None}))  # kept: the last that was finite
-    panel.step(record(61, None, **{"train/grad_norm": None}), 61)
+    console = Console(quiet=True)
+    console._panel = panel
+    console.on_evaluation(record(60, 4.0, **{"val/loss": None, "val/bpb": None}), None)  # kept: the last finite one
+    panel.step(record(61, None, **{"train/grad_norm": None}))
     text = panel.draw().plain
     assert "validation 1.700" in text
     assert "(last none)" in text

@@ -4,6 +4,7 @@ import sqlite3
 import sys
 import threading
 import types
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,11 @@ def config_of(*backends: str, **fields: Any) -> Config:
 
 def record(step: int, loss: float | None = None) -> dict[str, Any]:
     return {"step": step, "time": 1.5 * step, "train/loss": 1.0 / step if loss is None else loss, "val/bpb": None}
+
+
+def steps_of(log: Loggers, records: Iterable[dict[str, Any]]) -> None:
+    for each in records:
+        log.on_step(each)
 
 
 class Said(list):
@@ -52,8 +58,8 @@ def test_tensorboard_reads_what_was_logged(tmp_path: Path):
 
     said = Said()
     log = Loggers(tmp_path, config_of("auto"), 0, said)
-    log.log([record(1), record(2)])
-    log.text(2, "a sample with ``` in it")
+    steps_of(log, [record(1), record(2)])
+    log.on_evaluation({"step": 2}, "a sample with ``` in it")
     log.close()
     assert said == []
     assert events(tmp_path) == pytest.approx({1: 1.0, 2: 0.5})
@@ -67,10 +73,10 @@ def test_tensorboard_reads_what_was_logged(tmp_path: Path):
 @needs("tensorboard")
 def test_steps_done_again_after_a_resume_replace_the_first(tmp_path: Path):
     log = Loggers(tmp_path, config_of("tensorboard"), 0, Said())
-    log.log(record(step) for step in range(1, 8))
+    steps_of(log, (record(step) for step in range(1, 8)))
     log.close()
     log = Loggers(tmp_path, config_of("tensorboard"), 4, Said())  # killed after step 7, the checkpoint was of step 4
-    log.log([record(5, 55.0), record(6, 66.0)])
+    steps_of(log, [record(5, 55.0), record(6, 66.0)])
     log.close()
     assert events(tmp_path) == pytest.approx({1: 1, 2: 1 / 2, 3: 1 / 3, 4: 1 / 4, 5: 55, 6: 66})
 
@@ -78,7 +84,7 @@ def test_steps_done_again_after_a_resume_replace_the_first(tmp_path: Path):
 @needs("tensorboard")
 def test_steps_taken_back_after_a_spike_are_replaced(tmp_path: Path):
     log = Loggers(tmp_path, config_of("tensorboard"), 0, Said())
-    log.log([*(record(step) for step in range(1, 6)), record(3, 33.0), record(4, 44.0)])
+    steps_of(log, [*(record(step) for step in range(1, 6)), record(3, 33.0), record(4, 44.0)])
     log.close()
     assert events(tmp_path) == pytest.approx({1: 1, 2: 1 / 2, 3: 33, 4: 44})
 
@@ -119,11 +125,11 @@ def test_wandb_goes_on_with_the_same_run_and_logs_no_step_twice(tmp_path: Path, 
     run = tmp_path / "myrun"
     run.mkdir()
     log = Loggers(run, config_of("wandb"), 0, Said())
-    log.log(record(step) for step in range(1, 8))
-    log.text(7, "<b>")
+    steps_of(log, (record(step) for step in range(1, 8)))
+    log.on_evaluation({"step": 7}, "<b>")
     log.close()
     log = Loggers(run, config_of("wandb"), 4, Said())
-    log.log(record(step) for step in range(5, 10))
+    steps_of(log, (record(step) for step in range(5, 10)))
     log.close()
     assert [step for step, values in wandb.logged if "train/loss" in values] == list(range(1, 10))
     assert (7, {"sample": "<pre>&lt;b&gt;</pre>"}) in wandb.logged
@@ -175,7 +181,7 @@ def test_a_logger_that_fails_is_named_once_and_the_others_go_on(tmp_path: Path, 
     monkeypatch.setattr(loggers, "Trackio", lambda *_: fine)
     said = Said()
     handle = Loggers(tmp_path, config_of("wandb", "trackio"), 0, said)
-    handle.log(record(step) for step in range(1, 6))
+    steps_of(handle, (record(step) for step in range(1, 6)))
     handle.close()
     assert said == ["the logger wandb failed (no route to https://host/); training goes on without it"]
     assert [step for step, _ in wandb.logged] == [1]
@@ -186,7 +192,7 @@ def test_a_logger_that_cannot_begin(tmp_path: Path, wandb: FakeWandb, monkeypatc
     monkeypatch.setattr(wandb, "init", lambda **_: sys.exit(3))
     said = Said()
     handle = Loggers(tmp_path, config_of("wandb"), 0, said)
-    handle.log([record(1)])
+    steps_of(handle, [record(1)])
     handle.close()
     assert said == ["the logger wandb failed (3); training goes on without it"]
 
@@ -198,7 +204,7 @@ def test_a_logger_that_hangs_holds_nothing_up(tmp_path: Path, wandb: FakeWandb, 
     said = Said()
     handle = Loggers(tmp_path, config_of("wandb"), 0, said)
     for step in range(1, 11):
-        handle.log([record(step)])
+        steps_of(handle, [record(step)])
     handle.close(seconds=0.2)
     free.set()
     assert len(said) == 2
@@ -215,7 +221,7 @@ def test_missing_and_unwanted_loggers(monkeypatch, tmp_path: Path):
     assert chosen(("auto", "tensorboard", "wandb"), said) == ("tensorboard", "wandb")
     assert chosen(("none",), said) == chosen((), said) == ()
     quiet = Loggers(tmp_path, config_of("none"), 0, said)
-    quiet.log([record(1)])
+    steps_of(quiet, [record(1)])
     quiet.close()
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UsageError, match=r"log.backends must be one of auto, none, tensorboard.*did you mean 'wandb'"):
@@ -239,8 +245,8 @@ def test_the_real_wandb_offline(tmp_path: Path, monkeypatch):
     said = Said()
     for done, steps in ((0, range(1, 4)), (2, range(3, 6))):
         log = Loggers(tmp_path, config_of("wandb"), done, said)
-        log.log(record(step) for step in steps)
-        log.text(steps[-1], "a sample")
+        steps_of(log, (record(step) for step in steps))
+        log.on_evaluation({"step": steps[-1]}, "a sample")
         log.close()
     assert said == []
     files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
@@ -258,8 +264,9 @@ from pretrain.config import load_config
 from pretrain.training.loggers import Loggers
 for done, steps in ((0, range(1, 4)), (2, range(3, 6))):
     log = Loggers(Path(sys.argv[1]), load_config("quickstart", **{"log.backends": ["trackio"]}), done, sys.exit)
-    log.log({"step": step, "train/loss": 1.0 / step} for step in steps)
-    log.text(steps[-1], "a sample")
+    for step in steps:
+        log.on_step({"step": step, "train/loss": 1.0 / step})
+    log.on_evaluation({"step": steps[-1]}, "a sample")
     log.close()
 """
     import subprocess

@@ -17,8 +17,12 @@ from pretrain.io import read_jsonl
 from pretrain.model import GPT
 from pretrain.runs import Run
 from pretrain.runs.checkpoint import Checkpoint, checkpoints
-from pretrain.training import Callback, Console, Trainer, train
-from pretrain.training.loop import open_run
+from pretrain.training import Callback, Console, train
+from pretrain.training.setup import set_up
+from pretrain.training.start import open_run
+from pretrain.training.state import TrainState
+from pretrain.training.step import train_step
+from pretrain.training.world import World
 
 
 def change(config: Config, **fields) -> Config:
@@ -88,13 +92,12 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tiny: Config, tmp_path: Path, n
     class Killed(Exception):
         pass
 
-    def die_at_step_10(trainer: Trainer):
-        if trainer.done == 9:
+    def die_at_step_10(state: TrainState, *hooks):
+        if state.progress.step == 9:
             raise Killed
-        return step(trainer)
+        return train_step(state, *hooks)
 
-    step = Trainer.train_step
-    monkeypatch.setattr(Trainer, "train_step", die_at_step_10)
+    monkeypatch.setattr("pretrain.training.step.train_step", die_at_step_10)
     with pytest.raises(Killed):
         train(config, tmp_path / "killed")
     monkeypatch.undo()
@@ -140,18 +143,18 @@ def test_the_micro_batch_changes_nothing_but_rounding(tiny: Config, tmp_path: Pa
 
 def test_a_step_with_a_nan_changes_nothing(tiny: Config, tmp_path: Path, monkeypatch):
     run = open_run(tiny, tmp_path / "run", Console(quiet=True))
-    trainer = Trainer(run, Console(quiet=True), time.monotonic())
-    trainer.train_step()
-    before = {name: tensor.clone() for name, tensor in trainer.tensors().items()}
+    state = set_up(run, World(torch.device("cpu")), Console(quiet=True)).state
+    train_step(state)
+    before = {name: tensor.clone() for name, tensor in state.tensors().items()}
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.loss_scale, "scaled", lambda loss: loss * torch.nan)
-        norm = trainer.train_step()["train/grad_norm"]
+        patch.setattr(state.loss_scale, "scaled", lambda loss: loss * torch.nan)
+        norm = train_step(state)["train/grad_norm"]
     assert not torch.isfinite(norm)
-    after = trainer.tensors()
+    after = state.tensors()
     for name, tensor in before.items():
         assert tensor.numpy().tobytes() == after[name].numpy().tobytes(), name
-    trainer.train_step()
-    assert not torch.equal(trainer.tensors()["model.head.weight"], before["model.head.weight"])
+    train_step(state)
+    assert not torch.equal(state.tensors()["model.head.weight"], before["model.head.weight"])
 
 
 def test_listed_checkpoints_stay(tiny: Config, tmp_path: Path):
@@ -269,8 +272,8 @@ def test_a_run_killed_before_its_summary_still_gets_it(tiny: Config, tmp_path: P
 
 def test_making_room_for_moments_leaves_the_loss_scale(tiny: Config, tmp_path: Path):
     run = open_run(change(tiny, train__precision="fp16"), tmp_path / "run", Console(quiet=True))
-    trainer = Trainer(run, Console(quiet=True), time.monotonic())
-    assert float(trainer.loss_scale.scale) == 2.0**16
+    state = set_up(run, World(torch.device("cpu")), Console(quiet=True)).state
+    assert float(state.loss_scale.scale) == 2.0**16
 
 
 def test_callbacks_hear_of_steps_validations_and_checkpoints(tiny: Config, tmp_path: Path):

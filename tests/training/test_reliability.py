@@ -11,7 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from filelock import FileLock
@@ -19,18 +18,20 @@ from tests.evaluation.test_core import write_bundle
 from tests.training.test_loop import assert_same_run, change, learned, weights
 
 import pretrain.runs.checkpoint as checkpoint_module
-import pretrain.training.loop as loop
 from pretrain.config import Config, GuardConfig
 from pretrain.errors import CheckpointError, DataError, Interrupted, TrainingError
 from pretrain.evaluation import GPTScorer
 from pretrain.io import read_jsonl
 from pretrain.model import GPT
+from pretrain.optim import Optimizer
 from pretrain.runs import Run
 from pretrain.runs.checkpoint import checkpoints
 from pretrain.tokens import TrainingBatches
-from pretrain.training import Console, Trainer, train
-from pretrain.training.guard import Guard
-from pretrain.training.heartbeat import Watch
+from pretrain.training import Console, callbacks, evaluator, train
+from pretrain.training.guard import Guard, LossScale
+from pretrain.training.heartbeat import Heartbeat
+from pretrain.training.state import TrainState
+from pretrain.training.step import train_step
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -47,9 +48,9 @@ def heard() -> tuple[Console, list[str]]:
 
 PHASES = {
     "step": (GPT, "forward", 30),
-    "update": (Trainer, "_step_optimizers", 7),
-    "validation": (loop, "evaluate_loss", 2),
-    "sampling": (loop, "sample_text", 2),
+    "update": (Optimizer, "set_step", 7),
+    "validation": (evaluator, "evaluate_loss", 2),
+    "sampling": (evaluator, "sample_text", 2),
     "CORE": (GPTScorer, "score", 3),
     "saving": (checkpoint_module, "save_checkpoint", 1),
     "waiting for data": (TrainingBatches, "batch", 7),
@@ -91,12 +92,12 @@ def run_command(config: Config, out: Path, prelude: str = "") -> subprocess.Pope
     script = out.parent / f"{out.name}.py"
     lines = [
         "import time",
-        "import pretrain.training.loop as loop",
+        "from pretrain.training import evaluator, train",
         "from pretrain.config import *",
         "from pretrain.errors import Interrupted",
         prelude,
         "try:",
-        f"    loop.train({config!r}, {str(out)!r})",
+        f"    train({config!r}, {str(out)!r})",
         "except Interrupted:",
         "    raise SystemExit(130)",
     ]
@@ -111,7 +112,7 @@ def wait_for(file: Path, process: subprocess.Popen) -> None:
     assert file.exists(), process.communicate()
 
 
-STUCK = "from pathlib import Path\nloop.evaluate_loss = lambda *_: (Path({!r}).touch(), time.sleep(100))"
+STUCK = "from pathlib import Path\nevaluator.evaluate_loss = lambda *_: (Path({!r}).touch(), time.sleep(100))"
 
 
 def test_a_second_signal_leaves_at_once(tiny: Config, tmp_path: Path):
@@ -192,29 +193,6 @@ def test_a_stream_goes_on_exactly(tiny: Config, tmp_path: Path, packing: str):
 # ---------------------------------------------------------------- resume
 
 
-def test_the_random_states_of_python_and_numpy_go_on(tiny: Config, tmp_path: Path, monkeypatch):
-    step, drawn = Trainer.train_step, []
-
-    def drawing(trainer: Trainer):
-        drawn.append((trainer.done, random.gauss(0, 1), np.random.standard_normal()))
-        if len(drawn) == 6:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(trainer)
-
-    monkeypatch.setattr(Trainer, "train_step", drawing)
-    random.seed(1)
-    np.random.seed(1)
-    with pytest.raises(Interrupted):
-        train(tiny, tmp_path / "run")
-    random.seed(2)
-    np.random.seed(2)
-    train(tiny, tmp_path / "run")
-    random.seed(1)
-    np.random.seed(1)
-    # The step that the signal cut short was drawn for twice: the draws of its second time are the later ones.
-    assert [d[1:] for d in drawn] == [(random.gauss(0, 1), np.random.standard_normal()) for _ in drawn]
-
-
 def test_a_finished_run_can_be_made_longer(tiny: Config, tmp_path: Path):
     config = change(tiny, schedule__kind="constant")
     train(config, tmp_path / "run")
@@ -292,15 +270,14 @@ def test_skips_are_bounded(tiny: Config, tmp_path: Path, monkeypatch):
 
 
 def test_poisoned_weights_are_not_saved(tiny: Config, tmp_path: Path, monkeypatch):
-    step = Trainer._step_optimizers
-
-    def poison(trainer: Trainer, *args, **kwargs):
-        step(trainer, *args, **kwargs)
-        if trainer.done == 6:
+    def poison(state: TrainState, *hooks):
+        numbers = train_step(state, *hooks)
+        if state.progress.step == 7:
             with torch.no_grad():
-                trainer.model.head.weight[0, 0] = torch.inf
+                state.model.head.weight[0, 0] = torch.inf
+        return numbers
 
-    monkeypatch.setattr(Trainer, "_step_optimizers", poison)
+    monkeypatch.setattr("pretrain.training.step.train_step", poison)
     with pytest.raises(TrainingError, match=r"(head.weight is not finite after step 8.*the last|in a row)"):
         train(change(tiny, guard__max_skips=100), tmp_path / "run")
     assert [c.step for c in checkpoints(tmp_path / "run" / "checkpoints")] == [4]
@@ -335,16 +312,14 @@ def test_a_spike_is_skipped_or_rolled_back(tiny: Config, tmp_path: Path, monkeyp
         tiny, guard__spike_sigma=20.0, guard__spike_window=4, guard__spike_action=action, checkpoint__keep_last=0
     )
     used: list[int] = []
-    batch, scaled = TrainingBatches.batch, loop.LossScale.scaled
+    batch, scaled = TrainingBatches.batch, LossScale.scaled
 
     def remember(batches: TrainingBatches, step: int):
         used.append(step)
         return batch(batches, step)
 
     monkeypatch.setattr(TrainingBatches, "batch", remember)
-    monkeypatch.setattr(
-        loop.LossScale, "scaled", lambda self, loss: scaled(self, loss) * (1000 if used[-1] == 9 else 1)
-    )
+    monkeypatch.setattr(LossScale, "scaled", lambda self, loss: scaled(self, loss) * (1000 if used[-1] == 9 else 1))
     run = train(config, tmp_path / "run")
     assert [r["step"] for r in read_jsonl(run.metrics)] == list(range(1, 13))
     skipped = [r["step"] for r in read_jsonl(run.metrics) if r["train/skipped"]]
@@ -391,7 +366,7 @@ def test_a_full_disk_at_one_save_is_told_and_the_next_one_works(tiny: Config, tm
 
 
 def test_logs_that_cannot_be_written_wait(tiny: Config, tmp_path: Path, monkeypatch):
-    append, full = loop.append_jsonl, [True]
+    append, full = callbacks.append_jsonl, [True]
 
     def append_when_there_is_room(file: Path, *records):
         if file.name == "metrics.jsonl" and full[0] and any(r["step"] in (2, 3) for r in records):
@@ -400,7 +375,7 @@ def test_logs_that_cannot_be_written_wait(tiny: Config, tmp_path: Path, monkeypa
             raise FULL
         append(file, *records)
 
-    monkeypatch.setattr("pretrain.runs.metrics.append_jsonl", append_when_there_is_room)
+    monkeypatch.setattr("pretrain.training.callbacks.append_jsonl", append_when_there_is_room)
     console, said = heard()
     run = train(tiny, tmp_path / "run", console)
     assert [r["step"] for r in read_jsonl(run.metrics)] == list(range(1, 13))
@@ -447,19 +422,19 @@ def test_a_killed_process_leaves_no_lock(tiny: Config, tmp_path: Path):
     assert train(tiny, tmp_path / "run").summary is not None
 
 
-# ---------------------------------------------------------------- watch
+# ---------------------------------------------------------------- heartbeat
 
 
 def test_a_hang_is_told_with_every_stack(tmp_path: Path):
     said: list[str] = []
 
-    def stuck_here(watch: Watch) -> None:
-        watch.beat(3, "training", 0.01)
+    def stuck_here(watch: Heartbeat) -> None:
+        watch.on_phase(3, "training", 0.01)
         deadline = time.monotonic() + 20
         while not said and time.monotonic() < deadline:
             time.sleep(0.02)
 
-    with Watch(tmp_path, GuardConfig(hang_seconds=0.2), said.append) as watch:
+    with Heartbeat(tmp_path, GuardConfig(hang_seconds=0.2), on_hang=said.append) as watch:
         stuck_here(watch)
         beat = json.loads((tmp_path / "heartbeat.json").read_text())
         assert (beat["step"], beat["phase"], beat["pid"]) == (3, "training", os.getpid())
@@ -469,24 +444,24 @@ def test_a_hang_is_told_with_every_stack(tmp_path: Path):
 
 
 def test_slow_steps_are_no_hang(tmp_path: Path):
-    with Watch(tmp_path, GuardConfig(hang_seconds=0.05, hang_factor=100), pytest.fail) as watch:
+    with Heartbeat(tmp_path, GuardConfig(hang_seconds=0.05, hang_factor=100), on_hang=pytest.fail) as watch:
         for _ in range(3):
-            watch.beat(1, "training", 1.0)
+            watch.on_phase(1, "training", 1.0)
         time.sleep(0.3)
         assert watch.limit == 100.0
 
 
-def test_patience_ends_earlier_but_not_while_saving(tmp_path: Path):
+def test_the_longest_silence_ends_earlier_but_not_while_saving(tmp_path: Path):
     said: list[str] = []
-    with Watch(tmp_path, GuardConfig(hang_seconds=0.4, hang_factor=1000), said.append) as watch:
-        watch.beat(1, "saving", 1.0)
-        watch.patience = 0.3
+    with Heartbeat(tmp_path, GuardConfig(hang_seconds=0.4, hang_factor=1000), on_hang=said.append) as watch:
+        watch.on_phase(1, "saving", 1.0)
+        watch.longest_silence = 0.3
         time.sleep(0.6)
         assert not said
-        watch.beat(1, "validating")
+        watch.on_phase(1, "validating")
         for _ in range(6):
             time.sleep(0.1)
-            watch.alive()
+            watch.on_phase(1, "validating")
         assert not said
         deadline = time.monotonic() + 20
         while not said and time.monotonic() < deadline:

@@ -22,13 +22,13 @@ from pretrain.training import train
 LAUNCH = """
 import sys
 from pathlib import Path
-import pretrain.training.loop as loop
+import pretrain.training.step as step_module
 from pretrain.config import *
 from pretrain.errors import PretrainError
-from pretrain.training import Console
+from pretrain.training import Console, train
 {prelude}
 try:
-    loop.train({config!r}, {out!r}, Console())
+    train({config!r}, {out!r}, Console())
 except PretrainError as error:
     print(error, file=sys.stderr)
     raise SystemExit(error.exit_code)
@@ -139,14 +139,14 @@ def test_a_killed_process_and_torchrun_starts_them_all_again(base: Config, tmp_p
     config = change(base, parallel__kind="ddp", checkpoint__keep_last=0)
     die_once = f"""
 import os, signal
-step = loop.Trainer.train_step
-def dying(trainer):
+step = step_module.train_step
+def dying(state, *hooks):
     mark = Path({str(tmp_path / "died")!r})
-    if trainer.done == 9 and trainer.world.rank == 1 and not mark.exists():
+    if state.progress.step == 9 and state.world.rank == 1 and not mark.exists():
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    return step(trainer)
-loop.Trainer.train_step = dying
+    return step(state, *hooks)
+step_module.train_step = dying
 """
     run = run_together(config, tmp_path / "run", 2, die_once, ("--max-restarts=2",))
     assert (tmp_path / "died").exists()
@@ -158,12 +158,12 @@ def test_a_hanging_process_is_named(rank: int, base: Config, tmp_path: Path):
     config = change(base, parallel__timeout_seconds=6.0, guard__grace_seconds=2.0)
     hang = f"""
 import time
-step = loop.Trainer.train_step
-def hanging(trainer):
-    if trainer.done == 5 and trainer.world.rank == {rank}:
+step = step_module.train_step
+def hanging(state, *hooks):
+    if state.progress.step == 5 and state.world.rank == {rank}:
         time.sleep(1000)
-    return step(trainer)
-loop.Trainer.train_step = hanging
+    return step(state, *hooks)
+step_module.train_step = hanging
 """
     process = start(config, tmp_path / "run", 2, hang)
     printed, errors = process.communicate(timeout=120)
@@ -171,7 +171,7 @@ loop.Trainer.train_step = hanging
     assert f"waiting for other processes failed: rank {rank} on " in errors
     assert "last seen waiting for data after step 5" in errors
     # And before the others give up, by one that does not hang: where they may not be able to say it themselves (NCCL).
-    warned = [line for line in (printed + errors).splitlines() if "no sign of life for" in line]
+    warned = [line for line in (printed + errors).splitlines() if "no heartbeat for" in line]
     assert all(f"; rank {rank} on " in line for line in warned)
     assert sum(line.startswith("pretrain: rank 1: ") for line in warned) == (rank == 0)
     assert len(warned) >= 1
@@ -203,13 +203,15 @@ def test_processes_that_disagree_are_named(base: Config, tmp_path: Path):
     disagree = """
 import os, dataclasses
 if os.environ["RANK"] == "1":
-    first_does = loop.World.first_does
+    from pretrain.runs import Run
+    from pretrain.training.world import World
+    run_on_rank0 = World.run_on_rank0
     def other(world, work):
-        run = first_does(world, work)
-        if isinstance(run, loop.Run):
-            run = loop.Run(run.folder, dataclasses.replace(run.config, eval=EvalConfig(every=3)))
+        run = run_on_rank0(world, work)
+        if isinstance(run, Run):
+            run = Run(run.folder, dataclasses.replace(run.config, eval=EvalConfig(every=3)))
         return run
-    loop.World.first_does = other
+    World.run_on_rank0 = other
 """
     process = start(base, tmp_path / "run", 2, disagree)
     _, errors = process.communicate(timeout=120)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -61,10 +61,11 @@ class GPTScorer:
     Args:
         model: on any device; its weights as they are now count, and what it learns later does not.
         tokenizer: its own.
+        on_batch: called before each batch; what it raises cuts the scoring short.
     """
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer):
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: GPT, tokenizer: Tokenizer, on_batch: Callable[[], None] = lambda: None):
+        self.model, self.tokenizer, self.on_batch = model, tokenizer, on_batch
         self.context_length = model.config.context_length
         self.device = model.embedding.weight.device
         with _fp32_on_cpu(model):
@@ -85,6 +86,7 @@ class GPTScorer:
         self, tokens: Tensor, wanted: Tensor, memory: Any = None, rows: list[int] | None = None
     ) -> tuple[Tensor, Tensor]:
         """See :class:`Scorer`."""
+        self.on_batch()
         cache = None if memory is None else memory.select(rows)
         stream = self._stream(tokens, cache)
         # Choices of one token each share their position, so its logits are made once.

@@ -14,7 +14,7 @@ import os
 import shutil
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -136,37 +136,42 @@ def _commit(temporary: Path, final: Path) -> None:
     write_atomically(final / COMMIT, json.dumps(hashes, indent=2) + "\n")
 
 
+def load_tensors(
+    checkpoint: Checkpoint, tensors: Mapping[str, Tensor], as_dtensor: Callable[[str, Tensor], Tensor]
+) -> None:
+    """Fill the tensors of this process in place, whatever processes saved them.
+
+    ``as_dtensor`` says which part of the whole a tensor is, see ``Parameters.as_dtensor``.
+    """
+    copies = {
+        name: tensor if tensor.is_cpu else torch.empty_like(tensor, device="cpu") for name, tensor in tensors.items()
+    }
+    checkpoint.load({name: as_dtensor(name, copy) for name, copy in copies.items()})
+    for name, tensor in tensors.items():
+        tensor.copy_(copies[name])
+
+
 class CheckpointWriter:
     """Saves in the background: training waits only while the tensors are copied, and for a save still under way.
 
     Args:
         folder: the run's ``checkpoints``.
-        saved_form: from a name and a copy on the CPU to what is saved; see ``Parameters.saved_form``.
+        as_dtensor: from a name and a copy on the CPU to what is saved; see ``Parameters.as_dtensor``.
         several: whether several processes save together.
     """
 
     def __init__(
         self,
         folder: Path,
-        saved_form: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor,
+        as_dtensor: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor,
         several: bool = False,
     ):
-        self.folder, self.saved_form = folder, saved_form
+        self.folder, self.as_dtensor = folder, as_dtensor
         # A group of its own, since the main thread may be talking through the others meanwhile.
         self.group: Any = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT) if several else None
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-
-    def load(self, checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
-        """Fill the tensors of this process in place, whatever processes saved them."""
-        copies = {
-            name: tensor if tensor.is_cpu else torch.empty_like(tensor, device="cpu")
-            for name, tensor in tensors.items()
-        }
-        checkpoint.load({name: self.saved_form(name, copy) for name, copy in copies.items()})
-        for name, tensor in tensors.items():
-            tensor.copy_(copies[name])
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], after: Callable[[], None]) -> None:
         """Begin to save; ``after`` is called once it is committed. Raises as :meth:`wait` for the save before."""
@@ -175,7 +180,7 @@ class CheckpointWriter:
 
         def work() -> None:
             try:
-                whole = {name: self.saved_form(name, copy) for name, copy in self._copies.items()}
+                whole = {name: self.as_dtensor(name, copy) for name, copy in self._copies.items()}
                 save_checkpoint(self.folder, step, whole, state, self.group)
                 after()
             except BaseException as error:  # raised again where somebody waits
@@ -194,11 +199,6 @@ class CheckpointWriter:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
-
-    @property
-    def busy(self) -> bool:
-        """Whether a save is under way."""
-        return self._thread is not None and self._thread.is_alive()
 
     def _copy(self, tensors: dict[str, Tensor]) -> None:
         """Copy to memory of our own, used again each time, so that training may change the tensors meanwhile."""
@@ -239,7 +239,7 @@ def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
     return None
 
 
-def retire(folder: Path, config: CheckpointConfig, val_losses: Mapping[int, float]) -> None:
+def prune(folder: Path, config: CheckpointConfig, val_losses: Mapping[int, float]) -> None:
     """Remove the checkpoints that ``config`` does not keep; the newest always stays.
 
     ``val_losses`` are the validation losses by step, of which ``keep_best`` keeps the lowest that has a checkpoint.
@@ -259,15 +259,3 @@ def remove(folder: Path) -> None:
     """Delete a checkpoint's folder, its marker first, so that half of one never counts."""
     (folder / COMMIT).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def run_tensors(
-    parameters: Mapping[str, Tensor], optimizers: Iterable[torch.optim.Optimizer], extra: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """Every tensor of a run by name: ``model.NAME``, ``optim.NAME.KEY`` and ``extra``."""
-    tensors = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
-    names = {parameter: name for name, parameter in parameters.items()}
-    for optimizer in optimizers:
-        for parameter, values in optimizer.state.items():
-            tensors |= {f"optim.{names[parameter]}.{key}": value for key, value in values.items()}
-    return tensors | extra

@@ -6,7 +6,6 @@ The first is kept and the newest. No host name and no environment variables: rep
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -16,8 +15,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
+from pretrain.device import cores, cpu_name
 from pretrain.io import write_atomically
 
 ENVIRONMENT = "environment.json"
@@ -59,12 +60,11 @@ def environment(device: torch.device) -> dict[str, Any]:
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
         "commit": source_commit(),
         "device": str(device),
-        "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu": cpu_name(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
     }
-    with suppress(ValueError, OSError, AttributeError):  # names that this system lacks
-        facts["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
         facts |= {"gpu": gpu.name, "gpu_memory_bytes": gpu.total_memory, "cuda": torch.version.cuda}
@@ -95,16 +95,3 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return ""
-
-
-def _cpu() -> str:
-    """The processor's name, as the system tells it."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    with suppress(OSError, subprocess.SubprocessError):
-        words = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        if platform.system() == "Darwin":
-            return subprocess.run(words, capture_output=True, text=True, timeout=GIT_SECONDS, check=True).stdout.strip()
-    return platform.processor() or platform.machine()

@@ -1,60 +1,42 @@
-"""``metrics.jsonl``: one JSON object for each step, appended, with no step twice and none missing after a resume."""
+"""The numbers of steps: fetched from the device some steps at a time, and smoothed to be shown."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pretrain.io import append_jsonl, keep_steps
+SMOOTHING = 0.95
+"""What the smoothed loss keeps of itself at each step: about twenty steps weigh."""
 
 
-class Metrics:
-    """Gathers the numbers of steps and writes them some steps at a time, so that no step waits for the device.
+def fetch(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same records with numbers in place of tensors: one wait for the device, however many they are."""
+    tensors = [value for record in records for value in record.values() if isinstance(value, Tensor)]
+    values = iter(torch.stack([tensor.float() for tensor in tensors]).tolist() if tensors else ())
+    return [{k: next(values) if isinstance(v, Tensor) else v for k, v in record.items()} for record in records]
 
-    Args:
-        file: ``metrics.jsonl``; lines of steps later than ``step`` are dropped from it. None: nothing is written.
-        step: steps done so far.
-        every: steps between writes.
+
+class Smoothed:
+    """An exponential mean of losses, debiased (Adam, arXiv 1412.6980, section 3); losses that are not finite are
+    passed over. The one smoothing of the terminal and the report.
     """
 
-    def __init__(self, file: Path | None, step: int, every: int):
-        self.file, self.every = file, every
-        self.last: dict[str, Any] = {}
-        self._waiting: list[dict[str, Any]] = []
-        if file is not None:
-            keep_steps(file, step)
+    def __init__(self) -> None:
+        self._sum = self._weight = 0.0
 
-    def add(self, record: dict[str, Any]) -> None:
-        """Take one step's numbers; tensors may still be in the making on the device."""
-        self._waiting.append(record)
+    def add(self, loss: float | None) -> float:
+        """Take the loss of the next step; gives the mean so far, NaN before the first."""
+        if loss is not None and math.isfinite(loss):
+            self._sum = SMOOTHING * self._sum + (1 - SMOOTHING) * loss
+            self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
+        return self._sum / self._weight if self._weight else math.nan
 
-    @property
-    def due(self) -> bool:
-        """Whether enough is waiting to be written."""
-        return len(self._waiting) >= self.every
 
-    def drop(self, step: int) -> None:
-        """Forget the steps after ``step``, written or waiting."""
-        self._waiting = [record for record in self._waiting if record["step"] <= step]
-        if self.file is not None:
-            keep_steps(self.file, step)
-
-    def write(self) -> list[dict[str, Any]]:
-        """Fetch and append what is waiting, and give it.
-
-        Raises:
-            OSError: the file could not be written; the records stay for the next time.
-        """
-        tensors = [v for record in self._waiting for v in record.values() if isinstance(v, Tensor)]
-        values = iter(torch.stack([t.float() for t in tensors]).tolist() if tensors else ())
-        self._waiting = records = [
-            {k: next(values) if isinstance(v, Tensor) else v for k, v in record.items()} for record in self._waiting
-        ]
-        if self.file is not None:
-            append_jsonl(self.file, *records)
-        self.last = records[-1] if records else self.last
-        self._waiting = []
-        return records
+def smoothed(losses: Iterable[float | None]) -> list[float]:
+    """The smoothed loss after each of ``losses``."""
+    mean = Smoothed()
+    return [mean.add(loss) for loss in losses]

@@ -1,7 +1,7 @@
-"""Training: the step, the loop, and what surrounds them."""
+"""Training: ``start.train`` opens a run, ``setup`` builds it, ``loop`` repeats ``step``."""
 
 from pretrain.training.callbacks import Callback
 from pretrain.training.console import Console
-from pretrain.training.loop import Trainer, train
+from pretrain.training.start import train
 
-__all__ = ["Callback", "Console", "Trainer", "train"]
+__all__ = ["Callback", "Console", "train"]

@@ -1,17 +1,30 @@
-"""What listens to training."""
+"""What listens to training: the project's own listeners and the user's, through one protocol."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from pretrain.io import append_jsonl, keep_steps
+from pretrain.runs import Run
+
+if TYPE_CHECKING:
+    from pretrain.training.loop import Trainer
 
 
 class Callback:
-    """What one's own code may do during training; override what is needed.
+    """What listens to a training; override what is needed, and give it to ``train(..., callbacks=[...])``.
 
-    Given to ``train(..., callbacks=[...])``. On several machines only the first process calls. What a callback raises
-    ends training.
+    On several processes only rank 0 calls. What a callback raises ends training.
     """
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Before the first step of a new or resumed run."""
+
+    def on_phase(self, step: int, phase: str, seconds: float | None = None) -> None:
+        """Something moves: ``step`` steps are done and ``phase`` begins, or goes on; the step took ``seconds``."""
 
     def on_step(self, record: dict[str, Any]) -> None:
         """After a step, with its line of metrics.jsonl; on a GPU some steps later, when the numbers are fetched."""
@@ -19,5 +32,69 @@ class Callback:
     def on_evaluation(self, record: dict[str, Any], sample: str | None) -> None:
         """After a validation, with the step's line and the text that was sampled, if any."""
 
+    def on_event(self, event: dict[str, Any]) -> None:
+        """Something happened beside the steps: ``event`` has ``step``, ``event`` (its kind) and ``text``."""
+
+    def on_save(self, step: int) -> None:
+        """Before a checkpoint is written; an OSError raised here counts as one of writing the checkpoint."""
+
     def on_checkpoint(self, path: Path) -> None:
         """After a checkpoint was committed; called from the thread that wrote it."""
+
+    def on_rollback(self, step: int) -> None:
+        """The steps after ``step`` were taken back and will come again."""
+
+    def on_end(self, interrupted: bool) -> None:
+        """At the end of the run or when it is interrupted, also by an error; ``interrupted`` says by a signal."""
+
+
+class RunFiles(Callback):
+    """``metrics.jsonl``, ``samples.jsonl`` and ``events.jsonl``: no step twice and none missing after a resume.
+
+    A line that cannot be written (a full disk) waits for the next time; a checkpoint is saved only after all lines.
+    """
+
+    def __init__(self, run: Run, finished: int, say: Callable[[str], None]):
+        """``finished`` steps are done with all their lines; later ones are dropped."""
+        self.run, self.say = run, say
+        self._waiting: dict[Path, list[dict[str, Any]]] = {run.metrics: [], run.samples: []}
+        for file in (run.metrics, run.samples, run.events):
+            keep_steps(file, finished)
+
+    def on_step(self, record: dict[str, Any]) -> None:
+        """A line of metrics.jsonl."""
+        self._write(self.run.metrics, record)
+
+    def on_evaluation(self, record: dict[str, Any], sample: str | None) -> None:
+        """A line of samples.jsonl."""
+        if sample is not None:
+            prompt = self.run.config.sample.prompt
+            self._write(self.run.samples, {"step": record["step"], "prompt": prompt, "text": sample})
+
+    def on_event(self, event: dict[str, Any]) -> None:
+        """A line of events.jsonl."""
+        with suppress(OSError):  # a full disk is reported by what matters more
+            append_jsonl(self.run.events, event)
+
+    def on_save(self, step: int) -> None:
+        """First the lines, so that no step of a checkpoint is ever missing from them."""
+        self._flush()
+
+    def on_rollback(self, step: int) -> None:
+        """Drop the lines of steps that will come again."""
+        for file, records in self._waiting.items():
+            records[:] = [record for record in records if record["step"] <= step]
+            keep_steps(file, step)
+
+    def _write(self, file: Path, record: dict[str, Any]) -> None:
+        self._waiting[file].append(record)
+        try:
+            self._flush()
+        except OSError as error:  # on_save tries again, and fails the save
+            self.say(f"the log of step {record['step']} is not written yet ({error.strerror or error})")
+
+    def _flush(self) -> None:
+        for file, records in self._waiting.items():
+            if records:
+                append_jsonl(file, *records)
+                records.clear()

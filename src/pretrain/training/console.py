@@ -1,7 +1,5 @@
 """What a person sees of training: a live panel on a terminal, a few plain lines when piped, nothing when quiet.
 
-    describe  →  progress: [step, evaluated, saved, say] ...
-
 A step only leaves its numbers here; the panel is drawn from them by a thread of its own, twice a second.
 """
 
@@ -10,29 +8,27 @@ from __future__ import annotations
 import math
 import shlex
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import rich.console
-import torch.distributed as dist
 from rich.live import Live
 from rich.text import Text
 
 from pretrain.device import Precision, peak_flops, process_memory, total_memory
-from pretrain.model import GPT
-from pretrain.runs.run import Run
+from pretrain.runs.metrics import Smoothed
 from pretrain.sizing import flops_per_token
-from pretrain.tokens import Batches, Corpus
+from pretrain.training.callbacks import Callback
 
-SMOOTHING = 0.95
-"""What the smoothed loss keeps of itself at each step: about twenty steps weigh."""
+if TYPE_CHECKING:
+    from pretrain.training.loop import Trainer
+
 DRAWS_PER_SECOND = 2
 BAR = 30
 """Characters of the bar."""
 
 
-class Console:
+class Console(Callback):
     """Shows the course of a run.
 
     Args:
@@ -44,75 +40,75 @@ class Console:
         self.command = shlex.join(command or ["pretrain", "train"])
         self._console = rich.console.Console(quiet=quiet, highlight=False, soft_wrap=True)
         self._panel: Panel | None = None
-        self._live = False
+        self._live: Live | None = None
         self._every = 1
 
     def say(self, text: str) -> None:
-        """One line."""
+        """Print one line."""
         self._console.print(text, markup=False)
 
-    def describe(self, run: Run, corpus: Corpus, model: GPT, batches: Batches, precision: Precision, done: int) -> None:
-        """Before the first step: what will be trained on what, and where."""
-        train = run.config.train
+    def on_start(self, trainer: Trainer) -> None:
+        """Describe what will be trained on what, and where; begin the panel on a terminal."""
+        config, corpus, state, world = trainer.config, trainer.corpus, trainer.state, trainer.world
+        train, device, precision = config.train, world.device, state.progress.precision
         tokens = f"{corpus.tokens('train'):,} to train on" if corpus.tokens("train") else "made while training"
-        held_out, vocabulary = corpus.tokens("val"), corpus.tokenizer.vocab_size
-        self.say(f"tokens    {tokens}, {held_out:,} held out, vocabulary {vocabulary:,}")
-        parameters = sum(p.numel() for p in model.parameters())
-        self.say(f"model     {parameters:,} parameters, context {run.config.model.context_length}")
-        epochs = f"{batches.epoch(train.steps):.1f} epochs"
+        vocabulary = corpus.tokenizer.vocab_size
+        self.say(f"tokens    {tokens}, {corpus.tokens('val'):,} held out, vocabulary {vocabulary:,}")
+        parameters = sum(p.numel() for p in state.model.parameters())
+        self.say(f"model     {parameters:,} parameters, context {config.model.context_length}")
+        epochs = f"{state.batches.epoch(train.steps):.1f} epochs"
         self.say(
             f"training  {train.steps:,} steps of {train.batch_tokens:,} tokens = {epochs}"
-            f" ({precision.device.type}, {precision.name}) → {run.folder}"
+            f" ({device.type}, {precision}) → {trainer.run.folder}"
         )
-        if done:
-            self.say(f"resuming  after step {done:,}")
+        if trainer.step:
+            self.say(f"resuming  after step {trainer.step:,}")
+        if world.size > 1:
+            rows = world.rows_per_rank(config.batch_rows)
+            self.say(f"processes {world.size} ({trainer.kind}), {rows} rows of the batch each")
+        self._every = max(1, train.steps // 20)
         if self._console.is_terminal and not self._console.quiet:
-            processes = dist.get_world_size() if dist.is_initialized() else 1
-            peak = peak_flops(precision.device, precision.dtype) * processes
-            self._panel = Panel(precision, flops_per_token(run.config.model, vocabulary) / peak, done)
+            where = Precision(precision, device)
+            peak = peak_flops(device, where.dtype) * world.size
+            share = flops_per_token(config.model, vocabulary) / peak
+            self._panel = Panel(where, share, trainer.step, trainer.step, train.steps)
+            self._live = Live(
+                get_renderable=self._panel.draw,
+                console=self._console,
+                transient=True,
+                refresh_per_second=DRAWS_PER_SECOND,
+            )
+            self._live.start()
 
-    @contextmanager
-    def progress(self, done: int, steps: int) -> Iterator[None]:
-        """Show progress while entered."""
-        self._every = max(1, steps // 20)
-        if self._panel is None:
-            yield
-            return
-        self._panel.begin(done, steps)
-        with Live(
-            get_renderable=self._panel.draw,
-            console=self._console,
-            transient=True,
-            refresh_per_second=DRAWS_PER_SECOND,
-        ):
-            self._live = True
-            try:
-                yield
-            finally:
-                self._live = False
-
-    def step(self, record: dict[str, Any], done: int) -> None:
-        """After each step, with the newest numbers that have been fetched."""
-        if not record:
-            return
-        if self._live and self._panel is not None:
-            self._panel.step(record, done)
-        elif done % self._every == 0 and "val/loss" not in record:
+    def on_step(self, record: dict[str, Any]) -> None:
+        """Update the panel, or print some twenty lines in all."""
+        if self._panel is not None:
+            self._panel.step(record)
+        elif record["step"] % self._every == 0 and "val/loss" not in record:
             self.say(_numbers(record))
 
-    def evaluated(self, record: dict[str, Any], text: str | None) -> None:
-        """After a validation, with a sample if one was made."""
-        if self._panel is not None:
-            self._panel.evaluated(record)
+    def on_evaluation(self, record: dict[str, Any], sample: str | None) -> None:
+        """Print the numbers of a validation, and the sample."""
+        if self._panel is not None and record.get("val/loss") is not None:
+            self._panel.validation = record
         self.say(_numbers(record))
-        if text:
-            self.say(f"      “{' '.join(text.split())}”")
+        if sample:
+            self.say(f"      “{' '.join(sample.split())}”")
 
-    def saved(self, step: int) -> None:
-        """A checkpoint of ``step`` exists; may be called from the thread that wrote it."""
+    def on_event(self, event: dict[str, Any]) -> None:
+        """Print it."""
+        self.say(event["text"])
+
+    def on_checkpoint(self, path: Path) -> None:
+        """Show on the panel which checkpoint there is."""
         if self._panel is not None:
-            self._panel.saved = step
-            self.say(f"step {step:5d}   saved")
+            self._panel.saved = int(path.name.removeprefix("step-"))
+            self.say(f"step {self._panel.saved:5d}   saved")
+
+    def on_end(self, interrupted: bool) -> None:
+        """Take the panel away."""
+        if self._live is not None:
+            self._live.stop()
 
 
 class Panel:
@@ -121,44 +117,27 @@ class Panel:
     Args:
         precision: of the run, and its device.
         share: of the hardware's peak that one token a second takes.
-        saved: the step of the checkpoint that there is; 0 for none.
+        saved: the step of the newest checkpoint; 0 for none.
+        done: steps done before.
+        steps: steps in all.
     """
 
-    def __init__(self, precision: Precision, share: float, saved: int):
+    def __init__(self, precision: Precision, share: float, saved: int, done: int, steps: int):
         self.precision, self.share, self.saved = precision, share, saved
+        self.done, self.steps = done, steps
         self.memory = total_memory(precision.device)
         self.record: dict[str, Any] = {}
         self.validation: dict[str, Any] = {}
-        self.done = self.steps = 0
-        self._loss = self._weight = 0.0
+        self.smoothed = math.nan
+        self._mean = Smoothed()
         self._begun = (0.0, 0)  # seconds and steps when the first step was done, which may have compiled
 
-    def begin(self, done: int, steps: int) -> None:
-        """Steps done before, and in all."""
-        self.done, self.steps = done, steps
-
-    def step(self, record: dict[str, Any], done: int) -> None:
-        """Take the newest numbers, which may be those of some steps ago."""
-        self.done = done
+    def step(self, record: dict[str, Any]) -> None:
+        """Take the numbers of a step."""
+        self.record, self.done = record, record["step"]
+        self.smoothed = self._mean.add(record["train/loss"])
         if not self._begun[1]:
-            self._begun = (time.monotonic(), done)
-        if record.get("step") == self.record.get("step"):
-            return
-        self.record = record
-        loss = record["train/loss"]
-        if loss is not None and math.isfinite(loss):
-            self._loss = SMOOTHING * self._loss + (1 - SMOOTHING) * loss
-            self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
-
-    def evaluated(self, record: dict[str, Any]) -> None:
-        """Take the numbers of a validation."""
-        if record.get("val/loss") is not None:
-            self.validation = record
-
-    @property
-    def smoothed(self) -> float:
-        """The mean loss of the last steps, of which newer ones weigh more."""
-        return self._loss / self._weight if self._weight else math.nan
+            self._begun = (time.monotonic(), self.done)
 
     @property
     def seconds_left(self) -> float:

@@ -12,6 +12,9 @@ from torch import Tensor
 from pretrain.config import GuardConfig
 from pretrain.device import Precision
 
+NOT_FINITE, SPIKE = 1, 2
+"""Why a step was skipped, in ``train/skipped``."""
+
 
 class Guard:
     """Judges each step by its loss and gradient norm, beside those of the last good ones.

@@ -19,7 +19,7 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,15 +28,16 @@ from urllib.parse import urlsplit
 import tomli_w
 
 from pretrain.config import Config, config_to_dict
-from pretrain.io import without_secrets
+from pretrain.io import without_secrets, write_atomically
+from pretrain.training.callbacks import Callback
 
 STATE = "loggers.json"
 LONGEST_QUEUE = 1000
 """Messages that may wait for a slow logger; beyond, they are left out."""
 STATE_SECONDS = 1.0
 """How often the last step logged is noted; after a crash so many seconds may be logged again."""
-CLOSE_SECONDS = 60.0
-"""How long the end of a run waits for loggers to send what they have."""
+CLOSE_SECONDS, INTERRUPTED_SECONDS = 60.0, 3.0
+"""How long the end of a run waits for loggers to send what they have, and after a signal."""
 
 
 class Backend(Protocol):
@@ -143,7 +144,7 @@ class Trackio:
         self.run.finish()
 
 
-class Loggers:
+class Loggers(Callback):
     """All loggers of a run.
 
     Args:
@@ -155,22 +156,28 @@ class Loggers:
 
     def __init__(self, run_folder: Path, config: Config, done_steps: int, say: Callable[[str], None]):
         self.folder, self.config, self.done, self.say = run_folder, config, done_steps, say
-        self._queue: queue.Queue[tuple[str, Any]] = queue.Queue(LONGEST_QUEUE)
+        self._queue: queue.Queue[tuple[int, dict[str, float] | str] | None] = queue.Queue(LONGEST_QUEUE)
         self._thread: threading.Thread | None = None
-        self._left_out = 0
+        self._full = False
+        self._backends: dict[str, Backend] = {}
+        self._state: dict[str, Any] = {}
         kinds = chosen(config.log.backends, say)
         if kinds:
             self._thread = threading.Thread(target=self._work, args=(kinds,), name="loggers", daemon=True)
             self._thread.start()
 
-    def log(self, records: Iterable[dict[str, Any]]) -> None:
-        """Take lines of metrics.jsonl."""
-        for record in records:
-            self._put("log", record)
+    def on_step(self, record: dict[str, Any]) -> None:
+        """Pass the numbers on."""
+        self._put(record["step"], numbers(record))
 
-    def text(self, step: int, sample: str) -> None:
-        """Take a sampled text."""
-        self._put("text", (step, sample))
+    def on_evaluation(self, record: dict[str, Any], sample: str | None) -> None:
+        """Pass the sample on; the numbers came with the step."""
+        if sample is not None:
+            self._put(record["step"], sample)
+
+    def on_end(self, interrupted: bool) -> None:
+        """Let the loggers finish, but not long after a signal."""
+        self.close(INTERRUPTED_SECONDS if interrupted else CLOSE_SECONDS)
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
         """Let the loggers finish, but wait no longer than this."""
@@ -178,92 +185,78 @@ class Loggers:
             return
         end = time.monotonic() + seconds
         with suppress(queue.Full):
-            self._queue.put(("close", None), timeout=seconds)
+            self._queue.put(None, timeout=seconds)
         self._thread.join(max(0.0, end - time.monotonic()))
         if self._thread.is_alive():
-            self.say(f"the loggers did not finish within {seconds:.0f} s; what they have not sent yet is left out")
+            self.say(f"the loggers did not finish within {seconds:.0f} s; what they have not sent yet is lost")
         self._thread = None
 
-    def _put(self, what: str, value: Any) -> None:
+    def _put(self, step: int, message: dict[str, float] | str) -> None:
         if self._thread is None:
             return
         try:
-            self._queue.put_nowait((what, value))
+            self._queue.put_nowait((step, message))
         except queue.Full:
-            if not self._left_out:
+            if not self._full:
                 self.say("the loggers are slower than training; some steps are missing in them, none in metrics.jsonl")
-            self._left_out += 1
+            self._full = True
 
     def _work(self, kinds: tuple[str, ...]) -> None:
         """The thread: open, take what comes, close."""
-        state = self._read_state()
-        backends: dict[str, Backend] = {}
+        with suppress(OSError, ValueError, AttributeError, TypeError):
+            state = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
+            self._state = {kind: mine for kind, mine in state.items() if {"id", "project", "last"} <= set(mine)}
         for kind in kinds:
-            self._guarded(kind, backends, lambda kind=kind: backends.update({kind: self._open(kind, state)}))
-        self._write_state(state)
+            self._guarded(kind, self._open)
+        self._write_state()
         noted = time.monotonic()
-        while backends:
-            what, value = self._queue.get()
-            if what == "close":
-                break
-            for kind, backend in list(backends.items()):
-                self._guarded(kind, backends, functools.partial(_pass_on, kind, backend, what, value, state))
+        while self._backends and (message := self._queue.get()) is not None:
+            for kind in list(self._backends):
+                self._guarded(kind, self._pass_on, *message)
             if time.monotonic() - noted > STATE_SECONDS:
-                self._write_state(state)
+                self._write_state()
                 noted = time.monotonic()
-        for kind, backend in list(backends.items()):
-            self._guarded(kind, backends, backend.close)
-        self._write_state(state)
+        for kind in list(self._backends):
+            self._guarded(kind, lambda kind: self._backends[kind].close())
+        self._write_state()
 
-    def _open(self, kind: str, state: dict[str, Any]) -> Backend:
-        """Make a logger, with the names that it had before."""
-        config = without_secrets(config_to_dict(self.config))
-        given = self.config.log
-        name = given.name or self.folder.absolute().name
-        project = given.project
-        if kind == "tensorboard":
-            return TensorBoard(self.folder, config, self.done)
-        mine = state.setdefault(kind, {"id": uuid.uuid4().hex[:8], "project": project, "last": 0})
-        if kind == "wandb":
-            return WeightsAndBiases(self.folder, config, mine["project"], name, mine["id"], self.say)
-        mine.setdefault("name", f"{name}-{mine['id'][:4]}")  # trackio knows a run by its name
-        return Trackio(config, mine["project"], mine["name"])
-
-    def _guarded(self, kind: str, backends: dict[str, Backend], work: Callable[[], Any]) -> None:
-        """Do something with a logger, which is left out from then on if that fails."""
+    def _guarded(self, kind: str, work: Callable[..., None], *arguments: Any) -> None:
+        """Do something with a logger, which is dropped if that fails."""
         try:
-            work()
+            work(kind, *arguments)
         except BaseException as error:  # whatever it raises, SystemExit too; training has nothing to do with it
-            backends.pop(kind, None)
+            self._backends.pop(kind, None)
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             self.say(f"the logger {kind} failed ({without_secrets(first)}); training goes on without it")
 
-    def _read_state(self) -> dict[str, Any]:
-        with suppress(OSError, ValueError, AttributeError, TypeError):
-            state = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
-            return {kind: mine for kind, mine in state.items() if {"id", "project", "last"} <= set(mine)}
-        return {}
-
-    def _write_state(self, state: dict[str, Any]) -> None:
-        if not state:
+    def _open(self, kind: str) -> None:
+        """Make a logger, with the names that it had before."""
+        config, given = without_secrets(config_to_dict(self.config)), self.config.log
+        name = given.name or self.folder.absolute().name
+        if kind == "tensorboard":
+            self._backends[kind] = TensorBoard(self.folder, config, self.done)
             return
-        temporary = self.folder / f"{STATE}.tmp"
-        with suppress(OSError):  # a full disk is told where it matters
-            temporary.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-            os.replace(temporary, self.folder / STATE)
+        mine = self._state.setdefault(kind, {"id": uuid.uuid4().hex[:8], "project": given.project, "last": 0})
+        if kind == "wandb":
+            self._backends[kind] = WeightsAndBiases(self.folder, config, mine["project"], name, mine["id"], self.say)
+        else:
+            mine.setdefault("name", f"{name}-{mine['id'][:4]}")  # trackio knows a run by its name
+            self._backends[kind] = Trackio(config, mine["project"], mine["name"])
 
+    def _pass_on(self, kind: str, step: int, message: dict[str, float] | str) -> None:
+        """Give a message to a logger, unless it has that step already from before a resume."""
+        mine = self._state.get(kind, {"last": -1})
+        if isinstance(message, str):
+            if step >= mine["last"]:
+                self._backends[kind].text(step, message)
+        elif step > mine["last"] or kind not in self._state:
+            self._backends[kind].log(step, message)
+            mine["last"] = step
 
-def _pass_on(kind: str, backend: Backend, what: str, value: Any, state: dict[str, Any]) -> None:
-    """Give a message to a logger, unless it has that step already from before a resume."""
-    mine = state.get(kind)
-    if what == "log":
-        step = value["step"]
-        if mine is None or step > mine["last"]:
-            backend.log(step, numbers(value))
-            if mine is not None:
-                mine["last"] = step
-    elif mine is None or value[0] >= mine["last"]:
-        backend.text(*value)
+    def _write_state(self) -> None:
+        if self._state:
+            with suppress(OSError):  # a full disk is reported where it matters
+                write_atomically(self.folder / STATE, json.dumps(self._state, indent=2) + "\n", sync=False)
 
 
 def chosen(backends: tuple[str, ...], say: Callable[[str], None]) -> tuple[str, ...]:

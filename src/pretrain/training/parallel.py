@@ -39,7 +39,7 @@ def choose_kind(config: Config, vocab_size: int, world: World) -> str:
         return config.parallel.kind
     here = 1 if world.device.type == "cuda" else world.local_size  # processes that share this memory
     parameters = sum(count_parameters(config.model, vocab_size).values())
-    return world.share(kind_that_fits(parameters, free_memory(world.device) // here))
+    return world.broadcast(kind_that_fits(parameters, free_memory(world.device) // here))
 
 
 def build_model(
@@ -83,7 +83,7 @@ def fill_model(model: GPT, world: World, fill: Callable[[GPT], None]) -> None:
         fill(model)
         return
     values: dict[str, Any] = {}
-    if world.first:
+    if world.is_rank0:
         with torch.device("meta"):
             whole = GPT(model.config, model.vocab_size, model.bos_id)
         size = sum(p.numel() for p in whole.parameters()) * 4
@@ -146,7 +146,7 @@ class Parameters:
         """The processes of other machines that hold the same rows (HSDP)."""
         self.groups = [group for group in (self.group, self.between) if group is not None]
 
-    def spread(self, optimizers: Iterable[Optimizer]) -> None:
+    def distribute(self, optimizers: Iterable[Optimizer]) -> None:
         """Let optimizers of the model work on what this process holds, and share the work on whole matrices."""
         local = {self.whole[name]: p for name, p in self.local.items()}
         for optimizer in optimizers:
@@ -165,7 +165,7 @@ class Parameters:
                 self.local[name].grad = p.grad.to_local() if isinstance(p.grad, DTensor) else None
         return [p.grad for p in self.local.values() if p.grad is not None]
 
-    def norm(self, gradients: list[Tensor]) -> Tensor:
+    def gradient_norm(self, gradients: list[Tensor]) -> Tensor:
         """The norm of all gradients as one vector, of all processes together."""
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.sharded:
@@ -174,13 +174,13 @@ class Parameters:
             norm = square.sqrt()
         return norm
 
-    def forget_gradients(self) -> None:
+    def zero_grad(self) -> None:
         """Let go of all gradients."""
         self.model.zero_grad(set_to_none=True)
         for p in self.local.values():
             p.grad = None
 
-    def saved_form(self, name: str, tensor: Tensor) -> Tensor:
+    def as_dtensor(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor of a checkpoint as torch.distributed.checkpoint must see it to know which part of the whole it is.
 
         ``tensor`` is on the CPU; ``name`` is ``model.PARAMETER`` or ``optim.PARAMETER.KEY``, or anything else, which

@@ -28,7 +28,7 @@ from pretrain.errors import Interrupted, PeerError, PretrainError, UsageError
 
 T = TypeVar("T")
 
-SILENT_SECONDS = 5.0
+STRAGGLER_SECONDS = 5.0
 """Without a sign of life for so long, a process is counted as gone: its watch leaves one each second."""
 
 
@@ -49,11 +49,11 @@ class World:
     """Seconds by which this machine's clock is ahead of rank 0's."""
 
     @property
-    def first(self) -> bool:
+    def is_rank0(self) -> bool:
         """Whether this is the process that logs, saves and prepares."""
         return self.rank == 0
 
-    def rows(self, rows: int) -> int:
+    def rows_per_rank(self, rows: int) -> int:
         """Rows of a global batch of ``rows`` for each process; the last of some may have to be padding."""
         return -(-rows // self.size)
 
@@ -77,7 +77,7 @@ class World:
         dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.control)
         return bool(flags)
 
-    def share(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Rank 0's value, in every process."""
         if self.control is None:
             return value
@@ -93,7 +93,7 @@ class World:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def first_does(self, work: Callable[[], T]) -> T:
+    def run_on_rank0(self, work: Callable[[], T]) -> T:
         """Let rank 0 work while the others wait, and share what comes of it.
 
         Raises:
@@ -101,8 +101,8 @@ class World:
         """
         if self.control is None:
             return work()
-        if not self.first:
-            result, error_code = self.share((None, 0))
+        if not self.is_rank0:
+            result, error_code = self.broadcast((None, 0))
             if error_code:
                 raise PeerError(error_code)
             return result  # type: ignore[return-value]
@@ -111,15 +111,15 @@ class World:
         except BaseException as error:
             code = error.exit_code if isinstance(error, PretrainError) else 1
             code = Interrupted.exit_code if isinstance(error, KeyboardInterrupt) else code
-            self.share((None, code))
+            self.broadcast((None, code))
             raise
-        return self.share((result, 0))[0]
+        return self.broadcast((result, 0))[0]
 
-    def must_agree(self, facts: dict[str, str]) -> None:
+    def check_same_on_all_ranks(self, facts: dict[str, str]) -> None:
         """A UsageError that names the ranks and the fact, unless all processes have the same facts."""
         everybody = self.gather(facts)
         for name, value in everybody[0].items():
-            if not self.first and any(theirs != everybody[0] for theirs in everybody):
+            if not self.is_rank0 and any(theirs != everybody[0] for theirs in everybody):
                 raise PeerError(UsageError.exit_code)  # rank 0 says it
             if different := [rank for rank, theirs in enumerate(everybody) if theirs[name] != value]:
                 ranks = ", ".join(map(str, different))
@@ -138,7 +138,7 @@ class World:
             for group in {dist.group.WORLD, self.control, *groups}:
                 set_timeout(timedelta(seconds=seconds), group)
 
-    def sign_of_life(self, beat: dict[str, Any]) -> None:
+    def publish_heartbeat(self, beat: dict[str, Any]) -> None:
         """Leave word of what this process is doing, for the others to read when they wait in vain."""
         if self.store is not None:
             self.store.set(f"life/{self.rank}", json.dumps({**beat, "time": self.now()}))
@@ -147,21 +147,21 @@ class World:
         """Seconds since 1970 by the clock of rank 0."""
         return time.time() - self.clock_ahead
 
-    def speaks(self, behind: dict[int, str]) -> bool:
-        """Whether this process speaks for all: the first of those that are not ``behind``."""
-        return self.rank == next((rank for rank in range(self.size) if rank not in behind), 0)
+    def is_reporter(self, stragglers: dict[int, str]) -> bool:
+        """Whether this process speaks for all: the first of those that are not ``stragglers``."""
+        return self.rank == next((rank for rank in range(self.size) if rank not in stragglers), 0)
 
-    def behind(self) -> dict[int, str]:
+    def stragglers(self) -> dict[int, str]:
         """Which processes are silent or behind the others, by rank, in words; empty if none is known to be."""
         found: list[dict[int, str]] = []
         # In a thread, since a machine that is cut off from the store would wait for it without end.
-        asking = threading.Thread(target=lambda: found.append(self._behind()), daemon=True)
+        asking = threading.Thread(target=lambda: found.append(self._stragglers()), daemon=True)
         asking.start()
-        asking.join(SILENT_SECONDS)
+        asking.join(STRAGGLER_SECONDS)
         cut_off = {rank: "this machine cannot reach the others" for rank in range(self.size) if rank != self.rank}
         return found[0] if found else dict(list(cut_off.items())[:1])
 
-    def _behind(self) -> dict[int, str]:
+    def _stragglers(self) -> dict[int, str]:
         if self.store is None:
             return {}
         beats: list[dict[str, Any]] = []
@@ -173,9 +173,9 @@ class World:
         furthest = max(beat["beats"] for beat in beats)
         for rank, beat in enumerate(beats):
             age = self.now() - beat["time"]
-            if age > SILENT_SECONDS or beat["beats"] < furthest:
+            if age > STRAGGLER_SECONDS or beat["beats"] < furthest:
                 where = f" on {beat['host']}, process {beat['pid']}" if "host" in beat else ""
-                heard = f"silent for {age:.0f} s, " if age > SILENT_SECONDS and beat["time"] else ""
+                heard = f"silent for {age:.0f} s, " if age > STRAGGLER_SECONDS and beat["time"] else ""
                 silent[rank] = f"rank {rank}{where} ({heard}last seen {beat['phase']} after step {beat['step']})"
         return silent
 
@@ -226,8 +226,8 @@ def join_world(device: str, config: ParallelConfig) -> Iterator[World]:
     world = World(chosen, rank, size, local_size, control, store.clone())  # type: ignore[arg-type,attr-defined]
     try:
         world.any(False)  # all read their clocks at the same time
-        world = replace(world, clock_ahead=time.time() - world.share(time.time()))
-        world.sign_of_life({"step": 0, "phase": "starting", "host": platform.node(), "pid": os.getpid()})
+        world = replace(world, clock_ahead=time.time() - world.broadcast(time.time()))
+        world.publish_heartbeat({"step": 0, "phase": "starting", "host": platform.node(), "pid": os.getpid()})
         yield world
     except BaseException:
         if backend == "nccl":  # to leave in order would wait for processes that may never answer

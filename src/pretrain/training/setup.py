@@ -1,0 +1,156 @@
+"""A run made ready to train, in one column: data, checkpoint, model, optimizers, state, callbacks."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+
+import torch
+
+from pretrain.device import Precision, choose_precision, free_memory
+from pretrain.errors import DataError
+from pretrain.evaluation import open_bundle, read_tasks
+from pretrain.io import read_jsonl
+from pretrain.model import GPT
+from pretrain.optim import build_optimizers
+from pretrain.runs import Run
+from pretrain.runs.checkpoint import CheckpointWriter
+from pretrain.runs.environment import write_environment
+from pretrain.sizing import rows_that_fit
+from pretrain.tokens import LiveBatches, TrainingBatches, ahead, find_text, training_order
+from pretrain.training.callbacks import Callback, RunFiles
+from pretrain.training.console import Console
+from pretrain.training.evaluator import Evaluator
+from pretrain.training.guard import Guard, LossScale
+from pretrain.training.heartbeat import Heartbeat
+from pretrain.training.init_from import load_initial
+from pretrain.training.loggers import Loggers
+from pretrain.training.loop import Trainer, newest_checkpoint
+from pretrain.training.parallel import Parameters, build_model, choose_kind, fill_model, training_forward
+from pretrain.training.state import Progress, TrainState
+from pretrain.training.world import World
+
+
+def set_up(
+    run: Run,
+    world: World,
+    console: Console,
+    started: float | None = None,
+    went_back_to: int = 0,
+    callbacks: Sequence[Callback] = (),
+) -> Trainer:
+    """Make a run ready to train on, from its newest whole checkpoint if it has one. All processes call it.
+
+    Args:
+        run: the run directory, with its data prepared.
+        world: the processes that train together.
+        console: where progress is shown.
+        started: ``time.monotonic()`` when this job began; now by default.
+        went_back_to: the step to which ``--resume-from`` brought the run before, if it did.
+        callbacks: the user's.
+    """
+    started = time.monotonic() if started is None else started
+    config, device, say = run.config, world.device, console.say
+
+    # Data: batches are a function of the step, so nothing is read yet.
+    corpus = run.corpus()
+    tokenizer, rows, length = corpus.tokenizer, config.batch_rows, config.model.context_length
+    bytes_per_token = corpus.bytes_per_token
+    if config.data.stream:
+        seed, rank, size = config.train.seed, world.rank, world.size
+        text = find_text(config.data)
+        batches = LiveBatches(
+            text, tokenizer, config.data, rows=rows, length=length, seed=seed, rank=rank, world=size
+        )  # fmt: skip
+        bytes_per_token = batches.bytes_per_token
+    else:
+        order = training_order(corpus, config)
+        batches = TrainingBatches(corpus.stream("train"), order, rows, world.rank, world.size)
+    batches = ahead(batches, device)
+
+    # The checkpoint decides the precision, and must be of this data.
+    checkpoint = newest_checkpoint(run, world, say)
+    progress = Progress.of(checkpoint)
+    if checkpoint and progress.data != corpus.fingerprint:
+        place = ", ".join(dataset.name for dataset in corpus.datasets)
+        raise DataError(f"{place} is not what this run was trained on; restore it, or start anew with --out")
+    wanted = progress.precision or config.train.precision
+    precision = Precision(world.broadcast(choose_precision(wanted, device).name), device)
+    world.check_same_on_all_ranks(
+        {
+            "the configuration": hashlib.sha256(repr(config).encode()).hexdigest()[:12],
+            "the data": corpus.fingerprint[:12],
+            "the version of pretrain": version("pretrain"),
+            "the version of torch": torch.__version__,
+        }
+    )
+    progress.data, progress.precision = corpus.fingerprint, precision.name
+    progress.went_back_to = went_back_to or progress.went_back_to
+
+    # The model: described on the meta device, made parallel, given memory, then values.
+    torch.manual_seed(config.train.seed + world.rank)  # of dropout; all else has generators of its own
+    kind = choose_kind(config, tokenizer.vocab_size, world)
+    with torch.device("meta"):
+        model = GPT(config.model, tokenizer.vocab_size, tokenizer.bos_id)
+    model.activation_dtype = precision.dtype
+    build_model(model, kind, config, world, precision, say)
+    if checkpoint is None:
+
+        def initial_values(whole: GPT) -> None:
+            place = next(whole.parameters()).device
+            whole.init_weights(torch.Generator(place).manual_seed(config.train.seed))
+            if config.train.init_from:
+                load_initial(whole, config, tokenizer)
+                say(f"weights   of {config.train.init_from}")
+
+        fill_model(model, world, initial_values)
+
+    # Optimizers work on what this process holds of the parameters.
+    parameters = Parameters(model, kind, world)
+    optimizers = build_optimizers(model, config.optim)
+    parameters.distribute(optimizers)
+
+    # The state, as the checkpoint has it.
+    scale, guard = LossScale(precision), Guard(config.guard, device)
+    state = TrainState(config, world, model, model, parameters, optimizers, scale, guard, batches, progress)
+    state.make_moments()
+    if checkpoint:
+        state.load_state_dict(checkpoint)
+        state.progress.went_back_to = progress.went_back_to
+    state.forward = training_forward(model, kind, world)
+    # Rows at once: as before a resume, for the same rounding; never more than there are for this process.
+    fit = progress.micro_rows or rows_that_fit(config, precision.dtype.itemsize, free_memory(device))
+    micro_rows = config.train.micro_batch or world.broadcast(fit)
+    state.progress.micro_rows = min(micro_rows, world.rows_per_rank(rows))
+
+    # Callbacks: on rank 0 all of them, elsewhere only the heartbeat.
+    heartbeat = Heartbeat(run.folder if world.is_rank0 else None, config.guard, world.publish_heartbeat)
+    listeners: list[Callback] = [heartbeat]
+    losses = {r["step"]: r["val/loss"] for r in read_jsonl(run.metrics) if r.get("val/loss") is not None}
+    if world.is_rank0:
+        finished = progress.step - bool(progress.pending)
+        losses = {step: loss for step, loss in losses.items() if step <= finished}
+        listeners += [RunFiles(run, finished, say), console, Loggers(run.folder, config, finished, say), *callbacks]
+        facts = {"step": progress.step, "precision": precision.name, "processes": world.size}
+        write_environment(run.folder, device, **facts)
+    val_streams = {each.name: each.stream("val") for each in corpus.datasets if each.tokens("val")}
+    tasks = read_tasks(open_bundle(config.eval.core_bundle)) if config.eval.core_every else []
+    token_bytes = tokenizer.token_bytes()
+    evaluator = Evaluator(config, world, model, parameters.sharded, tokenizer, token_bytes, val_streams, tasks)
+    return Trainer(
+        run=run,
+        corpus=corpus,
+        state=state,
+        evaluator=evaluator,
+        writer=CheckpointWriter(run.checkpoints, parameters.as_dtensor, world.size > 1),
+        heartbeat=heartbeat,
+        callbacks=listeners,
+        say=say,
+        command=console.command,
+        clock_start=started - progress.seconds,
+        val_losses=world.broadcast(losses),
+        bytes_per_token=bytes_per_token,
+        kind=kind,
+    )

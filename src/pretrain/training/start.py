@@ -1,0 +1,157 @@
+"""Where a training begins: the run directory opened or made, its text prepared, and trained on to the last step.
+
+train → open_run, go_back → set_up (setup.py) → Trainer.fit (loop.py) → train_step (step.py)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pretrain.config import Config, differences
+from pretrain.device import keep_freed_memory
+from pretrain.errors import Interrupted, UsageError
+from pretrain.io import append_jsonl, read_jsonl
+from pretrain.optim import find_optimizer
+from pretrain.runs import Run, checkpoints
+from pretrain.runs.checkpoint import remove
+from pretrain.runs.run import lock_run
+from pretrain.sizing import resolve
+from pretrain.tokens import find_text, is_tokens, open_corpus, prepare, prepare_stream, training_order
+from pretrain.training.callbacks import Callback
+from pretrain.training.console import Console
+from pretrain.training.init_from import resolve_init
+from pretrain.training.setup import set_up
+from pretrain.training.world import join_world
+
+
+def train(
+    config: Config,
+    out: str | Path,
+    console: Console | None = None,
+    started: float | None = None,
+    resume_from: int = 0,
+    callbacks: Sequence[Callback] = (),
+) -> Run:
+    """Train as ``config`` says into the run directory ``out``, or go on with the run that is there, to its end.
+
+    Args:
+        config: from :func:`pretrain.load_config`.
+        out: the run directory; made if it does not exist.
+        console: where progress is shown; nowhere by default.
+        started: ``time.monotonic()`` when the whole job began, from which its seconds are counted.
+        resume_from: go back to the checkpoint of this step first; 0: go on from the newest.
+        callbacks: code of your own, see :class:`pretrain.Callback`.
+
+    Raises:
+        UsageError: the configuration cannot run here, or differs from that of the run in ``out``.
+        DataError: the text cannot be used, or is not what the run was trained on.
+        CheckpointError: no checkpoint can be used or written, or another process is training in ``out``.
+        DeviceMemoryError: not even one row fits in the device's memory.
+        Interrupted: a signal asked to stop; everything is saved.
+        TrainingError: the gradients are not finite any more, or other processes do not answer.
+        PeerError: another process failed and says why.
+    """
+    console = console or Console(quiet=True)
+    out = Path(out)
+    with join_world(config.train.device, config.parallel) as world:  # an impossible device is refused before any work
+        if world.device.type == "cpu":
+            keep_freed_memory()
+        if not world.is_rank0:
+            console = Console(quiet=True)
+        with contextlib.ExitStack() as until_the_end:
+
+            def open_and_lock() -> Run:
+                find_optimizer(config.optim)  # refuses an unknown name before any work
+                if not Run.exists(out):
+                    Run.check_new(out)
+                until_the_end.enter_context(lock_run(out))
+                try:
+                    run = open_run(config, out, console)
+                    if resume_from:
+                        go_back(run, resume_from, console.say)
+                except KeyboardInterrupt:
+                    raise Interrupted(f"stopped before the first step; go on with: {console.command}") from None
+                return run
+
+            run = world.run_on_rank0(open_and_lock)
+            if run.summary is None:
+                set_up(run, world, console, started, resume_from, callbacks).fit()
+            else:
+                console.say(f"{run.folder} is finished: {run.summary['steps']} steps; nothing left to train")
+    return run
+
+
+def open_run(config: Config, folder: Path, console: Console) -> Run:
+    """The run in ``folder``, or a new one with its text prepared; nothing is left behind when that fails."""
+    config = with_absolute_paths(config)
+    if Run.exists(folder):
+        run = Run.open(folder)
+        vocab_size = run.tokenizer().vocab_size
+        config, _ = resolve(config, vocab_size)
+        changed = differences(run.config, config)
+        if changed and config.train.init_from:  # it may be as it was given at first, before it was resolved
+            config, _ = resolve(resolve_init(config), vocab_size)
+            changed = differences(run.config, config)
+        before, after = run.config.train.steps, config.train.steps
+        if run.summary and after > before and len(changed) == 1 and changed[0].startswith("train.steps "):
+            console.say(f"longer    {before:,} steps are done; going on to {after:,}, on the schedule of so many")
+            run.reopen()
+        elif changed:
+            raise UsageError(
+                f"{folder} was made with another configuration ({'; '.join(changed)}); choose another --out"
+            )
+        return Run.create(folder, config)
+    Run.check_new(folder)
+    config = resolve_init(config)
+    if is_tokens(config.data.paths):
+        corpus = open_corpus(config.data.paths, config.tokenizer.kind)
+        training_order(corpus, config)  # refuses what is too short, before the run exists
+        tokenizer = corpus.tokenizer
+    elif config.data.stream:
+        tokenizer = prepare_stream(config, find_text(config.data), folder / "data", console.say).tokenizer
+    else:
+        tokenizer = prepare(config, folder / "data", console.say).tokenizer
+    tokenizer.save(folder / "tokenizer.json")
+    config, derived = resolve(config, tokenizer.vocab_size)
+    for line in derived:
+        console.say(f"derived   {line}")
+    return Run.create(folder, config)
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The configuration with ``data.paths`` as they are from any folder, since the run may go on from another."""
+
+    def absolute(paths: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(path if "://" in path else os.path.abspath(os.path.expanduser(path)) for path in paths)
+
+    data = dataclasses.replace(
+        config.data, paths=absolute(config.data.paths), val_paths=absolute(config.data.val_paths)
+    )
+    return dataclasses.replace(config, data=data)
+
+
+def go_back(run: Run, step: int, say: Callable[[str], None]) -> None:
+    """Make ``step`` the newest checkpoint; later ones and their metrics are moved to ``set-aside``.
+
+    A run that went back to that step before goes on from where it came to since, so that the same command can be given
+    again. Raises CheckpointError when there is no whole checkpoint of that step.
+    """
+    saved = checkpoints(run.checkpoints)
+    if saved and saved[-1].state.get("went_back_to") == step:
+        return
+    run.checkpoint(step)
+    aside = run.folder / "set-aside"
+    later = [checkpoint for checkpoint in saved if checkpoint.step > step]
+    if later:
+        aside.mkdir(exist_ok=True)
+        records = [record for record in read_jsonl(run.metrics) if record["step"] > step]
+        append_jsonl(aside / "metrics.jsonl", *records)
+        for checkpoint in reversed(later):  # newest first: cut short, this can simply be done again
+            remove(aside / checkpoint.folder.name)
+            checkpoint.folder.rename(aside / checkpoint.folder.name)
+        say(f"set aside {len(later)} later checkpoints and their metrics in {aside}")
+    run.reopen()

@@ -1,0 +1,109 @@
+"""One optimizer step, from top to bottom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from pretrain.errors import DeviceMemoryError
+from pretrain.model.loss import IGNORE
+from pretrain.optim import learning_rate_factor
+from pretrain.sizing import rows_up_to
+from pretrain.training.guard import NOT_FINITE, SPIKE
+from pretrain.training.parallel import synchronise
+from pretrain.training.signals import Stopped
+from pretrain.training.state import TrainState, random_state, set_random_state, update
+
+FORWARD, BACKWARD, UPDATE = "in a forward pass", "in a backward pass", "updating"
+
+
+def train_step(state: TrainState, on_phase: Callable[[str], None] = lambda phase: None) -> dict[str, Any]:
+    """One optimizer step on one global batch; a step that is skipped changes no bit of parameters and moments.
+
+    ``on_phase`` hears FORWARD, BACKWARD and UPDATE; it may raise until UPDATE, before which nothing has changed.
+
+    Returns the mean loss, learning rate, gradient norm before clipping and, if the step was skipped, why; the tensors
+    among them are still being computed on the device.
+    """
+    config, world, step = state.config, state.world, state.progress.step
+    batch_tokens, clip = config.train.batch_tokens, config.train.grad_clip
+
+    # This rank's rows of the global batch, (rows, T): a function of the step alone, whatever ran before.
+    inputs, targets = state.batches.batch(step + state.progress.left_out)
+    if missing := world.rows_per_rank(config.batch_rows) - len(inputs):  # all ranks must run equally many passes
+        inputs = F.pad(inputs, (0, 0, 0, missing))
+        targets = F.pad(targets, (0, 0, 0, missing), value=IGNORE)
+
+    # Gradients add up over micro-batches; each is a part of the mean over all tokens of the global batch.
+    loss = torch.zeros((), device=world.device)
+    micro_batches = list(zip(*(x.split(state.progress.micro_rows) for x in (inputs, targets)), strict=True))
+    for number, (x, y) in enumerate(micro_batches, start=1):
+        synchronise(state.forward, last=number == len(micro_batches), reshard=config.parallel.reshard)
+        on_phase(FORWARD)
+        part = state.forward(x.to(world.device), y.to(world.device)) / batch_tokens
+        on_phase(BACKWARD)
+        state.loss_scale.scaled(part * world.size).backward()  # times size: DDP and FSDP take the mean over ranks
+        loss += part.detach()
+
+    on_phase(UPDATE)
+    world.sum(loss)
+    gradients = state.parameters.gradients()
+    state.loss_scale.unscale(gradients)
+    norm = state.parameters.gradient_norm(gradients)
+    if clip and step >= config.train.grad_clip_from:
+        torch.nn.utils.clip_grads_with_norm_(state.parameters.local.values(), clip, norm)
+
+    # Judged on the device, so that no step waits for it; the optimizers select the old values where it is skipped.
+    not_finite, spike = state.guard.judge(loss, norm)
+    update(state.optimizers, step, config, skip=(not_finite | spike).float())
+    state.parameters.zero_grad()
+    state.loss_scale.update(not_finite.float())
+    state.progress.step += 1
+    return {
+        "train/loss": loss,
+        "train/lr": config.optim.lr * learning_rate_factor(config.schedule, step, config.train.steps),
+        "train/grad_norm": norm,
+        "train/skipped": NOT_FINITE * not_finite + SPIKE * spike,
+    }
+
+
+def train_step_with_oom_retry(
+    state: TrainState, on_phase: Callable[[str], None], on_retry: Callable[[str], None]
+) -> dict[str, Any]:
+    """:func:`train_step`; out of memory, again with half the rows at once, as often as that can help.
+
+    The batch is a function of the step and nothing was updated yet, so only dropout's random state is set back; also
+    when ``on_phase`` raises Stopped.
+
+    Raises:
+        DeviceMemoryError: one row does not fit, or other processes already wait for this one's gradients.
+    """
+    config, world, progress = state.config, state.world, state.progress
+    while True:
+        before = random_state(world.rank, world.device) if config.model.dropout else {}
+        try:
+            return train_step(state, on_phase)
+        except Stopped:
+            set_random_state(before, world.rank, world.device)
+            raise
+        except torch.OutOfMemoryError:
+            if world.size > 1:
+                raise DeviceMemoryError(
+                    f"rank {world.rank} is out of memory with {progress.micro_rows} rows at once; go on with"
+                    f" --train.micro_batch {max(1, progress.micro_rows // 2)}, or --train.activation_checkpointing"
+                ) from None
+            if progress.micro_rows == 1:
+                raise DeviceMemoryError(
+                    f"one row of {config.model.context_length} tokens does not fit in this device's memory;"
+                    f" try --train.activation_checkpointing, or a smaller model or context"
+                ) from None
+        # Outside the handler, whose traceback would keep the tensors of the failed pass alive.
+        state.parameters.zero_grad()
+        set_random_state(before, world.rank, world.device)
+        if world.device.type == "cuda":
+            torch.cuda.empty_cache()
+        progress.micro_rows = rows_up_to(config, progress.micro_rows // 2)
+        on_retry(f"out of memory: {progress.micro_rows} rows at once from here, the same global batch")

@@ -1,0 +1,37 @@
+import math
+from pathlib import Path
+
+import pytest
+
+from pretrain.io import append_jsonl, duration, keep_steps, read_jsonl, write_atomically
+
+
+def test_steps_are_dropped_and_a_torn_line_with_them(tmp_path: Path):
+    file = tmp_path / "m.jsonl"
+    append_jsonl(file, *({"step": step} for step in range(1, 8)))
+    with file.open("a") as out:
+        out.write('{"step": 8, "tr')
+    keep_steps(file, 5)
+    append_jsonl(file, {"step": 6})
+    assert [r["step"] for r in read_jsonl(file)] == [1, 2, 3, 4, 5, 6]
+    keep_steps(tmp_path / "absent.jsonl", 3)
+    assert not (tmp_path / "absent.jsonl").exists()
+
+
+def test_not_finite_is_null(tmp_path: Path):
+    append_jsonl(tmp_path / "m.jsonl", {"step": 1, "train/loss": math.nan, "x": math.inf})
+    assert read_jsonl(tmp_path / "m.jsonl") == [{"step": 1, "train/loss": None, "x": None}]
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path):
+    file = tmp_path / "a.json"
+    write_atomically(file, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(file, "\ud800")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert file.read_text() == "old"
+
+
+def test_durations():
+    seconds = (3.14, 42, 90, 130, 5400, 9000, 200_000)
+    assert [duration(each) for each in seconds] == ["3 s", "42 s", "90 s", "2.2 min", "90.0 min", "2.5 h", "2.3 days"]
