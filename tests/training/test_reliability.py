@@ -115,6 +115,7 @@ def wait_for(file: Path, process: subprocess.Popen) -> None:
 STUCK = "from pathlib import Path\nevaluator.evaluate_loss = lambda *_: (Path({!r}).touch(), time.sleep(100))"
 
 
+@pytest.mark.slow
 def test_a_second_signal_leaves_at_once(tiny: Config, tmp_path: Path):
     process = run_command(tiny, tmp_path / "run", STUCK.format(str(tmp_path / "stuck")))
     wait_for(tmp_path / "stuck", process)
@@ -130,6 +131,7 @@ def test_a_second_signal_leaves_at_once(tiny: Config, tmp_path: Path):
     assert [c.step for c in checkpoints(tmp_path / "run" / "checkpoints")] == [4]
 
 
+@pytest.mark.slow
 def test_after_the_grace_period_it_leaves_with_what_it_has(tiny: Config, tmp_path: Path):
     config = change(tiny, guard__grace_seconds=0.5)
     process = run_command(config, tmp_path / "run", STUCK.format(str(tmp_path / "stuck")))
@@ -144,6 +146,7 @@ def test_after_the_grace_period_it_leaves_with_what_it_has(tiny: Config, tmp_pat
 # ---------------------------------------------------------------- kill -9
 
 
+@pytest.mark.slow
 def test_kill_nine_at_random_moments(tiny: Config, tmp_path: Path):
     """The short form of benchmarks/chaos.py: real processes, saves slowed down so that some die in them."""
     config = change(tiny, train__steps=150, checkpoint__every=3, eval__every=7, train__micro_batch=4)
@@ -163,6 +166,7 @@ def test_kill_nine_at_random_moments(tiny: Config, tmp_path: Path):
     assert_same_run(train(config, tmp_path / "run"), undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
 def test_a_stream_goes_on_exactly(tiny: Config, tmp_path: Path, packing: str):
     """Killed and interrupted, a run on a live stream ends with the same bits."""
@@ -412,6 +416,7 @@ def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(tiny: Config, 
     train(tiny, folder)
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_no_lock(tiny: Config, tmp_path: Path):
     process = run_command(tiny, tmp_path / "run", STUCK.format(str(tmp_path / "stuck")))
     wait_for(tmp_path / "stuck", process)

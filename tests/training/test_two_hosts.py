@@ -21,6 +21,8 @@ from pretrain.cli import main
 from pretrain.io import read_jsonl
 from pretrain.runs import Run
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass
 class Host:

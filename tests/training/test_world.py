@@ -19,6 +19,8 @@ from pretrain.runs import Run
 from pretrain.runs.checkpoint import checkpoints
 from pretrain.training import train
 
+pytestmark = pytest.mark.slow
+
 LAUNCH = """
 import sys
 from pathlib import Path
