@@ -57,7 +57,7 @@ def nanochat(folder: str, model: GPT, tokenizer: Tokenizer) -> Rival:
             return tokenizer.bos_id
 
         def __call__(self, texts: list[str], prepend: int) -> list[list[int]]:
-            return [[prepend, *ids.tolist()] for ids in tokenizer.encode_documents(texts)]
+            return [[prepend, *ids.tolist()] for _, ids in tokenizer.encode_documents(enumerate(texts))]
 
     class Model:
         max_seq_len = model.config.context_length

@@ -211,7 +211,7 @@ def encoder(contender: str) -> Callable[[list[str]], int]:
         from pretrain.tokenizer import Tokenizer
 
         ours = Tokenizer(gpt2_json(), encoder=which)  # type: ignore[call-arg]
-        return lambda texts: sum(map(len, ours.encode_documents(texts)))
+        return lambda texts: sum(len(ids) for _, ids in ours.encode_documents(enumerate(texts)))
     if kind == "tiktoken":
         encoding = tiktoken_encoding()
         threads = os.cpu_count() or 1

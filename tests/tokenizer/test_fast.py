@@ -153,7 +153,7 @@ def tokenizer(request: pytest.FixtureRequest, slow: Tokenizer) -> Tokenizer:
 
 
 def encoded(tokenizer: Tokenizer, texts: list[str], threads: int = 0) -> list[list[int]]:
-    return [ids.tolist() for ids in tokenizer.encode_documents(texts, threads)]
+    return [ids.tolist() for _, ids in tokenizer.encode_documents(enumerate(texts), threads)]
 
 
 @pytest.mark.parametrize("threads", [0, 1])

@@ -61,7 +61,7 @@ def test_published_counts_of_tokens(tokenizer: Tokenizer):
     assert len(tokenizer.encode((SHARED / "the-verdict.txt").read_text())) == 5145
     text = (SHARED / "tinyshakespeare.txt").read_text()
     halves = text[: int(0.9 * len(text))], text[int(0.9 * len(text)) :]
-    assert [len(ids) for ids in tokenizer.encode_documents(halves)] == [301_966, 36_059]  # nanoGPT's
+    assert [len(ids) for _, ids in tokenizer.encode_documents(enumerate(halves))] == [301_966, 36_059]  # nanoGPT's
 
 
 # Where it is found

@@ -72,14 +72,16 @@ def test_token_bytes_add_up_to_the_bytes_of_the_text(tokenizer: Tokenizer):
     assert token_bytes.dtype == np.int32
     assert token_bytes.shape == (tokenizer.vocab_size,)
     assert np.flatnonzero(token_bytes == 0).tolist() == sorted(tokenizer.special_ids)
-    for text, ids in zip(TEXTS, tokenizer.encode_documents(TEXTS), strict=True):
+    for text, ids in tokenizer.encode_documents((text, text) for text in TEXTS):
         assert token_bytes[ids].sum() == len(text.encode())
 
 
 def test_documents_in_batches_are_encoded_as_each_alone(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("pretrain.tokenizer.tokenizer.BATCH_PIECES", 7)
     monkeypatch.setattr("pretrain.tokenizer.tokenizer.BATCH_CHARACTERS", 500)
-    for text, ids in zip(TEXTS, tokenizer.encode_documents(iter(TEXTS)), strict=True):
+    encoded = list(tokenizer.encode_documents(enumerate(TEXTS)))
+    assert [tag for tag, _ in encoded] == list(range(len(TEXTS)))
+    for text, (_, ids) in zip(TEXTS, encoded, strict=True):
         assert ids.dtype == tokenizer.dtype == np.uint16
         assert ids.tolist() == tokenizer.encode(text)
 
@@ -88,13 +90,13 @@ def test_documents_are_encoded_as_they_come(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("pretrain.tokenizer.tokenizer.BATCH_CHARACTERS", 1000)
     taken = 0
 
-    def stream() -> Iterator[str]:
+    def stream() -> Iterator[tuple[int, str]]:
         nonlocal taken
-        for taken in range(1, 101):  # noqa: B007 - counted for the outer function
-            yield "word " * 100
+        for taken in range(1, 101):
+            yield taken, "word " * 100
 
     documents = build_tokenizer("bpe", 257, []).encode_documents(stream())
-    next(documents)
+    assert next(documents)[0] == 1
     assert taken == 2
 
 
@@ -134,7 +136,7 @@ def test_transformers_reads_the_file_and_agrees(tokenizer: Tokenizer, tmp_path: 
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
     assert len(theirs) == tokenizer.vocab_size
     # There the name of a special token in a text is that token, unless told so.
-    for text, ids in zip(TEXTS, tokenizer.encode_documents(TEXTS), strict=True):
+    for text, ids in tokenizer.encode_documents((text, text) for text in TEXTS):
         assert theirs.encode(text, add_special_tokens=False, split_special_tokens=True) == ids.tolist()
         assert theirs.decode(ids.tolist(), clean_up_tokenization_spaces=False) == text
 
@@ -198,7 +200,7 @@ def test_cutting_changes_no_token_wherever_it_falls(monkeypatch: pytest.MonkeyPa
     for size in (1, 2, 3, 50):
         monkeypatch.setattr("pretrain.tokenizer.tokenizer.PIECE_CHARACTERS", size)
         assert "".join(split_text(text)) == text
-        assert len(list(tokenizer._pieces([text]))) > 20  # it is indeed cut
+        assert len(list(tokenizer._pieces([(0, text)]))) > 20  # it is indeed cut
         assert tokenizer.encode(text) == whole
 
 
@@ -272,7 +274,7 @@ def test_a_large_vocabulary_has_32_bit_ids():
     spec["model"]["vocab"] |= {"one more": 2**16}
     tokenizer = Tokenizer(json.dumps(spec))
     assert tokenizer.dtype == np.uint32
-    assert next(tokenizer.encode_documents(["ab"])).dtype == np.uint32
+    assert next(tokenizer.encode_documents([("", "ab")]))[1].dtype == np.uint32
 
 
 def test_tokenizers_that_change_the_text_are_refused():

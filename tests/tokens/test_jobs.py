@@ -223,10 +223,10 @@ def test_a_job_goes_on_from_its_last_commit(tmp_path: Path):
 
         taken = 0
 
-        def encode_documents(self, texts, threads=0, expected=0):
-            for text in texts:
+        def encode_documents(self, documents, threads=0, expected=0):
+            for document in documents:
                 self.taken += 1
-                yield from tokenizer.encode_documents([text])
+                yield from tokenizer.encode_documents([document])
 
     whole, folders = [], []
     for stops in ((100,), (40, 77, 100)):

@@ -189,14 +189,14 @@ def show(args: list[str]) -> int:
     size = count = 0
     shown: list[int] = []
     lengths = tokenizer.token_bytes()
-    for ids in tokenizer.encode_documents(texts()):
+    for _, ids in tokenizer.encode_documents(enumerate(texts())):
         count += len(ids)
         size += int(lengths[ids].sum())
         room = a.tokens - len(shown) if a.tokens else len(ids)
         shown += ids[: max(0, room)].tolist()
     if not count:
         raise DataError("the text is empty; there is nothing to show")
-    gpt2 = _compare(lambda gpt2: sum(len(ids) for ids in gpt2.encode_documents(texts())))
+    gpt2 = _compare(lambda gpt2: _count(gpt2, texts()))
     rows = [(id, tokenizer.decode_bytes([id], show_special=True)) for id in shown]
     numbers = {
         "bytes": size,
@@ -268,7 +268,11 @@ def _standard_input() -> str:
 
 def _bytes_per_token(tokenizer: Tokenizer, texts: list[str]) -> float:
     size = sum(len(text.encode()) for text in texts)
-    return size / max(1, sum(len(ids) for ids in tokenizer.encode_documents(texts)))
+    return size / max(1, _count(tokenizer, texts))
+
+
+def _count(tokenizer: Tokenizer, texts: Iterable[str]) -> int:
+    return sum(len(ids) for _, ids in tokenizer.encode_documents(enumerate(texts)))
 
 
 def _compare(measure: Callable[[Tokenizer], T]) -> T | None:

@@ -74,7 +74,7 @@ class GPTScorer:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """See :class:`Scorer`."""
         boundary = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
-        return [boundary + ids.tolist() for ids in self.tokenizer.encode_documents(texts)]
+        return [boundary + ids.tolist() for _, ids in self.tokenizer.encode_documents(enumerate(texts))]
 
     def remember(self, tokens: Tensor, room: int) -> KVCache:
         """See :class:`Scorer`."""

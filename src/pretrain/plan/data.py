@@ -91,6 +91,6 @@ def measure_tokens(config: Config, sample: list[str], whole: bool) -> tuple[int,
 
 def bytes_per_token(tokenizer: Tokenizer, sample: list[str]) -> float:
     """Bytes of text that a token stands for, the boundaries between documents counted as tokens."""
-    tokens = sum(len(ids) for ids in tokenizer.encode_documents(sample))
+    tokens = sum(len(ids) for _, ids in tokenizer.encode_documents(enumerate(sample)))
     tokens += len(sample) if tokenizer.bos_id is not None else 0
     return sum(len(text.encode()) for text in sample) / max(1, tokens)

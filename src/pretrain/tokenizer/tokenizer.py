@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import tokenizers
@@ -21,6 +21,8 @@ from tokenizers import decoders, models, pre_tokenizers
 from pretrain.errors import DataError, PretrainError
 from pretrain.tokenizer.fast import EncoderName, FastEncoder, make_encoder
 from pretrain.tokenizer.patterns import PATTERNS
+
+Tag = TypeVar("Tag")
 
 # The names under which vocabularies keep the token before each document: GPT-2 and ours, nanochat, Llama 3.
 BOUNDARY = "<|endoftext|>"
@@ -111,27 +113,30 @@ class Tokenizer:
 
         Raises DataError for a character that is not in the vocabulary (kind char) or is half of a surrogate pair.
         """
-        return next(self.encode_documents([text])).tolist()
+        return next(self.encode_documents([(None, text)]))[1].tolist()
 
-    def encode_documents(self, texts: Iterable[str], threads: int = 0, expected: int = 0) -> Iterator[np.ndarray]:
-        """Encode texts in batches: one array of ids (of ``dtype``) a text, without boundary tokens.
+    def encode_documents(
+        self, documents: Iterable[tuple[Tag, str]], threads: int = 0, expected: int = 0
+    ) -> Iterator[tuple[Tag, np.ndarray]]:
+        """Encode (tag, text) pairs in batches; yields (tag, ids) in their order, ids of ``dtype`` and without BOS.
 
-        Takes a megabyte or so of text ahead of what it gives, and no more. ``threads`` 0 is one for each core.
+        The tag is whatever the caller must know of a text when its ids come, since about a megabyte of text is read
+        ahead of them, and no more. ``threads`` 0 is one for each core.
         ``expected`` says about how many characters will come, for a faster encoder to be made at once if it repays.
         Raises DataError as ``encode`` does.
         """
         self._characters = max(self._characters, expected)
         if self._char_ids is not None or self._ids_are_bytes:  # a look in a table: far faster than the library
-            for text in texts:
-                yield self._encode_characters(text) if self._char_ids is not None else self._encode_bytes(text)
+            for tag, text in documents:
+                yield tag, self._encode_characters(text) if self._char_ids is not None else self._encode_bytes(text)
             return
         parts: list[np.ndarray] = []  # of the document that is not complete yet
-        for batch in _batches(self._pieces(texts)):
-            encoded = self._encode_batch([text for text, _ in batch], threads)
-            for ids, (_, ends_document) in zip(encoded, batch, strict=True):
+        for batch in _batches(self._pieces(documents)):
+            encoded = self._encode_batch([piece for _, piece, _ in batch], threads)
+            for ids, (tag, _, ends_document) in zip(encoded, batch, strict=True):
                 parts.append(ids)
                 if ends_document:
-                    yield np.concatenate(parts) if len(parts) > 1 else ids
+                    yield tag, np.concatenate(parts) if len(parts) > 1 else ids
                     parts = []
 
     def decode(self, ids: Iterable[int], show_special: bool = False) -> str:
@@ -183,18 +188,18 @@ class Tokenizer:
             )
         return b"" if id in self.special_ids and not show_special else self._bytes[id]
 
-    def _pieces(self, texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
-        """Cut long texts where their tokens do not change. Yields (piece, whether it is the last of its text)."""
-        for text in texts:
+    def _pieces(self, documents: Iterable[tuple[Tag, str]]) -> Iterator[tuple[Tag, str, bool]]:
+        """Cut long texts where their tokens do not change. Yields (tag, piece, whether it is the last of its text)."""
+        for tag, text in documents:
             if len(text) <= PIECE_CHARACTERS or not self._can_cut:
-                yield text, True
+                yield tag, text, True
                 continue
             pieces = split_text(text)
             piece = next(pieces)
             for following in pieces:
-                yield piece, False
+                yield tag, piece, False
                 piece = following
-            yield piece, True
+            yield tag, piece, True
 
     @functools.cached_property
     def _fast_encoder(self) -> FastEncoder | None:
@@ -350,12 +355,12 @@ def _splits_at_safe_cuts(hf: tokenizers.Tokenizer) -> bool:
     return all(cut.start() in starts for cut in _SAFE_CUT.finditer(text))
 
 
-def _batches(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
-    batch: list[tuple[str, bool]] = []
+def _batches(pieces: Iterable[tuple[Tag, str, bool]]) -> Iterator[list[tuple[Tag, str, bool]]]:
+    batch: list[tuple[Tag, str, bool]] = []
     characters = 0
     for piece in pieces:
         batch.append(piece)
-        characters += len(piece[0])
+        characters += len(piece[1])
         if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_PIECES:
             yield batch
             batch, characters = [], 0

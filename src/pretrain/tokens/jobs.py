@@ -12,7 +12,7 @@ safe on the disk.
 from __future__ import annotations
 
 import json
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -173,14 +173,8 @@ def tokenize_job(
         tokenizer = _load_tokenizer(tokenizer, Path(tokenizer).stat().st_mtime_ns)
     counted = _Counted(report)
     problems: Counter[str] = Counter()
-    ahead: deque[tuple[Part, int]] = deque()  # parts, and their bytes, that the tokenizer has taken
     done = commits[-1].parts if commits else 0
     writers: dict[str, ShardWriter] = {}
-
-    def texts() -> Iterator[str]:
-        for part in islice(read_parts(work, job, problems, read), done, None):
-            ahead.append((part, utf8_bytes(part.text)))
-            yield part.text
 
     def commit(last: bool) -> None:
         shards = tuple(writers[split].close() for split in sorted(writers))
@@ -190,8 +184,9 @@ def tokenize_job(
 
     try:
         tokens = 0
-        for ids in tokenizer.encode_documents(texts(), threads, expected=job.size):
-            part, size = ahead.popleft()
+        parts = ((part, part.text) for part in islice(read_parts(work, job, problems, read), done, None))
+        for part, ids in tokenizer.encode_documents(parts, threads, expected=job.size):
+            size = utf8_bytes(part.text)
             if part.split not in writers:
                 file = f"{part.split}-{job.number:05d}-{len(commits):03d}.bin"
                 writers[part.split] = ShardWriter(folder, file, part.split, tokenizer)

@@ -17,7 +17,7 @@ import itertools
 import queue
 import threading
 import weakref
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -173,15 +173,8 @@ class _Reading:
         """What a reader reads from a place on, as ids."""
         boundary = self.tokenizer.bos_id if self.packing == "concatenate" else None  # best_fit puts it everywhere
         lead = np.array([] if boundary is None else [boundary], dtype=self.tokenizer.dtype)
-        ahead: deque[tuple[Place, bool]] = deque()  # of the documents that the tokenizer has taken
-
-        def texts() -> Iterator[str]:
-            for place, text, begins in self.texts(reader, start.place, stop):
-                ahead.append((place, begins))
-                yield text
-
-        for ids in self.tokenizer.encode_documents(texts()):
-            place, begins = ahead.popleft()
+        texts = (((place, begins), text) for place, text, begins in self.texts(reader, start.place, stop))
+        for (place, begins), ids in self.tokenizer.encode_documents(texts):
             yield place, np.concatenate((lead, ids)) if begins and len(lead) else ids
 
     def texts(self, reader: int, start: Place, stop: threading.Event) -> Iterator[tuple[Place, str, bool]]:

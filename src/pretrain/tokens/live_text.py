@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -236,7 +236,7 @@ def bytes_per_token(text: LiveText, tokenizer: Tokenizer) -> float:
             break
     if not size:
         raise no_text()
-    return size / sum(len(ids) for ids in tokenizer.encode_documents(texts))
+    return size / sum(len(ids) for _, ids in tokenizer.encode_documents(enumerate(texts)))
 
 
 def no_text() -> DataError:
@@ -248,23 +248,20 @@ def _write_validation(folder: Path, text: LiveText, tokenizer: Tokenizer, proble
     """Tokenize what is held out, up to VALIDATION_TOKENS; None if nothing is to be."""
     if not text.val:
         return None
-    ahead: deque[Part] = deque()  # taken by the tokenizer
 
-    def texts() -> Iterator[str]:
+    def texts() -> Iterator[tuple[Part, str]]:
         searched = 0
         for piece in text.val:
             for part in text.parts(piece, problems):
                 if part.split == VAL and part.text:
-                    ahead.append(part)
-                    yield part.text
+                    yield part, part.text
                 searched += utf8_bytes(part.text)
                 if searched >= SEARCHED_BYTES and writer.tokens:
                     return
 
     writer = ShardWriter(folder, "val-00000.bin", VAL, tokenizer)
     try:
-        for ids in tokenizer.encode_documents(texts()):
-            part = ahead.popleft()
+        for part, ids in tokenizer.encode_documents(texts()):
             # Held-out text may begin in the middle of a document, the rest of which is trained on.
             writer.write(ids, utf8_bytes(part.text), part.begins or not writer.tokens)
             if writer.tokens >= VALIDATION_TOKENS:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import uuid
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -182,16 +181,9 @@ class ShardWriter:
 def write_shard(folder: Path, split: str, index: int, texts: Iterable[str], tokenizer: Tokenizer) -> Shard:
     """Tokenize documents into one shard; each begins with the boundary token, if the vocabulary has one."""
     writer = ShardWriter(folder, f"{split}-{index:05d}.bin", split, tokenizer)
-    sizes: deque[int] = deque()  # of the texts that the tokenizer has taken ahead
-
-    def measured() -> Iterable[str]:
-        for text in texts:
-            sizes.append(utf8_bytes(text))
-            yield text
-
     try:
-        for ids in tokenizer.encode_documents(measured()):
-            writer.write(ids, sizes.popleft())
+        for text, ids in tokenizer.encode_documents((text, text) for text in texts):
+            writer.write(ids, utf8_bytes(text))
         return writer.close()
     except BaseException:
         writer.discard()
