@@ -1,4 +1,4 @@
-"""Small things of files and text that every part uses: atomic writes, JSON lines, durations, URLs without secrets."""
+"""Small shared things: atomic writes, JSON lines, signals to handle, durations, URLs without secrets."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import signal
 import uuid
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,12 @@ def keep_steps(file: Path, up_to: int) -> None:
 def cache_folder() -> Path:
     """Where what was measured on this machine is kept."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "pretrain")
+
+
+def signals_to_handle(*names: str) -> list[int]:
+    """The named signals that this system has, without those that are ignored: nohup ignores SIGHUP, and it stays so."""
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
 
 
 def duration(seconds: float) -> str:

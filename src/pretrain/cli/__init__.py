@@ -29,6 +29,7 @@ from pretrain.cli.report import report, watch
 from pretrain.config import Config, load_config, recipe_names, recipe_summary, recipe_text
 from pretrain.errors import Interrupted, PretrainError, UsageError
 from pretrain.generation.options import SamplingOptions
+from pretrain.io import signals_to_handle
 
 STARTED = time.monotonic()
 
@@ -394,16 +395,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _signals_interrupt() -> Iterator[None]:
-    """Let SIGTERM, SIGHUP and SIGUSR1 (SLURM's warning) stop a command as Ctrl-C does; training has its own handlers.
-
-    Those that are ignored stay so, as nohup wants it.
-    """
+    """Let SIGTERM, SIGHUP and SIGUSR1 stop a command as Ctrl-C does; training has its own handlers."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
-    numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    numbers = signals_to_handle("SIGTERM", "SIGHUP", "SIGUSR1")
     if threading.current_thread() is not threading.main_thread():  # where Python cannot install handlers
         numbers = []
     before = {number: signal.signal(number, interrupt) for number in numbers}

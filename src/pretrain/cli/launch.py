@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pretrain.errors import Interrupted, PeerError, PretrainError, UsageError
+from pretrain.io import signals_to_handle
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
 """What is passed on to the processes; SIGUSR1 is SLURM's warning."""
@@ -86,8 +87,7 @@ def launch(arguments: list[str], count: int, grace_seconds: float, command: str)
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import parse_args, run
 
-    known = [name for name in SIGNALS if hasattr(signal, name)]
-    passed_on = [name for name in known if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN]  # nohup
+    passed_on = [signal.Signals(number).name for number in signals_to_handle(*SIGNALS)]
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(passed_on))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(math.ceil(grace_seconds) + 10))
     # The processes share the cores; torchrun would give each only one.
