@@ -216,6 +216,7 @@ def run_python(code: str, finished: Path, patch: pytest.MonkeyPatch) -> None:
         exec(compile(code, "docs", "exec"), {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands(page: Path, finished: Path, reader: Path, monkeypatch):
     for block in filter(lambda block: block.tested, blocks(page)):

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.io import append_jsonl, duration, keep_steps, read_jsonl, write_atomically
+from pretrain.io import append_jsonl, duration, keep_steps, read_jsonl, without_secrets, write_atomically
 
 
 def test_steps_are_dropped_and_a_torn_line_with_them(tmp_path: Path):
@@ -35,3 +35,18 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path):
 def test_durations():
     seconds = (3.14, 42, 90, 130, 5400, 9000, 200_000)
     assert [duration(each) for each in seconds] == ["3 s", "42 s", "90 s", "2.2 min", "90.0 min", "2.5 h", "2.3 days"]
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("--data.paths 'https://u:pw@h/x?sig=1'", "--data.paths 'https://h/x'"),
+        ("--data.paths=https://u:pw@h/x?sig=1", "--data.paths=https://h/x"),
+        ("cannot read (https://u:pw@h/x): gone", "cannot read (https://h/x): gone"),
+        ("skipped 'https://u:pw@h/x', broken", "skipped 'https://h/x', broken"),
+        ("https://u:pw@h/x,https://u:pw@h/y", "https://h/x,https://h/y"),
+        ("no URL: a@b", "no URL: a@b"),
+    ],
+)
+def test_no_secret_of_a_url_stays_wherever_it_stands(text: str, clean: str):
+    assert without_secrets({"a": [text]}) == {"a": [clean]}

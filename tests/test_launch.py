@@ -17,6 +17,8 @@ from pretrain.cli.launch import count_processes
 from pretrain.errors import UsageError
 from pretrain.io import read_jsonl
 
+pytestmark = pytest.mark.slow
+
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_ADDR2LINE": "1"}
 
 

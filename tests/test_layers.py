@@ -1,11 +1,11 @@
-"""The folders are a one-way street: each imports only from those before it."""
+"""The folders are a in layers: each imports only from those before it."""
 
 import ast
 from pathlib import Path
 
 import pretrain
 
-STREET = [
+LAYERS = [
     "errors",
     "config",
     "io",
@@ -28,7 +28,7 @@ STREET = [
 SOURCE = Path(pretrain.__file__).parent
 
 
-def imported_rooms(file: Path) -> set[str]:
+def imported_folders(file: Path) -> set[str]:
     modules = []
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -38,18 +38,18 @@ def imported_rooms(file: Path) -> set[str]:
     return {module.split(".")[1] for module in modules if module.startswith("pretrain.")}
 
 
-def test_no_room_imports_from_a_later_one():
+def test_no_folder_imports_from_a_later_one():
     for file in SOURCE.rglob("*.py"):
-        room = file.relative_to(SOURCE).parts[0].removesuffix(".py")
-        if room in ("__init__", "__main__", "recipes"):
+        folder = file.relative_to(SOURCE).parts[0].removesuffix(".py")
+        if folder in ("__init__", "__main__", "recipes"):
             continue
-        later = STREET[STREET.index(room) + 1 :]
-        wrong = imported_rooms(file) & set(later)
-        assert not wrong, f"{file.relative_to(SOURCE)} imports from {wrong}, which come after {room}"
+        later = LAYERS[LAYERS.index(folder) + 1 :]
+        wrong = imported_folders(file) & set(later)
+        assert not wrong, f"{file.relative_to(SOURCE)} imports from {wrong}, which come after {folder}"
 
 
 def test_the_model_knows_nothing_of_the_machine():
     for file in (SOURCE / "model").glob("*.py"):
-        rooms = imported_rooms(file)
-        assert rooms <= {"config", "model"}, f"{file.name} imports {rooms}"
+        folders = imported_folders(file)
+        assert folders <= {"config", "model"}, f"{file.name} imports {folders}"
         assert "distributed" not in file.read_text(encoding="utf-8")

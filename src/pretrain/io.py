@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import uuid
 from pathlib import Path
@@ -120,7 +121,7 @@ def without_secrets(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [without_secrets(item) for item in value]
     if isinstance(value, str) and "://" in value:
-        return " ".join(_bare_url(word) if "://" in word else word for word in value.split(" "))
+        return re.sub(r"[A-Za-z][\w+.-]*://[^\s'\"<>(),]+", lambda url: _bare_url(url[0]), value)
     return value
 
 

@@ -129,6 +129,7 @@ def test_interactive_through_a_pipe(sample, monkeypatch: pytest.MonkeyPatch):
     assert sample("--interactive") == (alone[0] + "\n", "")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
 def test_interactive_on_a_terminal(run: str):
     """Ctrl-C stops an endless answer, then the next prompt is answered, and Ctrl-D leaves with 0."""

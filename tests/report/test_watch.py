@@ -195,6 +195,7 @@ def test_it_listens_here_only(tmp_path: Path):
 # Answers ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_answer_is_what_sample_gives(trained: Run):
     from pretrain.generation import sample_text
 
@@ -325,6 +326,7 @@ def test_a_server_that_is_gone(make_run, browser: Browser):
 # The command -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_the_command_ends_cleanly(make_run, name: str):
     run = make_run()

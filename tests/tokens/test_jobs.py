@@ -286,6 +286,7 @@ def committed(out: Path) -> dict[str, tuple[int, int]]:
     return {name: ((out / name).stat().st_ino, (out / name).stat().st_mtime_ns) for name in files}
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(library: Path, shards: Path, tmp_path: Path):
     """20 times the whole process group is killed by SIGKILL, most of them while shards are being written."""
     draw = random.Random(5)

@@ -106,6 +106,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tiny: Config, tmp_path: Path, n
     assert_same_run(train(config, tmp_path / "killed"), undisturbed)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_same_command_goes_on(tiny: Config, text_file: Path, tmp_path: Path):
     """Real processes and a real SIGINT."""
     from tests.conftest import TINY
