@@ -1,13 +1,16 @@
-"""What a user can get wrong, each with its mend.
+"""What a user can get wrong.
 
-Every exception here carries one line for people: what is wrong, where, and how to mend it. The command line prints that
-line on standard error and leaves with the exception's exit code; nothing else of the package is shown. An ``assert``
-elsewhere states an invariant of our own, and its failure is our defect.
+Every exception here carries one line for people: what is wrong, where, and how to fix it. The command line prints that
+line on standard error and exits with the exception's code, without a traceback. An ``assert`` elsewhere states an
+invariant of our own, and its failure is our bug.
 """
+
+import difflib
+from collections.abc import Collection
 
 
 class PretrainError(Exception):
-    """A failure that a user can mend. Its text is the line to print; ``exit_code`` is what the process returns."""
+    """A failure that a user can fix. Its text is the line to print; ``exit_code`` is what the process returns."""
 
     exit_code = 1
 
@@ -46,3 +49,10 @@ class Interrupted(PretrainError):
     """The user or the system asked to stop; everything is saved. The text names the command that goes on."""
 
     exit_code = 130
+
+
+def did_you_mean(name: str, names: Collection[str], or_list: bool = True) -> str:
+    """The end of a message about an unknown name: the nearest right one, or all of a few."""
+    if near := difflib.get_close_matches(name, names, n=1, cutoff=0.5):
+        return f"; did you mean '{near[0]}'?"
+    return f"; there are {', '.join(names)}" if or_list and len(names) < 13 else ""

@@ -1,11 +1,14 @@
 import dataclasses
+import re
 import tomllib
+from typing import Any
 
 import pytest
 import tomli_w
 
 from pretrain.config import (
     Config,
+    ModelConfig,
     config_from_dict,
     config_to_dict,
     differences,
@@ -48,7 +51,16 @@ def test_a_config_survives_toml():
         ("tokenizer.vocab_size", 100, "at least 257"),
         ("data.val_fraction", 1.5, "data.val_fraction must be in [0, 1)"),
         ("schedule.final", 2, "schedule.final must be in [0, 1]"),
-        ("checkpoint.at", [0], "checkpoint.at"),
+        ("checkpoint.at", [5, 0], "checkpoint.at must be at least 1, not 0"),
+        ("data.weights", ["a"], "data.weights must be float, not 'a'"),
+        ("log.backends", ["wandbb"], "trackio, not 'wandbb'; did you mean 'wandb'?"),
+        ("optim.lr", 0, "optim.lr must be positive, not 0"),
+        ("optim.lr", float("nan"), "optim.lr must be positive, not nan"),
+        ("guard.hang_factor", 0.5, "guard.hang_factor must be at least 1, not 0.5"),
+        ("model.rope_fraction", 0.0, "model.rope_fraction 0.0 of the head dimension 64 is not an even number"),
+        ("model.window_pattern", "LXS", "model.window_pattern must be made of L and S, not 'LXS'"),
+        ("data.field", "", "data.field must not be empty"),
+        ("train.seed", 2**63, "train.seed must be in [0, "),
     ],
 )
 def test_what_is_wrong_is_named_in_one_line(field: str, value: object, expected: str):
@@ -58,10 +70,41 @@ def test_what_is_wrong_is_named_in_one_line(field: str, value: object, expected:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"layers": 0}, "model.layers must be at least 1, not 0"),
+        ({"layers": "4"}, "model.layers must be int, not '4'"),
+        ({"mlp": "relu"}, "model.mlp must be one of gelu, gelu_tanh, relu2, swiglu, not 'relu'; did you mean 'relu2'?"),
+        ({"dropout": 1}, "model.dropout must be in [0, 1), not 1"),
+    ],
+)
+def test_python_gets_the_same_checks(values: dict[str, Any], expected: str):
+    for make in (ModelConfig, lambda **values: dataclasses.replace(ModelConfig(), **values)):
+        with pytest.raises(ValueError, match=re.escape(expected)):
+            make(**values)
+
+
+def test_integers_become_floats_and_lists_tuples():
+    config = load_config("quickstart", **{"optim.weight_decay": 1, "optim.betas": [0, 0.5], "checkpoint.at": [3]})
+    assert repr(config.optim.weight_decay) == "1.0"
+    assert repr(config.optim.betas) == "(0.0, 0.5)"
+    assert config.checkpoint.at == (3,)
+
+
+def test_the_dial_sets_what_is_0():
+    assert ModelConfig(depth=4, layers=0, width=0, heads=0).layers == 0
+    with pytest.raises(ValueError, match="model.width must be at least 1, not 0"):
+        ModelConfig(width=0)
+
+
 def test_toml_files_are_checked_like_everything_else(tmp_path):
     file = tmp_path / "mine.toml"
     file.write_text("[model]\nlayers = 2\nwdith = 64\n")
     with pytest.raises(UsageError, match=r"mine.toml: unknown field 'model.wdith'; did you mean 'model.width'\?"):
+        load_config(str(file))
+    file.write_text("model = 3\n")
+    with pytest.raises(UsageError, match=r"\[model\] must be a table of fields, not 3"):
         load_config(str(file))
     file.write_text("[model\n")
     with pytest.raises(UsageError, match="not valid TOML"):

@@ -24,10 +24,10 @@ import tyro
 
 from pretrain.cli.completion import completion
 from pretrain.cli.launch import LOCAL_RANK, count_processes, is_process, launch, machines_join, one_voice
-from pretrain.cli.parsing import Command, did_you_mean, dispatch, listing, parse, value_of
+from pretrain.cli.parsing import Command, dispatch, listing, parse, value_of
 from pretrain.cli.report import report, watch
 from pretrain.config import Config, load_config, recipe_names, recipe_summary, recipe_text
-from pretrain.errors import Interrupted, PretrainError, UsageError
+from pretrain.errors import Interrupted, PretrainError, UsageError, did_you_mean
 from pretrain.generation.options import SamplingOptions
 from pretrain.io import signals_to_handle
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from pretrain.cli.parsing import did_you_mean, parse
-from pretrain.errors import DataError, Interrupted, UsageError
+from pretrain.cli.parsing import parse
+from pretrain.errors import DataError, Interrupted, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from pretrain.text.catalogue import TextSet

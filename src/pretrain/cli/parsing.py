@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import re
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from typing import Any, TypeVar
 import tyro
 
 from pretrain.config import Config
-from pretrain.errors import UsageError
+from pretrain.errors import UsageError, did_you_mean
 
 T = TypeVar("T")
 Command = Callable[[list[str]], int]
@@ -76,11 +75,3 @@ def value_of(args: list[str], option: str) -> str:
         if argument.startswith(f"{option}="):
             return argument.removeprefix(f"{option}=")
     return ""
-
-
-def did_you_mean(name: str, names: list[str]) -> str:
-    """The end of a message about an unknown name: the nearest right one, or all of a few."""
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean '{near[0]}'?"
-    return f"; there are {', '.join(names)}" if len(names) < 12 else ""

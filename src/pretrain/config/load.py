@@ -1,19 +1,17 @@
-"""Configurations from recipes, TOML files, dictionaries and overrides, and what two of them differ in."""
+"""Configurations from recipes, TOML files, dictionaries and overrides, and in which fields two of them differ."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import tomllib
-import types
 import typing
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pretrain.config.schema import Config
-from pretrain.errors import UsageError
+from pretrain.errors import UsageError, did_you_mean
 
 # Fields that do not change what is learned: a run may be resumed with other values of these.
 FREE_FIELDS = frozenset(
@@ -60,9 +58,8 @@ def recipe_summary(name: str) -> str:
 def _read_toml(path: str) -> dict[str, Any]:
     file = Path(path).expanduser()
     if not file.is_file():
-        near = difflib.get_close_matches(path, recipe_names(), n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'?" if near else "'pretrain recipes' lists them"
-        raise UsageError(f"no recipe or TOML file named '{path}'; {hint}")
+        hint = did_you_mean(path, recipe_names(), or_list=False) or "; 'pretrain recipes' lists them"
+        raise UsageError(f"no recipe or TOML file named '{path}'{hint}")
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -75,8 +72,17 @@ def config_from_dict(tree: Mapping[str, Any], source: str) -> Config:
     Raises:
         UsageError: one line that names ``source``, the field and, where there is one, the nearest right name.
     """
+    sections = typing.get_type_hints(Config)
     try:
-        return _build(Config, tree, "", source)
+        for name, values in tree.items():
+            if name not in sections:
+                raise ValueError(f"unknown field '{name}'{did_you_mean(name, sections)}")
+            if not isinstance(values, Mapping):
+                raise ValueError(f"[{name}] must be a table of fields, not {values!r}")
+            known = [f"{name}.{field.name}" for field in dataclasses.fields(sections[name])]
+            for unknown in sorted({f"{name}.{key}" for key in values} - set(known)):
+                raise ValueError(f"unknown field '{unknown}'{did_you_mean(unknown, known)}")
+        return Config(**{name: sections[name](**values) for name, values in tree.items()})
     except ValueError as error:
         raise UsageError(f"{source}: {error}") from None
 
@@ -84,11 +90,8 @@ def config_from_dict(tree: Mapping[str, Any], source: str) -> Config:
 def config_to_dict(config: Config) -> dict[str, Any]:
     """Nested plain values of every field, ready for TOML or JSON."""
     return {
-        section.name: {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in dataclasses.asdict(getattr(config, section.name)).items()
-        }
-        for section in dataclasses.fields(config)
+        section: {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        for section, values in dataclasses.asdict(config).items()
     }
 
 
@@ -102,53 +105,3 @@ def differences(old: Config, new: Config) -> list[str]:
         for key, value in values.items()
         if value != before[section][key] and f"{section}.{key}" not in FREE_FIELDS
     ]
-
-
-def _build(cls: type, tree: Mapping[str, Any], prefix: str, source: str) -> Any:
-    hints = typing.get_type_hints(cls)
-    for name in tree:
-        if name not in hints:
-            raise UsageError(f"{source}: unknown field '{prefix}{name}'{_did_you_mean(name, prefix)}")
-    values = {}
-    for name, value in tree.items():
-        if dataclasses.is_dataclass(hints[name]):
-            if not isinstance(value, Mapping):
-                raise UsageError(f"{source}: [{prefix}{name}] must be a table of fields, not {value!r}")
-            values[name] = _build(typing.cast(type, hints[name]), value, f"{prefix}{name}.", source)
-        else:
-            values[name] = _coerce(value, hints[name], f"{prefix}{name}")
-    return cls(**values)
-
-
-def _did_you_mean(name: str, prefix: str) -> str:
-    section = prefix.rstrip(".")
-    if section:
-        names = [f"{prefix}{field}" for field in typing.get_type_hints(typing.get_type_hints(Config)[section])]
-    else:
-        names = [s.name for s in dataclasses.fields(Config)]
-    near = difflib.get_close_matches(f"{prefix}{name}", names, n=1, cutoff=0.4)
-    return f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(names)}"
-
-
-def _coerce(value: Any, hint: Any, name: str) -> Any:
-    """Check a plain value against a field's type; ints pass as floats and lists as tuples."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        if value not in arguments:
-            near = difflib.get_close_matches(str(value), [str(a) for a in arguments], n=1)
-            hint_text = f"; did you mean '{near[0]}'?" if near else ""
-            raise ValueError(f"{name} must be one of {', '.join(map(str, arguments))}, not {value!r}{hint_text}")
-        return value
-    if origin is tuple:
-        if isinstance(value, str) or not isinstance(value, (list, tuple)):
-            raise ValueError(f"{name} must be a list, not {value!r}")
-        inner = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
-        if len(inner) != len(value):
-            raise ValueError(f"{name} must have {len(inner)} values, not {len(value)}")
-        return tuple(_coerce(item, kind, name) for item, kind in zip(value, inner, strict=True))
-    assert not isinstance(hint, types.UnionType), f"{name}: unions are not used in the configuration"
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ValueError(f"{name} must be {hint.__name__}, not {value!r}")
-    return value
