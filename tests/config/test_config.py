@@ -94,7 +94,7 @@ def test_integers_become_floats_and_lists_tuples():
 
 def test_the_dial_sets_what_is_0():
     assert ModelConfig(depth=4, layers=0, width=0, heads=0).layers == 0
-    with pytest.raises(ValueError, match="model.width must be at least 1, not 0"):
+    with pytest.raises(ValueError, match=r"model\.width must be at least 1, not 0"):
         ModelConfig(width=0)
 
 
