@@ -11,7 +11,7 @@ train: $(VENV)/.installed
 	$(BIN)/pretrain train
 
 test: $(VENV)/.installed-dev
-	$(BIN)/pytest -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not slow' -n auto
 
 test-all: test
 	$(BIN)/pytest -m slow
