@@ -9,8 +9,10 @@ Before every block of commands or Python a comment, which readers do not see, sa
                                      a network or hours
 """
 
+import contextlib
 import functools
 import gzip
+import io
 import os
 import re
 import shlex
@@ -29,8 +31,7 @@ import tyro
 from tests.conftest import TINY
 
 import pretrain
-from pretrain.cli import main
-from pretrain.cli.completion import places
+from pretrain.cli import COMMANDS, data, main, tokenizer
 from pretrain.config import Config
 
 ROOT = Path(__file__).parents[1]
@@ -252,11 +253,28 @@ def test_every_block_has_a_decision():
 
 
 @functools.cache
+def help_of(path: str) -> str:
+    """What ``pretrain PATH --help`` prints, in lines that break no option."""
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "200")
+        main([*path.split(), "--help"])
+    return shown.getvalue()
+
+
+@functools.cache
 def known_options() -> dict[str, set[str]]:
     """The options of each command of ours, and under "" of the benchmarks."""
     scripts = "".join(file.read_text(encoding="utf-8") for file in ROOT.glob("benchmarks/*.py"))
-    ours = {path: {name for option in place.options for name in option.names} for path, place in places().items()}
-    return {**ours, "": set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', scripts))}
+    paths = [*COMMANDS, *(f"data {name}" for name in data.COMMANDS)]
+    paths += [f"tokenizer {name}" for name in tokenizer.COMMANDS]
+    ours = {path: {typed(name) for name in re.findall(r"--[a-z][\w.-]*", help_of(path))} for path in paths}
+    return {**ours, "": {typed(name) for name in re.findall(r'add_argument\(\s*"(--[\w-]+)"', scripts)}}
+
+
+def typed(option: str) -> str:
+    """One form of an option, which may be typed with hyphens or underscores."""
+    return option.partition("=")[0].replace("_", "-")
 
 
 def wrong_names(text: str) -> Iterator[str]:
@@ -265,7 +283,7 @@ def wrong_names(text: str) -> Iterator[str]:
     sections: dict[str, Any] = {section.name: section.default_factory for section in fields(Config)}
     for span in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
         words, field = span.split(), re.fullmatch(r"(\w+)\.(\w+)", span)
-        given = {word.partition("=")[0] for word in words if re.match(r"--[a-z]", word)}
+        given = {typed(word) for word in words if re.match(r"--[a-z]", word)}
         if words[0] == "pretrain" and re.match(r"[a-z]", " ".join(words[1:])):
             two = " ".join(words[1:3])
             path = two if two in options else words[1]

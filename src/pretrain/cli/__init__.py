@@ -22,7 +22,6 @@ from typing import Annotated, Literal
 
 import tyro
 
-from pretrain.cli.completion import completion
 from pretrain.cli.launch import LOCAL_RANK, count_processes, is_process, launch, machines_join, one_voice
 from pretrain.cli.parsing import Command, dispatch, listing, parse, value_of
 from pretrain.cli.report import report, watch
@@ -347,7 +346,6 @@ COMMANDS: dict[str, Command] = {
     "tokenizer": _tokenizer,
     "recipes": recipes,
     "doctor": _doctor,
-    "completion": completion,
 }
 
 HELP = """usage: pretrain COMMAND [ARGUMENTS]

@@ -52,19 +52,19 @@ def parse(kind: type[T], args: list[str], command: str, default: T | None = None
     message = re.sub(r"^Error parsing (?:\w*Arguments: |[\w.]*: (?=\w+\.))", "", message)
     unknown = re.match(r"Unrecognized options: (--[\w.-]+)", message)
     if unknown:
-        message = f"no option {unknown[1]}{did_you_mean(unknown[1], [name for name, _, _ in options(kind)])}"
+        message = f"no option {unknown[1]}{did_you_mean(unknown[1], list(options(kind)))}"
     raise UsageError(f"{message}; see pretrain {command} --help")
 
 
-def options(kind: Any, prefix: str = "--") -> Iterator[tuple[str, type, dataclasses.Field[Any]]]:
-    """The fields of an arguments dataclass as they are typed, each with the dataclass that it stands in."""
+def options(kind: Any, prefix: str = "--") -> Iterator[str]:
+    """The fields of an arguments dataclass as they are typed."""
     for each in dataclasses.fields(kind):
         if each.name in ("config", "options"):  # dataclasses whose fields stand beside the others
             yield from options(each.default_factory)
         elif prefix == "--" and kind is Config:
             yield from options(each.default_factory, f"--{each.name}.")
         else:
-            yield prefix + (each.name if "." in prefix else each.name.replace("_", "-")), kind, each
+            yield prefix + (each.name if "." in prefix else each.name.replace("_", "-"))
 
 
 def value_of(args: list[str], option: str) -> str:
