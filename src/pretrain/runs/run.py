@@ -227,5 +227,5 @@ def stored_core(run: Run, checkpoint: Checkpoint) -> dict[str, Any] | None:
 
 
 def weights_id(checkpoint: Checkpoint) -> str:
-    """What tells a checkpoint from another of the same step."""
+    """What distinguishes a checkpoint from another of the same step."""
     return sha256_of(checkpoint.folder / COMMIT)

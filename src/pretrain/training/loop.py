@@ -85,7 +85,7 @@ class Trainer:
         progress = self.state.progress
         with self.stop:
             try:
-                self.tell("on_start", self)
+                self.notify("on_start", self)
                 if progress.pending:  # a signal came between the last step and its measurements
                     self.finish_step(progress.pending)
                 while self.step < self.config.train.steps:
@@ -150,7 +150,7 @@ class Trainer:
         if evaluate or len(self.waiting) >= self.fetch_every:
             self.log()
         if evaluate:
-            self.tell("on_evaluation", self.last, sample)
+            self.notify("on_evaluation", self.last, sample)
         loss = record.get("val/loss", math.inf)
         best = config.checkpoint.keep_best and loss < min(self.val_losses.values(), default=math.inf)
         if math.isfinite(loss):
@@ -167,7 +167,7 @@ class Trainer:
         records, self.waiting = fetch(self.waiting), []
         for record in records:
             self.last = record
-            self.tell("on_step", record)
+            self.notify("on_step", record)
             if not record["train/skipped"]:
                 self.skips = 0
                 continue
@@ -202,7 +202,7 @@ class Trainer:
         self.state.load_state_dict(checkpoint, batches=False)
         self.state.progress.left_out = left_out
         self.waiting = [record for record in self.waiting if record["step"] <= self.step]
-        self.tell("on_rollback", self.step)
+        self.notify("on_rollback", self.step)
         self.event("roll_back", f"a spike at step {spike}: back to step {self.step}, skipping the batches since then")
 
     # Saving ----------------------------------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ class Trainer:
 
         try:
             self.log()
-            self.tell("on_save", step)
+            self.notify("on_save", step)
             self.writer.save(step, tensors, values, committed)
         except OSError as error:
             self.save_failed(error, must or step == self.config.train.steps)
@@ -294,16 +294,16 @@ class Trainer:
         elif self.world.is_reporter(stragglers):
             print(f"pretrain: rank {self.world.rank}: {text}", file=sys.stderr, flush=True)
 
-    # Telling the callbacks -------------------------------------------------------------------------------------------
+    # The callbacks ---------------------------------------------------------------------------------------------------
 
-    def tell(self, hook: str, *arguments: Any) -> None:
+    def notify(self, hook: str, *arguments: Any) -> None:
         """Call a hook of every callback."""
         for callback in self.callbacks:
             getattr(callback, hook)(*arguments)
 
     def event(self, kind: str, text: str, **facts: Any) -> None:
         """Report what happened beside the steps."""
-        self.tell("on_event", {"step": self.step, "event": kind, "text": text, **facts})
+        self.notify("on_event", {"step": self.step, "event": kind, "text": text, **facts})
 
     def phase(self, name: str, seconds: float | None = None) -> None:
         """A phase begins, or goes on."""

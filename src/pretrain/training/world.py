@@ -29,7 +29,7 @@ from pretrain.errors import Interrupted, PeerError, PretrainError, UsageError
 T = TypeVar("T")
 
 STRAGGLER_SECONDS = 5.0
-"""Without a sign of life for so long, a process is counted as gone: its watch leaves one each second."""
+"""A process without a heartbeat for so many seconds counts as gone; heartbeats come each second."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class World:
     control: dist.ProcessGroup | None = None
     """All processes, by gloo; None in a world of one."""
     store: dist.Store | None = None
-    """Where each process leaves a sign of life."""
+    """Where each process leaves its heartbeat."""
     clock_ahead: float = 0.0
     """Seconds by which this machine's clock is ahead of rank 0's."""
 
