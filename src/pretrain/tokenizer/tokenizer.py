@@ -10,23 +10,23 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
 
 from pretrain.errors import DataError, PretrainError
+from pretrain.io import write_atomically
 from pretrain.tokenizer.fast import EncoderName, FastEncoder, make_encoder
-from pretrain.tokenizer.patterns import PATTERNS
+from pretrain.tokenizer.patterns import byte_alphabet, bytes_of_token
 
 Tag = TypeVar("Tag")
 
-# The names under which vocabularies keep the token before each document: GPT-2 and ours, nanochat, Llama 3.
-BOUNDARY = "<|endoftext|>"
-BOUNDARY_NAMES = (BOUNDARY, "<|bos|>", "<|begin_of_text|>")
+# The names under which vocabularies keep the BOS token, put before each document: GPT-2 and ours, nanochat, Llama 3.
+BOS = "<|endoftext|>"
+BOS_NAMES = (BOS, "<|bos|>", "<|begin_of_text|>")
 
 PIECE_CHARACTERS = 64 * 1024  # a longer document is encoded in pieces of about this, in parallel and in bounded memory
 BATCH_CHARACTERS = 1024 * 1024  # encoded at once; the library's records take about 100 bytes a token meanwhile
@@ -46,7 +46,7 @@ class Tokenizer:
 
     Attributes:
         vocab_size: the number of tokens, special ones included; the ids are 0 .. vocab_size - 1.
-        bos_id: the id of the token put before each document, or None if the vocabulary has none.
+        bos_id: the id of the BOS token, put before each document; None if the vocabulary has none.
         special_ids: the ids of the tokens that stand for no text.
         dtype: the smallest of uint16 and uint32 that holds every id.
         fingerprint: the SHA-256 of the tokenizer.json in canonical form; equal fingerprints mean equal ids.
@@ -64,7 +64,8 @@ class Tokenizer:
             spec = json.loads(text)
             self.hf = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exceptions
-            raise DataError(f"{name}: not a tokenizer.json that can be read ({_one_line(error)})") from error
+            why = " ".join(str(error).split())[:200]
+            raise DataError(f"{name}: not a tokenizer.json that can be read ({why})") from error
         # A file may ask for truncation, padding or special tokens around each text: none of it is for pretraining.
         self.hf.no_truncation()
         self.hf.no_padding()
@@ -79,22 +80,30 @@ class Tokenizer:
             raise DataError(f"{name}: its ids are not 0 to {self.vocab_size - 1} without gaps; use another tokenizer")
         added = self.hf.get_added_tokens_decoder()
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
-        boundaries = [self.hf.token_to_id(boundary) for boundary in BOUNDARY_NAMES]
-        self.bos_id = next((id for id in boundaries if id in self.special_ids), None)
+        self.bos_id = next((id for id in map(self.hf.token_to_id, BOS_NAMES) if id in self.special_ids), None)
 
         layout = _layout(spec, name)
         # _bytes[id]: what a token stands for; a special token's are its name, and left out unless asked for.
         self._bytes = [
-            tokens[id].encode() if layout == "char" or id in added else _from_byte_level(tokens[id])
+            tokens[id].encode()
+            if layout == "char" or id in added
+            else bytes_of_token(tokens[id]) or tokens[id].encode()  # as in the library's own decoder
             for id in range(self.vocab_size)
         ]
-        self._char_ids = _char_ids(self._bytes, self.special_ids) if layout == "char" else None
-        self._ids_are_bytes = layout == "byte-level" and (
-            self._bytes[:256] == [bytes([byte]) for byte in range(256)]
-            and self.special_ids == set(range(256, self.vocab_size))
-        )
+        # Where ids can be looked up in a table, that is far faster than the library.
+        self._look_up: Callable[[str], np.ndarray] | None = None
+        if layout == "char":
+            self._look_up = _character_table(self._bytes, self.special_ids)
+        elif b"".join(self._bytes[:256]) == bytes(range(256)) and self.special_ids == {*range(256, self.vocab_size)}:
+            self._look_up = lambda text: np.frombuffer(_utf8(text), dtype=np.uint8)
         self._can_cut = not (added.keys() - self.special_ids) and _splits_at_safe_cuts(self.hf)
-        if not self._gives_back(_PROBE if layout == "byte-level" else self.decode(range(self.vocab_size))):
+
+        probe = self.decode(range(self.vocab_size)) if layout == "char" else _PROBE
+        try:
+            given_back = self.decode_bytes(self.hf.encode(probe, add_special_tokens=False).ids)
+        except Exception:  # a bare one of the library's, for a word that it does not know
+            given_back = None
+        if given_back != probe.encode():
             raise DataError(
                 f"{name}: this tokenizer does not give back the text it reads (it changes or drops characters); "
                 f"use a byte-level one without normalizer and prefix blank, or --tokenizer.kind bpe"
@@ -109,7 +118,7 @@ class Tokenizer:
         return Tokenizer, (self._text, "this tokenizer.json", self._encoder_name)
 
     def encode(self, text: str) -> list[int]:
-        """Encode one text, without a boundary token. The name of a special token in it is encoded as plain text.
+        """Encode one text, without BOS. The name of a special token in it is encoded as plain text.
 
         Raises DataError for a character that is not in the vocabulary (kind char) or is half of a surrogate pair.
         """
@@ -121,17 +130,16 @@ class Tokenizer:
         """Encode (tag, text) pairs in batches; yields (tag, ids) in their order, ids of ``dtype`` and without BOS.
 
         The tag is whatever the caller must know of a text when its ids come, since about a megabyte of text is read
-        ahead of them, and no more. ``threads`` 0 is one for each core.
-        ``expected`` says about how many characters will come, for a faster encoder to be made at once if it repays.
-        Raises DataError as ``encode`` does.
+        ahead of them, and no more. ``threads`` 0 is one for each core. ``expected`` says about how many characters
+        will come, for a faster encoder to be made at once if it repays. Raises DataError as ``encode`` does.
         """
-        self._characters = max(self._characters, expected)
-        if self._char_ids is not None or self._ids_are_bytes:  # a look in a table: far faster than the library
+        if self._look_up is not None:
             for tag, text in documents:
-                yield tag, self._encode_characters(text) if self._char_ids is not None else self._encode_bytes(text)
+                yield tag, self._look_up(text).astype(self.dtype)
             return
+        self._characters = max(self._characters, expected)
         parts: list[np.ndarray] = []  # of the document that is not complete yet
-        for batch in _batches(self._pieces(documents)):
+        for batch in self._batches(documents):
             encoded = self._encode_batch([piece for _, piece, _ in batch], threads)
             for ids, (tag, _, ends_document) in zip(encoded, batch, strict=True):
                 parts.append(ids)
@@ -148,20 +156,29 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int], show_special: bool = False) -> bytes:
         """Decode ids to exactly the bytes they stand for, which may end inside a character."""
-        return b"".join(self._bytes_of(id, show_special) for id in ids)
+        found = []
+        for id in ids:
+            if not 0 <= id < self.vocab_size:
+                last = self.vocab_size - 1
+                raise DataError(f"token id {id} is not in the vocabulary (0 to {last}): another tokenizer's?")
+            if show_special or id not in self.special_ids:
+                found.append(self._bytes[id])
+        return b"".join(found)
 
     def token_bytes(self) -> np.ndarray:
-        """Give int32[vocab_size]: the UTF-8 bytes that each token stands for, 0 for special ones (bits per byte)."""
-        return np.array([len(self._bytes_of(id, False)) for id in range(self.vocab_size)], dtype=np.int32)
+        """int32[V]: the UTF-8 bytes that each token stands for, 0 for special ones (bits per byte)."""
+        lengths = np.array([len(token) for token in self._bytes], dtype=np.int32)
+        lengths[list(self.special_ids)] = 0
+        return lengths
 
     def to_json(self) -> str:
-        """Give the text of the tokenizer.json."""
+        """The text of the tokenizer.json."""
         return self._text
 
     def save(self, path: str | Path) -> None:
         """Write the tokenizer.json, as ``load`` here and in tokenizers and transformers reads it."""
         try:
-            Path(path).write_text(self._text, encoding="utf-8")
+            write_atomically(Path(path), self._text)
         except OSError as error:
             raise PretrainError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
 
@@ -175,31 +192,20 @@ class Tokenizer:
             raise DataError(f"{path}: no tokenizer can be read there ({why}); give a tokenizer.json") from error
         return cls(text, str(path), encoder)
 
-    def _gives_back(self, text: str) -> bool:
-        try:
-            return self.decode_bytes(self.hf.encode(text, add_special_tokens=False).ids) == text.encode()
-        except Exception:  # a bare one of the library's, for a word that it does not know
-            return False
-
-    def _bytes_of(self, id: int, show_special: bool) -> bytes:
-        if not 0 <= id < self.vocab_size:
-            raise DataError(
-                f"token id {id} is not in the vocabulary (0 to {self.vocab_size - 1}): another tokenizer's?"
-            )
-        return b"" if id in self.special_ids and not show_special else self._bytes[id]
-
-    def _pieces(self, documents: Iterable[tuple[Tag, str]]) -> Iterator[tuple[Tag, str, bool]]:
-        """Cut long texts where their tokens do not change. Yields (tag, piece, whether it is the last of its text)."""
+    def _batches(self, documents: Iterable[tuple[Tag, str]]) -> Iterator[list[tuple[Tag, str, bool]]]:
+        """Group (tag, piece, whether it ends its text); long texts are cut where their tokens do not change."""
+        batch: list[tuple[Tag, str, bool]] = []
+        characters = 0
         for tag, text in documents:
-            if len(text) <= PIECE_CHARACTERS or not self._can_cut:
-                yield tag, text, True
-                continue
-            pieces = split_text(text)
-            piece = next(pieces)
-            for following in pieces:
-                yield tag, piece, False
-                piece = following
-            yield tag, piece, True
+            pieces = list(split_text(text)) if self._can_cut else [text]
+            for number, piece in enumerate(pieces, start=1):
+                batch.append((tag, piece, number == len(pieces)))
+                characters += len(piece)
+                if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_PIECES:
+                    yield batch
+                    batch, characters = [], 0
+        if batch:
+            yield batch
 
     @functools.cached_property
     def _fast_encoder(self) -> FastEncoder | None:
@@ -224,21 +230,6 @@ class Tokenizer:
         for number, encoding in zip(rest, encodings, strict=True):
             encoded[number] = np.array(encoding.ids, dtype=self.dtype)
         return [ids for ids in encoded if ids is not None]
-
-    def _encode_bytes(self, text: str) -> np.ndarray:
-        return np.frombuffer(_utf8(text), dtype=np.uint8).astype(self.dtype)
-
-    def _encode_characters(self, text: str) -> np.ndarray:
-        assert self._char_ids is not None
-        characters = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
-        ids = self._char_ids[np.minimum(characters, len(self._char_ids) - 1)]
-        if (unknown := ids < 0).any():
-            character = chr(characters[unknown.argmax()])
-            raise DataError(
-                f"the character {character!r} (U+{ord(character):04X}) is not in this char tokenizer's vocabulary; "
-                f"leave it out, or train with text that holds it or with --tokenizer.kind bpe"
-            )
-        return ids.astype(self.dtype)
 
 
 class TextStream:
@@ -273,55 +264,13 @@ def split_text(text: str) -> Iterator[str]:
     yield text[start:] if start else text
 
 
-def byte_alphabet() -> list[str]:
-    """Give the printable character that byte-level vocabularies write for each of the 256 bytes.
-
-    Bytes that print are themselves, the others follow from U+0100 on (``bytes_to_unicode`` of GPT-2's encoder.py).
-    """
-    printing = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    others = iter(range(256, 512))
-    return [chr(byte if byte in printing else next(others)) for byte in range(256)]
-
-
-def byte_level(model: models.BPE, pattern: str = "gpt2") -> tokenizers.Tokenizer:
-    """Put the usual surroundings around a BPE model: no prefix blank, words split by a regex, bytes as characters.
-
-    ``pattern`` is a name in ``patterns.PATTERNS``, or empty: a text is then one word.
-    """
-    hf = tokenizers.Tokenizer(model)
-    hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern == "gpt2")
-    if pattern not in ("", "gpt2"):
-        split = pre_tokenizers.Split(tokenizers.Regex(PATTERNS[pattern]), "isolated")
-        hf.pre_tokenizer = pre_tokenizers.Sequence([split, hf.pre_tokenizer])
-    hf.decoder = decoders.ByteLevel()
-    return hf
-
-
-_BYTE_OF = {character: byte for byte, character in enumerate(byte_alphabet())}
-# For str.translate: each character of the alphabet to that of its byte, and others of one byte out of the way.
-_TO_BYTES = {**dict.fromkeys(range(256), 0xFFFD), **{ord(character): byte for character, byte in _BYTE_OF.items()}}
-
-
-def bytes_of_token(token: str) -> bytes | None:
-    """Give the bytes that a token of a byte-level vocabulary stands for; None if it is not of that alphabet."""
-    try:
-        return token.translate(_TO_BYTES).encode("latin-1")
-    except UnicodeEncodeError:
-        return None
-
-
-def _from_byte_level(token: str) -> bytes:
-    found = bytes_of_token(token)
-    return token.encode() if found is None else found  # stands for itself, as in the library's own decoder
-
-
 def _layout(spec: dict[str, Any], name: str) -> str:
-    """Say which of the two layouts a tokenizer.json has: 'byte-level' or 'char'. Raises DataError for any other."""
+    """Which of the two layouts a tokenizer.json has: 'byte-level' or 'char'. Raises DataError for any other."""
     model, decoder = spec["model"], (spec.get("decoder") or {}).get("type")
     kind = model.get("type")
     vocab = model.get("vocab") or {}
     if kind == "BPE" and decoder == "ByteLevel" and not model.get("dropout"):
-        if missing := sum(character not in vocab for character in _BYTE_OF):
+        if missing := sum(character not in vocab for character in byte_alphabet()):
             raise DataError(
                 f"{name}: {missing} of the 256 bytes have no token, so some text would be lost; use another"
             )
@@ -338,12 +287,24 @@ def _layout(spec: dict[str, Any], name: str) -> str:
     )
 
 
-def _char_ids(token_bytes: list[bytes], special_ids: frozenset[int]) -> np.ndarray:
-    """Give a table from code point to id, -1 where there is none; its last entry stands for everything beyond."""
+def _character_table(token_bytes: list[bytes], special_ids: frozenset[int]) -> Callable[[str], np.ndarray]:
+    """The ids of the characters of a text, each looked up by its code point."""
     codes = {ord(token.decode()): id for id, token in enumerate(token_bytes) if id not in special_ids}
-    table = np.full(max(codes) + 2, -1, dtype=np.int32)
+    table = np.full(max(codes) + 2, -1, dtype=np.int32)  # -1: no token; the last entry is for all code points beyond
     table[list(codes)] = list(codes.values())
-    return table
+
+    def look_up(text: str) -> np.ndarray:
+        characters = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
+        ids = table[np.minimum(characters, len(table) - 1)]
+        if (unknown := ids < 0).any():
+            character = chr(characters[unknown.argmax()])
+            raise DataError(
+                f"the character {character!r} (U+{ord(character):04X}) is not in this char tokenizer's vocabulary; "
+                f"leave it out, or train with text that holds it or with --tokenizer.kind bpe"
+            )
+        return ids
+
+    return look_up
 
 
 def _splits_at_safe_cuts(hf: tokenizers.Tokenizer) -> bool:
@@ -355,19 +316,6 @@ def _splits_at_safe_cuts(hf: tokenizers.Tokenizer) -> bool:
     return all(cut.start() in starts for cut in _SAFE_CUT.finditer(text))
 
 
-def _batches(pieces: Iterable[tuple[Tag, str, bool]]) -> Iterator[list[tuple[Tag, str, bool]]]:
-    batch: list[tuple[Tag, str, bool]] = []
-    characters = 0
-    for piece in pieces:
-        batch.append(piece)
-        characters += len(piece[1])
-        if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_PIECES:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
 def _utf8(text: str) -> bytes:
     try:
         return text.encode()
@@ -376,7 +324,3 @@ def _utf8(text: str) -> bytes:
             f"character {error.start} of the text is half of a surrogate pair (U+{ord(text[error.start]):04X}), "
             f"which is no text; is the input UTF-8?"
         ) from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
