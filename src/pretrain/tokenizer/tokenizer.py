@@ -197,9 +197,10 @@ class Tokenizer:
         batch: list[tuple[Tag, str, bool]] = []
         characters = 0
         for tag, text in documents:
-            pieces = list(split_text(text)) if self._can_cut else [text]
-            for number, piece in enumerate(pieces, start=1):
-                batch.append((tag, piece, number == len(pieces)))
+            end = 0
+            for piece in split_text(text) if self._can_cut else [text]:
+                end += len(piece)
+                batch.append((tag, piece, end == len(text)))
                 characters += len(piece)
                 if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_PIECES:
                     yield batch
