@@ -16,7 +16,7 @@ TEXTS = [
 ]
 
 
-def test_bpe_has_exactly_the_size_asked_for_with_the_boundary_last():
+def test_bpe_has_exactly_the_size_asked_for_with_bos_last():
     tokenizer = build_tokenizer("bpe", 300, TEXTS)
     assert tokenizer.vocab_size == 300
     assert tokenizer.bos_id == 299
@@ -91,7 +91,7 @@ def test_char_is_nanogpt_s_vocabulary_for_one_text():
     assert tokenizer.encode(text) == [characters.index(character) for character in text]
 
 
-def test_char_of_several_texts_ends_with_a_boundary():
+def test_char_of_several_texts_ends_with_bos():
     tokenizer = build_tokenizer("char", 0, ["ab", "bc"])
     assert tokenizer.vocab_size == 4
     assert tokenizer.bos_id == 3

@@ -83,13 +83,13 @@ def test_it_learns_from_so_many_bytes_and_says_so(tmp_path: Path, capsys: Any):
 
 
 def test_the_sample_is_spread_over_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from pretrain.text import find_pieces
+    from pretrain.text import read_documents
     from pretrain.tokens.progress import Progress
 
     monkeypatch.setattr(command, "SAMPLE_CHARACTERS", 40)
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "row {number:02}"}}\n' for number in range(60)))
     progress = Progress()
-    text = command._LearningText(find_pieces((str(tmp_path / "a.jsonl"),)), "text", 0, progress)
+    text = command._TrainingText(read_documents((str(tmp_path / "a.jsonl"),)), 0, progress)
     with progress.stage("reading", 0):
         assert len(list(text)) == 60
     assert text.sample == ["row 00", "row 16", "row 32", "row 48"]

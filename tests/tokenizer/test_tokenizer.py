@@ -154,7 +154,7 @@ def test_a_stream_gives_the_text_and_never_a_broken_character(tokenizer: Tokeniz
 def test_a_stream_of_any_bytes_is_what_decode_gives():
     tokenizer = build_tokenizer("byte", 0, [])
     rng = random.Random(3)
-    lead = [0xC3, 0xE6, 0xF0, 0x9F, 0x80, 0xFF, 65, 256]  # starts, continuations, never valid, a letter, the boundary
+    lead = [0xC3, 0xE6, 0xF0, 0x9F, 0x80, 0xFF, 65, 256]  # starts, continuations, never valid, a letter, BOS
     for _ in range(200):
         ids = [rng.choice(lead) for _ in range(12)]
         for show_special in (False, True):

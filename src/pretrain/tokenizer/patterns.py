@@ -1,9 +1,9 @@
 """Byte-level BPE before any merge: text is cut into words by a regex, and their bytes are written as characters.
 
 A token never reaches beyond a word. The ``gpt2`` regex is that of OpenAI's GPT-2 (encoder.py), ``gpt4`` that of GPT-4
-(cl100k_base; Llama 3 has it too): any case of 's and 'll, one blank or sign at the front of a word, digits in threes,
-line ends with the signs before them. ``nanochat`` takes digits in twos, which leaves more of a small vocabulary to
-words; Qwen takes them singly.
+(cl100k_base; Llama 3 has it too): any case of 's and 'll, one space or sign in front of a word, digits in threes, line
+ends with the signs before them. ``nanochat`` takes digits in twos, which leaves more of a small vocabulary to words;
+Qwen takes them singly.
 """
 
 from typing import Any

@@ -1,8 +1,8 @@
-"""One class around a Hugging Face ``tokenizers.Tokenizer``: what it is, is all in its tokenizer.json.
+"""One class around a Hugging Face ``tokenizers.Tokenizer``, wholly defined by its tokenizer.json.
 
 Two layouts are read, because in them every token stands for exactly known bytes: byte-level BPE (GPT-2 and its kin,
-and what ``build`` trains) and single characters (``build``'s own, a WordLevel model). Text goes in and comes back
-unchanged; that is tried on each tokenizer before it is used.
+and what ``build`` trains) and single characters (``build``'s own, a WordLevel model). Decoding gives the encoded text
+back unchanged; each tokenizer is tested for that when it is loaded.
 """
 
 import codecs
@@ -29,15 +29,15 @@ BOS = "<|endoftext|>"
 BOS_NAMES = (BOS, "<|bos|>", "<|begin_of_text|>")
 
 PIECE_CHARACTERS = 64 * 1024  # a longer document is encoded in pieces of about this, in parallel and in bounded memory
-BATCH_CHARACTERS = 1024 * 1024  # encoded at once; the library's records take about 100 bytes a token meanwhile
+BATCH_CHARACTERS = 1024 * 1024  # encoded at once; meanwhile the library's records take about 100 bytes a token
 BATCH_PIECES = 4096
-FAST_AFTER = 50  # characters for each token of the vocabulary, at which a faster encoder repays being made and proven
+FAST_AFTER = 50  # characters for each token of the vocabulary, from which a faster encoder repays making and testing it
 
-# Where a text may be cut without changing its tokens: between a letter or digit and a blank or line end. Every
+# Where a text may be cut without changing its tokens: between a letter or digit and a space or line end. Every
 # pre-tokenizer in use (GPT-2, GPT-4, Llama 3, Qwen) ends a word there and never looks back beyond it.
 _SAFE_CUT = re.compile(r"(?<=[^\W_])(?=[ \n])")
 
-# Mixed enough that a tokenizer which lowercases, strips, adds a blank or lacks bytes does not give it back.
+# Mixed enough that a tokenizer which lowercases, strips, adds a space or lacks bytes does not give it back.
 _PROBE = "Hello,  World's\n\n\tfin \r\n <|endoftext|> ÀÿжѪ 漢字\u200d🙂 0123 "
 
 
@@ -55,7 +55,7 @@ class Tokenizer:
     def __init__(self, text: str, name: str = "this tokenizer.json", encoder: EncoderName = "auto") -> None:
         """Take the text of a tokenizer.json.
 
-        Whatever the ``encoder``, the ids are the same: gigatoken (the extra 'fast'), tiktoken, or the library
+        The ids are the same whatever the ``encoder``: gigatoken (the extra 'fast'), tiktoken, or the library
         tokenizers; ``auto`` takes the fastest that is installed and proves right, once there is much to encode.
 
         Raises DataError, beginning with ``name``, if it cannot be used, UsageError if the encoder cannot.
@@ -106,7 +106,7 @@ class Tokenizer:
         if given_back != probe.encode():
             raise DataError(
                 f"{name}: this tokenizer does not give back the text it reads (it changes or drops characters); "
-                f"use a byte-level one without normalizer and prefix blank, or --tokenizer.kind bpe"
+                f"use a byte-level one without normalizer and prefix space, or --tokenizer.kind bpe"
             )
         self._encoder_name: EncoderName = encoder
         self._characters = 0  # encoded so far, or expected
@@ -129,9 +129,9 @@ class Tokenizer:
     ) -> Iterator[tuple[Tag, np.ndarray]]:
         """Encode (tag, text) pairs in batches; yields (tag, ids) in their order, ids of ``dtype`` and without BOS.
 
-        The tag is whatever the caller must know of a text when its ids come, since about a megabyte of text is read
-        ahead of them, and no more. ``threads`` 0 is one for each core. ``expected`` says about how many characters
-        will come, for a faster encoder to be made at once if it repays. Raises DataError as ``encode`` does.
+        The tag is whatever the caller needs to know of a text when its ids come: up to about a megabyte of text is
+        read ahead of them. ``threads`` 0 is one for each core. ``expected`` says about how many characters will come,
+        so that a faster encoder is made at once if it pays. Raises DataError as ``encode`` does.
         """
         if self._look_up is not None:
             for tag, text in documents:
@@ -245,18 +245,18 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, id: int) -> str:
-        """Take the next id; give the text that is now certain, perhaps none."""
+        """The text that is certain once this id has come, perhaps none."""
         return self._decoder.decode(self._tokenizer.decode_bytes([id], self._show_special))
 
     def finish(self) -> str:
-        """Give what is held back: U+FFFD if the last character stayed incomplete, else nothing."""
+        """What is held back: U+FFFD if the last character stayed incomplete, else nothing."""
         return self._decoder.decode(b"", final=True)
 
 
 def split_text(text: str) -> Iterator[str]:
     """Cut a long text into pieces of about PIECE_CHARACTERS, where no word ends differently for it.
 
-    A text without such places (a megabyte of blanks) stays in one piece. Joined, the pieces are the text.
+    A text without such places (a megabyte of spaces) stays in one piece. Joined, the pieces are the text.
     """
     start = 0
     while cut := _SAFE_CUT.search(text, start + PIECE_CHARACTERS):
@@ -309,7 +309,7 @@ def _character_table(token_bytes: list[bytes], special_ids: frozenset[int]) -> C
 
 
 def _splits_at_safe_cuts(hf: tokenizers.Tokenizer) -> bool:
-    """Try whether the pre-tokenizer ends a word at each of the places where ``split_text`` cuts."""
+    """Whether the pre-tokenizer, tried on a text, ends a word at each of the places where ``split_text`` cuts."""
     text = "one two\nthree  four\n\nfive 6 7\n8\n\n九 十\n百 é\n é  ß"
     if hf.pre_tokenizer is None:
         return False
