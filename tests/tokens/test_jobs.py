@@ -166,7 +166,7 @@ def test_a_document_over_several_jobs_is_on_one_side(tmp_path: Path):
         planned = plan_jobs(pieces, "hash", shard_tokens=5)
         assert [len(job.pieces) for job in planned] == [2, 2, 1]
         work = Work(str(tmp_path), "text", 0.5, 5)
-        parts = [part for job in planned for part in jobs.read_parts(work, job, Counter(), read)]
+        parts = [part for job in planned for part in jobs.job_parts(work, job, Counter(), read)]
         assert "".join(part.text for part in parts if part.split == side_by_hash(first, 0.5)) == first + " and so on"
         assert [part.begins for part in parts] == [True, False, False, False, True]
 

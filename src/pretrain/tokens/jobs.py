@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import chain, islice
@@ -101,26 +101,66 @@ def plan_jobs(pieces: Sequence[Piece], split: str, shard_tokens: int, first: int
     return [*jobs, Job(first + len(jobs), tuple(held), split, before)]
 
 
-def read_parts(work: Work, job: Job, problems: Counter[str], read: Read = read_piece) -> Iterator[Part]:
+def read_parts(
+    pieces: Sequence[Piece],
+    field: str,
+    split: str,
+    problems: Counter[str],
+    *,
+    val_fraction: float = 0.0,
+    before: Piece | None = None,
+    tail: Tail | None = None,
+    position: int = 0,
+    opened: int = 0,
+    read: Read = read_piece,
+) -> Iterator[Part]:
+    """The documents of consecutive pieces, each on its side of the split; see :class:`Job` for the arguments."""
+    documents = chain.from_iterable(read(piece, field, problems) for piece in pieces)
+    if split == "tail":
+        assert tail is not None
+        yield from split_tail(documents, tail, position, opened)
+    elif split == "hash":
+        first = next(documents, None)
+        if first is None:
+            return
+        side = TRAIN
+        if first.continues and before is not None:  # only a plain text goes on over pieces, and it is one document
+            for document in islice(read(before, field, Counter()), 1):
+                side = side_by_hash(document.text, val_fraction)
+        yield from split_hash(chain([first], documents), val_fraction, side)
+    else:
+        yield from all_to(split, documents)
+
+
+def job_parts(work: Work, job: Job, problems: Counter[str], read: Read = read_piece) -> Iterator[Part]:
     """The documents of a job, each on its side of the split."""
-    documents = chain.from_iterable(read(piece, work.field, problems) for piece in job.pieces)
-    if job.split == "tail":
-        assert work.tail is not None
-        return split_tail(documents, work.tail, job.position, job.opened)
-    if job.split == "hash":
-        return _by_hash(documents, work, job, read)
-    return all_to(job.split, documents)
+    return read_parts(
+        job.pieces,
+        work.field,
+        job.split,
+        problems,
+        val_fraction=work.val_fraction,
+        before=job.before,
+        tail=work.tail,
+        position=job.position,
+        opened=job.opened,
+        read=read,
+    )
 
 
-def _by_hash(documents: Iterator[Document], work: Work, job: Job, read: Read) -> Iterator[Part]:
-    first = next(documents, None)
-    if first is None:
-        return
-    opened = TRAIN
-    if first.continues and job.before is not None:  # only a plain text goes on over pieces, and it is one document
-        for document in islice(read(job.before, work.field, Counter()), 1):
-            opened = side_by_hash(document.text, work.val_fraction)
-    yield from split_hash(chain([first], documents), work.val_fraction, opened)
+def training_texts(
+    sources: Iterable[tuple[Iterable[Part], float]], report: Report = lambda _size, _tokens: None
+) -> Iterator[str]:
+    """The training texts that a tokenizer is trained on: of each source, about so many bytes from its beginning."""
+    for parts, limit in sources:
+        taken = 0
+        for part in parts:
+            if part.split == TRAIN:
+                yield part.text
+            taken += utf8_bytes(part.text)
+            if taken >= limit:
+                break
+        report(taken, 0)
 
 
 def survey_job(work: Work, job: Job, alphabet: bool, report: Report, read: Read = read_piece) -> Survey:
@@ -184,7 +224,7 @@ def tokenize_job(
 
     try:
         tokens = 0
-        parts = ((part, part.text) for part in islice(read_parts(work, job, problems, read), done, None))
+        parts = ((part, part.text) for part in islice(job_parts(work, job, problems, read), done, None))
         for part, ids in tokenizer.encode_documents(parts, threads, expected=job.size):
             size = utf8_bytes(part.text)
             if part.split not in writers:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections import Counter
@@ -25,7 +26,7 @@ from pretrain.text.pieces import EMBEDDED, Piece, find_pieces
 from pretrain.text.split import TRAIN, VAL, Part
 from pretrain.tokenizer import Tokenizer, build_tokenizer
 from pretrain.tokens.datasets import is_tokens
-from pretrain.tokens.jobs import Job, Work, read_parts
+from pretrain.tokens.jobs import read_parts, training_texts
 from pretrain.tokens.prepare import TOKENIZER, Prepared
 from pretrain.tokens.shards import Manifest, Shard, ShardWriter, utf8_bytes
 
@@ -55,8 +56,8 @@ class LiveText:
         """The documents of a piece, each on its side of the split, in bounded memory."""
         split = "hash" if self.val_fraction else VAL if piece in self._held_out else TRAIN
         first = self._first_pieces[piece.file]
-        job = Job(0, (piece,), split, before=None if first == piece else first)
-        return read_parts(Work("", self.field, self.val_fraction, 0), job, problems)
+        before = None if first == piece else first
+        return read_parts([piece], self.field, split, problems, val_fraction=self.val_fraction, before=before)
 
     @property
     def size(self) -> int:
@@ -208,14 +209,12 @@ def learning_texts(text: LiveText) -> Iterator[str]:
     chosen = (
         text.train[:: max(1, len(text.train) // max(16, LEARN_BYTES // mean))] if size > LEARN_BYTES else text.train
     )
-    for piece in chosen:
-        taken = 0
-        for part in text.parts(piece, Counter()):
-            if part.split == TRAIN:
-                yield part.text
-                taken += utf8_bytes(part.text)
-                if size > LEARN_BYTES and taken >= LEARN_BYTES // len(chosen):
-                    break
+    limit = LEARN_BYTES // len(chosen) if size > LEARN_BYTES else math.inf
+
+    def training_parts(piece: Piece) -> Iterator[Part]:
+        return (part for part in text.parts(piece, Counter()) if part.split == TRAIN)
+
+    return training_texts((training_parts(piece), limit) for piece in chosen)
 
 
 def bytes_per_token(text: LiveText, tokenizer: Tokenizer) -> float:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -45,12 +46,13 @@ from pretrain.tokens.jobs import (
     Read,
     Report,
     Work,
+    job_parts,
     plan_jobs,
     read_commits,
-    read_parts,
     read_survey,
     survey_job,
     tokenize_job,
+    training_texts,
 )
 from pretrain.tokens.on_ray import run_on_ray
 from pretrain.tokens.progress import Progress
@@ -276,7 +278,7 @@ class _Preparation:
         """Of a small text, see before the tokenizer is made whether each side of the split can fill a context."""
         sizes = Counter[str]()
         for job in self.jobs:
-            for part in read_parts(self.work, job, Counter(), self.read):
+            for part in job_parts(self.work, job, Counter(), self.read):
                 sizes[part.split] += utf8_bytes(part.text) + part.begins
         for split, name in ((TRAIN, "training"), (VAL, "validation")):
             if sizes[split] < self.needed and (sizes[split] or split == TRAIN):
@@ -356,19 +358,11 @@ def learn_bpe(
     """Train a bpe on the training text of the jobs, or on LEARN_BYTES of it, and save it in the folder."""
     size = _size(jobs)
 
-    def texts() -> Iterator[str]:
-        for job in jobs:
-            share = job.size if size <= LEARN_BYTES else job.size * LEARN_BYTES // size
-            taken = 0
-            for part in read_parts(work, job, Counter(), read):
-                if part.split == TRAIN:
-                    yield part.text
-                taken += utf8_bytes(part.text)
-                if taken >= share and size > LEARN_BYTES:
-                    break
-            report(taken, 0)
+    def limit(job: Job) -> float:
+        return math.inf if size <= LEARN_BYTES else job.size * LEARN_BYTES // size
 
-    _save(build_tokenizer("bpe", vocab_size, texts(), pattern), Path(work.folder))
+    texts = training_texts(((job_parts(work, job, Counter(), read), limit(job)) for job in jobs), report)
+    _save(build_tokenizer("bpe", vocab_size, texts, pattern), Path(work.folder))
 
 
 def _jobs(data: DataConfig, pieces: Sequence[Piece], held_out: Sequence[Piece], shard_tokens: int) -> list[Job]:
