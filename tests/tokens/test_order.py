@@ -79,12 +79,6 @@ def test_sequential_reads_on():
     assert order(kind="sequential").starts(0, 3).tolist() == [0, 20, 40]
 
 
-def test_epochs_are_rows_over_windows():
-    data = order()
-    assert data.epochs(0) == (0.0,)
-    assert data.epochs(3 * data.windows) == (3.0,)
-
-
 def mixture(weights=(0.5, 0.3, 0.2), kind="shuffled") -> MixedOrder:
     sizes = (3001, 901, 20_001)
     orders = tuple(order(tokens=size, seed=i, kind=kind) for i, size in enumerate(sizes))
@@ -120,9 +114,6 @@ def test_each_data_set_of_a_mixture_has_its_own_epochs(kind: str):
         assert own.tolist() == part.starts(0, len(own)).tolist()
         for epoch in range(len(own) // part.windows):
             assert len(set(own[epoch * part.windows :][: part.windows].tolist())) == part.windows
-        assert mixed.epochs(6000)[number] == pytest.approx(len(own) / part.windows)
-    part_way = np.bincount(sets[:2345], minlength=3)
-    assert mixed.epochs(2345) == pytest.approx([n / p.windows for n, p in zip(part_way, mixed.orders, strict=True)])
 
 
 def test_a_mixture_is_a_function_of_the_row_alone():

@@ -10,16 +10,16 @@ import pytest
 from pretrain.errors import DataError
 from pretrain.tokens.packing import Cursor, Place, best_fit, concatenate, pack
 
-BOUNDARY = 0
+BOS = 0
 START = Cursor()
 
 
-def made(lengths: list[int], boundary: bool) -> list[tuple[Place, np.ndarray]]:
+def made(lengths: list[int], with_bos: bool) -> list[tuple[Place, np.ndarray]]:
     """Documents of one epoch whose tokens are 1, 2, 3, ... through all of them."""
     first, documents = 1, []
     for number, length in enumerate(lengths):
         ids = np.arange(first, first + length, dtype=np.uint32)
-        documents.append(((number // 4, number % 4), np.concatenate(([BOUNDARY], ids)) if boundary else ids))
+        documents.append(((number // 4, number % 4), np.concatenate(([BOS], ids)) if with_bos else ids))
         first += length
     return [((0, *place), ids.astype(np.uint32)) for place, ids in documents]
 
@@ -32,13 +32,12 @@ def endless(documents: list[tuple[Place, np.ndarray]], start: Cursor) -> Iterato
 
 
 def rows_of(
-    packing: str, lengths: list[int], length: int, start: Cursor = START, counts: Counter | None = None, **how
+    packing: str, lengths: list[int], length: int, start: Cursor = START, **how
 ) -> Iterator[tuple[np.ndarray, Cursor]]:
-    counts = Counter() if counts is None else counts
     if packing == "concatenate":
-        return concatenate(endless(made(lengths, True), start), length, start, counts)
-    how = {"boundary": BOUNDARY, "budget": 200, "first_budget": 50, "seed": 5, **how}
-    return best_fit(endless(made(lengths, False), start), length, start, counts, **how)
+        return concatenate(endless(made(lengths, True), start), length, start)
+    how = {"bos": BOS, "budget": 200, "first_budget": 50, "seed": 5, **how}
+    return best_fit(endless(made(lengths, False), start), length, start, **how)
 
 
 def web_like(count: int, seed: int = 0, mean: float = 700, sigma: float = 1.06) -> list[int]:
@@ -68,22 +67,22 @@ def test_concatenated_rows_are_the_documents_in_order(lengths: list[int], length
 
 @pytest.mark.parametrize("lengths", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("length", [1, 2, 8, 50])
-@pytest.mark.parametrize("boundary", [BOUNDARY, None])
-def test_best_fit_loses_and_repeats_nothing(lengths: list[int], length: int, boundary: int | None):
+@pytest.mark.parametrize("bos", [BOS, None])
+def test_best_fit_loses_and_repeats_nothing(lengths: list[int], length: int, bos: int | None):
     """Each token came as often as its document was reached, and always after the token before it."""
     seen: Counter[int] = Counter()
     ends = set(np.cumsum(lengths).tolist())
-    rows = rows_of("best_fit", lengths, length, boundary=boundary)
+    rows = rows_of("best_fit", lengths, length, bos=bos)
     for row, cursor in itertools.islice(rows, 300 + 1500 // length):
         assert len(row) == length + 1
-        assert boundary is None or row[0] == BOUNDARY
-        if boundary is not None:
+        assert bos is None or row[0] == BOS
+        if bos is not None:
             for before, token in itertools.pairwise(row.tolist()):
-                if token == BOUNDARY:  # never tells of the end of a document that goes on elsewhere
+                if token == BOS:  # never tells of the end of a document that goes on elsewhere
                     assert before in ends
                 else:
-                    assert before in (BOUNDARY, token - 1)
-        seen.update(row[row != BOUNDARY].tolist() if boundary is not None else row.tolist())
+                    assert before in (BOS, token - 1)
+        seen.update(row[row != BOS].tolist() if bos is not None else row.tolist())
         if cursor.row == 0:  # a packing is complete: everything before the cursor was given, nothing after it
             begins = {place[1:]: int(ids[0]) for place, ids in made(lengths, False)}
             first_missing = begins[cursor.turn, cursor.document] + cursor.token
@@ -107,31 +106,38 @@ def test_any_row_can_be_the_first(packing: str, lengths: list[int], length: int)
 def test_nearly_no_document_of_the_web_is_cut_and_nothing_is_cropped():
     lengths, length = web_like(6000), 2048
     total = sum(lengths)
-    counts: Counter[str] = Counter()
     how = {"budget": 2**20, "first_budget": 2**20}
-    for row, cursor in rows_of("best_fit", lengths, length, counts=counts, **how):
-        total -= int((row != BOUNDARY).sum())
+    rows = []
+    for row, cursor in rows_of("best_fit", lengths, length, **how):
+        rows.append(row)
+        total -= int((row != BOS).sum())
         if cursor.epoch:
             break
     assert -2 * length < total < 2**20  # all of the epoch, and perhaps a little of the next one
     longer = sum(tokens + 1 > length + 1 for tokens in lengths) / len(lengths)
-    assert counts["cut"] / counts["documents"] < longer + 0.012
-    concatenated: Counter[str] = Counter()
-    list(itertools.islice(rows_of("concatenate", lengths, length, counts=concatenated), 2000))
-    assert concatenated["cut"] / concatenated["documents"] > 0.25
+    assert share_cut(rows, lengths) < longer + 0.012
+    rows = [row for row, _ in itertools.islice(rows_of("concatenate", lengths, length), 2000)]
+    assert share_cut(rows, lengths) > 0.25
+
+
+def share_cut(rows: list[np.ndarray], lengths: list[int]) -> float:
+    """Of the documents that begin in these rows, the share of those that a row ends before their last token."""
+    firsts = np.cumsum([1, *lengths])  # the token with which each document begins
+    begun = np.isin(firsts[:-1], np.concatenate(rows)).sum()
+    ends = np.array([row[-1] for row in rows])  # no other token of best_fit's rows can be followed by a cut
+    ends = ends[(ends != BOS) & ~np.isin(ends, firsts - 1)]
+    return len(set(firsts.searchsorted(ends, "right").tolist())) / begun
 
 
 def test_rows_do_not_come_sorted_by_the_length_of_their_documents():
     lengths = [100, 30] * 50
     how = {"budget": 10**6, "first_budget": 10**6}
     rows = [row for row, _ in itertools.islice(rows_of("best_fit", lengths, 101, **how), 60)]
-    boundaries = [int((row == BOUNDARY).sum()) for row in rows]
+    boundaries = [int((row == BOS).sum()) for row in rows]
     assert sorted(boundaries, reverse=True) != boundaries
     assert sorted(boundaries) != boundaries
     lengths = [40, 10] * 50
-    firsts = [
-        row.tolist().index(BOUNDARY, 1) for row, _ in itertools.islice(rows_of("best_fit", lengths, 51, **how), 40)
-    ]
+    firsts = [row.tolist().index(BOS, 1) for row, _ in itertools.islice(rows_of("best_fit", lengths, 51, **how), 40)]
     assert {11, 41} <= set(firsts)
 
 

@@ -3,7 +3,8 @@
     paths ──is_tokens──> open_corpus ──> Corpus(Dataset, ..., tokenizer) ──stream(split)──> TokenStream
                                             └── training_order(corpus, config) ──> DataOrder or MixedOrder
 
-A path is a folder that 'pretrain data prepare' made, a folder or file of another program (``foreign``), or a pattern.
+A path is a folder that 'pretrain data prepare' made, or a folder, file or pattern of files of another program
+(``foreign``).
 """
 
 from __future__ import annotations
@@ -31,17 +32,12 @@ SPLITS = ("train", "val")
 class Dataset:
     """Token files that belong together: one of ``data.paths``."""
 
-    name: str
-    """The path as it was given."""
-    files: Mapping[str, tuple[TokenFile, ...]]
-    """The files of each split, in order."""
+    name: str  # the path as it was given
+    files: Mapping[str, tuple[TokenFile, ...]]  # of each split, in order
     vocab_size: int
-    tokenizer: str
-    """The tokenizer's fingerprint; empty where the files do not tell."""
-    bytes_per_token: float
-    """UTF-8 bytes of text that a training token stands for, on average; 0 where the files do not tell."""
-    fingerprint: str
-    """A hash: of all contents for shards of our own, of sizes and samples for those of other programs."""
+    tokenizer: str  # its fingerprint; empty if unknown, as in files of other programs
+    bytes_per_token: float  # UTF-8 bytes of text to a training token, on average; 0 if unknown
+    fingerprint: str  # a hash of all contents for our own shards, of sizes and samples for foreign ones
 
     def tokens(self, split: str) -> int:
         """Tokens of a split."""
@@ -61,13 +57,13 @@ class Corpus:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the contents and their order; that of the data set itself where there is one."""
+        """A hash of the contents and their order; that of the data set itself if there is only one."""
         prints = [dataset.fingerprint for dataset in self.datasets]
         return prints[0] if len(prints) == 1 else hashlib.sha256(" ".join(prints).encode()).hexdigest()
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text that a training token stands for, on average; 0 where a data set does not tell."""
+        """UTF-8 bytes of text that a training token stands for, on average; 0 if unknown of any data set."""
         known = all(dataset.bytes_per_token for dataset in self.datasets)
         total = sum(dataset.bytes_per_token * dataset.tokens("train") for dataset in self.datasets)
         return total / max(1, self.tokens("train")) if known else 0.0
@@ -82,12 +78,18 @@ class Corpus:
 
 
 def is_tokens(paths: Sequence[str]) -> bool:
-    """Whether these paths name token shards rather than text; a look at names only.
+    """Whether these paths name token shards rather than text, by their names only.
 
-    Raises:
-        UsageError: some do, and some do not.
+    Raises UsageError if some do and some do not.
     """
-    tokens = [path for path in paths if _names_tokens(path)]
+
+    def names_tokens(path: str) -> bool:
+        place = Path(path).expanduser()
+        if place.is_dir():
+            return _is_ours(path) or bool(token_files(place))
+        return "://" not in path and place.suffix in SUFFIXES
+
+    tokens = [path for path in paths if names_tokens(path)]
     text = [path for path in paths if path not in tokens]
     if tokens and text:
         raise UsageError(
@@ -95,15 +97,6 @@ def is_tokens(paths: Sequence[str]) -> bool:
             f" pretrain data prepare {text[0]}"
         )
     return bool(tokens)
-
-
-def _names_tokens(path: str) -> bool:
-    if "://" in path:
-        return False
-    place = Path(path).expanduser()
-    if place.is_dir():
-        return _is_ours(path) or bool(token_files(place))
-    return place.suffix in SUFFIXES
 
 
 def _is_ours(path: str) -> bool:
@@ -117,11 +110,11 @@ def open_corpus(paths: Sequence[str], tokenizer: str = "") -> Corpus:
     Args:
         paths: folders of our own shards; folders, files or patterns of other programs'.
         tokenizer: as ``tokenizer.kind``: gpt2, byte or the path of a tokenizer.json, for files of other programs, which
-            do not bring theirs. The kinds that are made from a text stand for no tokenizer here.
+            come without one. The kinds that are made from a text count as none.
 
     Raises:
         DataError: something is missing, torn or of another vocabulary than the rest.
-        UsageError: the vocabulary is needed and not given, or another than that of our shards.
+        UsageError: the vocabulary is needed and not given, or is not that of our shards.
     """
     given = build_tokenizer(tokenizer, 0, []) if tokenizer not in ("", "bpe", "char") else None
     ours = {path: prepared_dataset(Path(path).expanduser()) for path in paths if _is_ours(path)}
@@ -148,7 +141,7 @@ def open_corpus(paths: Sequence[str], tokenizer: str = "") -> Corpus:
 
 
 def prepared_dataset(folder: Path) -> Dataset:
-    """A folder that 'pretrain data prepare' finished; a DataError when something in it is not as it should be."""
+    """A folder that 'pretrain data prepare' finished. Raises DataError if a file is missing or of the wrong size."""
     if not (folder / MANIFEST).is_file() and (folder / PLAN).is_file():
         raise DataError(f"{folder} is not finished; go on with the 'pretrain data prepare' that began it")
     manifest = Manifest.load(folder)
@@ -170,8 +163,7 @@ def prepared_dataset(folder: Path) -> Dataset:
 def foreign_dataset(path: str, tokenizer: Tokenizer) -> Dataset:
     """Files of another program: all of a folder, those of a pattern, or one. Their names tell the split.
 
-    Raises:
-        DataError: there are none, or one of them is torn or has ids that the tokenizer lacks.
+    Raises DataError if there are none, or one of them is torn or has ids that the tokenizer lacks.
     """
     place = Path(path).expanduser()
     if place.is_dir():
@@ -211,7 +203,13 @@ def training_order(corpus: Corpus, config: Config) -> DataOrder | MixedOrder:
             "data.weights are of token shards, and data.paths is text; make shards of each path first:"
             " pretrain data prepare"
         )
-    check_length(corpus, length, separately=bool(data.weights))
+    names = ", ".join(dataset.name for dataset in corpus.datasets)
+    if data.weights:
+        for dataset in corpus.datasets:
+            _check_length(dataset.name, "training", dataset.tokens("train"), length)
+    _check_length(names, "training", corpus.tokens("train"), length)
+    if corpus.tokens("val"):
+        _check_length(names, "validation", corpus.tokens("val"), length)
     if not data.weights:
         return DataOrder(corpus.tokens("train"), length, data.order, data.stride, seed)
     shares = mixture_shares(data.weights, [dataset.name for dataset in corpus.datasets])
@@ -222,17 +220,9 @@ def training_order(corpus: Corpus, config: Config) -> DataOrder | MixedOrder:
     return MixedOrder(orders, shares, seed)
 
 
-def check_length(corpus: Corpus, length: int, separately: bool) -> None:
-    """A DataError if the training tokens, of each data set or of all, or the validation tokens make no window."""
-    parts = [(dataset.name, "training", dataset.tokens("train")) for dataset in corpus.datasets if separately]
-    names = ", ".join(dataset.name for dataset in corpus.datasets)
-    parts += [(names, "training", corpus.tokens("train"))]
-    parts += [(names, "validation", corpus.tokens("val"))] if corpus.tokens("val") else []
-    for name, part, tokens in parts:
-        if tokens <= length:
-            mend = "add more"
-            if tokens > 1:
-                mend += f", or --model.context_length {tokens // 2}"
-            raise DataError(
-                f"{name}: {tokens:,} {part} tokens are fewer than one context of {length} and its target; {mend}"
-            )
+def _check_length(name: str, part: str, tokens: int, length: int) -> None:
+    if tokens <= length:
+        fix = f"add more, or --model.context_length {tokens // 2}" if tokens > 1 else "add more"
+        raise DataError(
+            f"{name}: {tokens:,} {part} tokens are fewer than one context of {length} and its target; {fix}"
+        )

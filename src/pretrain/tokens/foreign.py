@@ -4,8 +4,8 @@
     llm.c, modded-nanogpt  NAME_train_000001.bin       256 int32: magic, version, tokens; then uint16 or uint32
     datatrove              NAME.ds                     uint16 or uint32 without a header; NAME.ds.metadata and .index
 
-None of them names its vocabulary in a way that can be checked, so it has to be given, and a sample of the ids is held
-against it. Sources: nanoGPT's data/*/prepare.py, llm.c's dev/data/data_common.py, datatrove's pipeline/tokens.
+None of them names its vocabulary in a way that can be checked, so it has to be given, and a sample of the ids is
+checked against it. Sources: nanoGPT's data/*/prepare.py, llm.c's dev/data/data_common.py, datatrove's pipeline/tokens.
 """
 
 from __future__ import annotations
@@ -22,20 +22,16 @@ from pretrain.tokens.windows import TokenFile
 SUFFIXES = (".bin", ".ds")
 
 HEADER_BYTES = 256 * 4
-HEADERS = {(20240520, 1): "uint16", (20240801, 7): "uint32"}
-"""Magic number and version of llm.c's token files, and what follows the header."""
-LLMC_EXAMPLES = 20240522
-"""The magic number of llm.c's files of multiple-choice questions, which are no token stream."""
-
-SAMPLE_BLOCKS, SAMPLE_BYTES = 16, 4096
-"""How much of a file is looked at when it is opened: blocks at even distances, the first and last included."""
+HEADERS = {(20240520, 1): "uint16", (20240801, 7): "uint32"}  # magic number and version of llm.c: dtype after it
+LLMC_EXAMPLES = 20240522  # the magic number of llm.c's files of multiple-choice questions, which are no token stream
+SAMPLE_BLOCKS, SAMPLE_BYTES = 16, 4096  # read when a file is opened: evenly spaced, the first and last included
 
 _VALIDATION = re.compile(r"(?<![a-z])val(id|idation)?(?![a-z])")
 _TRAINING = re.compile(r"(?<![a-z])train(ing)?(?![a-z])")
 
 
 def split_of(path: Path) -> str:
-    """Which split a token file is of, by its name: ``val`` if that is a word of it, else ``train``."""
+    """The split of a token file by its name: ``val`` if that is a word in it, else ``train``."""
     return "val" if _VALIDATION.search(path.stem.lower()) else "train"
 
 
@@ -44,7 +40,7 @@ def token_files(folder: Path) -> list[Path]:
     try:
         files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file())
     except OSError as error:
-        raise DataError(f"{folder} cannot be read ({error.strerror}); mend its permissions") from None
+        raise DataError(f"{folder} cannot be read ({error.strerror}); fix its permissions") from None
     return [
         file
         for file in files
@@ -55,16 +51,13 @@ def token_files(folder: Path) -> list[Path]:
 def open_foreign(path: Path, vocab_size: int) -> tuple[TokenFile, str]:
     """A file of another program, and a hash of its size and a sample of it.
 
-    Raises:
-        DataError: it is missing, torn or no token file, or has ids that the vocabulary lacks.
+    Raises DataError if it is missing, torn or no token file, or has ids that the vocabulary lacks.
     """
     try:
         file = _describe(path, vocab_size)
         sample = _sample(path, file.offset)
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be read ({error.strerror}); give another path or mend its permissions"
-        ) from None
+        raise DataError(f"{path} cannot be read ({error.strerror}); give another path or fix its permissions") from None
     if not file.tokens:
         raise DataError(f"{path} holds no tokens; leave it out")
     largest = int(np.frombuffer(sample, np.dtype(file.dtype).newbyteorder("<")).max())
@@ -77,7 +70,7 @@ def open_foreign(path: Path, vocab_size: int) -> tuple[TokenFile, str]:
 
 
 def _describe(path: Path, vocab_size: int) -> TokenFile:
-    """Where a file's tokens are, and of which dtype."""
+    """Find where a file's tokens begin, how many there are, and their dtype."""
     size = path.stat().st_size
     with open(path, "rb") as source:
         header = np.frombuffer(source.read(HEADER_BYTES).ljust(12, b"\0")[:12], "<i4").tolist()
@@ -93,12 +86,12 @@ def _describe(path: Path, vocab_size: int) -> TokenFile:
     if tokens is None:
         if size % 2:
             raise DataError(f"{path} has {size:,} bytes, which are no whole number of tokens; copy it again")
-        dtype = "uint32" if size % 4 == 0 and _looks_wide(_sample(path, 0), vocab_size) else "uint16"
-        return TokenFile(path, size // np.dtype(dtype).itemsize, dtype)
+        # uint32 if every second uint16 can be the upper half of an id; never so in uint16 tokens of text.
+        upper_halves = np.frombuffer(_sample(path, 0), "<u2")[1::2]
+        wide = size % 4 == 0 and len(upper_halves) > 0 and int(upper_halves.max()) <= (vocab_size - 1) >> 16
+        return TokenFile(path, size // 4, "uint32") if wide else TokenFile(path, size // 2, "uint16")
     if size not in (tokens * 2, tokens * 4):
-        raise DataError(
-            f"{path} has {size:,} bytes, which are not the {tokens:,} tokens noted beside it; copy it again"
-        )
+        raise DataError(f"{path} has {size:,} bytes, not the {tokens:,} tokens noted beside it; copy it again")
     return TokenFile(path, tokens, "uint16" if size == tokens * 2 else "uint32")
 
 
@@ -118,14 +111,8 @@ def _tokens_beside(path: Path) -> int | None:
     return None
 
 
-def _looks_wide(sample: bytes, vocab_size: int) -> bool:
-    """Whether every second uint16 is what the upper half of a uint32 id can be; never so in uint16 tokens of text."""
-    upper_halves = np.frombuffer(sample, "<u2")[1::2]
-    return len(upper_halves) > 0 and int(upper_halves.max()) <= (vocab_size - 1) >> 16
-
-
 def _sample(path: Path, offset: int) -> bytes:
-    """Blocks of a file's tokens at even distances, each beginning at a whole token."""
+    """Evenly spaced blocks of a file's tokens, each beginning at a whole token."""
     length = path.stat().st_size - offset
     last = max(0, length - SAMPLE_BYTES)
     begins = sorted({last * block // (SAMPLE_BLOCKS - 1) // 4 * 4 for block in range(SAMPLE_BLOCKS)})

@@ -2,23 +2,25 @@
 
 training:    step → DataOrder → starts → TokenStream.windows → (rows, T) inputs and targets [→ ahead: on the device]
 validation:  every token of the split once as a target, in order
+
+torch is imported inside the functions, since the processes that tokenize do without it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from pretrain.model.loss import IGNORE
 from pretrain.tokens.order import DataOrder, MixedOrder
 from pretrain.tokens.windows import TokenStream
 
-STARTS_AHEAD = 65536
-"""Rows whose starts are computed at once, of one epoch or so: many steps share the cost of a vectorised call."""
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+STARTS_AHEAD = 65536  # rows whose starts are computed at once (an epoch, if shorter), to share the vectorised call
 
 
 class Batches(Protocol):
@@ -27,7 +29,7 @@ class Batches(Protocol):
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of a step for one process, int64 (rows, T).
 
-        The tensors stay as they are while the next batch is made, and may be written over by the one after it.
+        The tensors stay as they are while the next batch is made, and may be overwritten by the one after it.
         """
         ...
 
@@ -45,17 +47,14 @@ class Batches(Protocol):
 
 
 class TrainingBatches:
-    """The global batch of every step, as a function of the step alone.
+    """The global batch of every step, of ``rows`` windows, as a function of the step alone.
 
-    Args:
-        stream: the training tokens.
-        order: which window is which row.
-        rows: rows in the global batch of one step.
-        rank: which of the processes this is; it takes rows ``rank::world`` of every global batch.
-        world: the number of processes.
+    Of each one process takes the rows ``rank::world``.
     """
 
     def __init__(self, stream: TokenStream, order: DataOrder | MixedOrder, rows: int, rank: int = 0, world: int = 1):
+        import torch
+
         self.stream, self.order, self.rows, self.rank, self.world = stream, order, rows, rank, world
         self._first, self._starts = 0, np.empty(0, dtype=np.int64)
         self._count = max(rows, min(STARTS_AHEAD, order.windows))
@@ -65,10 +64,7 @@ class TrainingBatches:
         self._buffers = [(buffer.numpy(), (buffer[:, :-1], buffer[:, 1:])) for buffer in buffers]
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of a step for the rank, both int64 (rows / world, T).
-
-        They are views of a buffer that is written again by the call after the next one.
-        """
+        """Inputs and targets of a step for the rank, both int64 (rows / world, T), as views of a buffer."""
         first = step * self.rows
         if not self._first <= first <= self._first + len(self._starts) - self.rows:
             self._first, self._starts = first, self.order.starts(first, self._count)
@@ -81,10 +77,6 @@ class TrainingBatches:
     def epoch(self, step: int) -> float:
         """Epochs completed before a step; of a mixture, rows read for each window of all data sets together."""
         return step * self.rows / self.order.windows
-
-    def epochs(self, step: int) -> tuple[float, ...]:
-        """Epochs of each data set completed before a step."""
-        return self.order.epochs(step * self.rows)
 
     def state(self, step: int) -> dict[str, Any]:
         """Nothing: every batch is a function of its step."""
@@ -103,20 +95,20 @@ def ahead(batches: Batches, device: torch.device) -> Batches:
 
 
 class BatchesAhead:
-    """Batches on a CUDA device, the next one being copied there while the current one is computed on.
-
-    The copy comes from page-locked memory and runs on a stream of its own, so it waits neither for the CPU nor for the
-    device's work in progress. Page-locked blocks come from torch's caching host allocator, which gives a block out
-    again only when the copy from it is done.
-    """
+    """Batches on a CUDA device, the next one being copied there while the current one is computed on."""
 
     def __init__(self, batches: Batches, device: torch.device):
+        import torch
+
         self.batches, self.device = batches, device
+        self.epoch, self.state = batches.epoch, batches.state  # of any step, whatever was made ahead
         self._copies = torch.cuda.Stream(device)
         self._next: tuple[int, tuple[Tensor, Tensor], torch.cuda.Event] | None = None
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of a step on the device, int64 (rows, T), in the order of the current stream."""
+        import torch
+
         if self._next is None or self._next[0] != step:
             self._next = self._begin(step)
         _, (inputs, targets), done = self._next
@@ -128,6 +120,12 @@ class BatchesAhead:
         return inputs, targets
 
     def _begin(self, step: int) -> tuple[int, tuple[Tensor, Tensor], torch.cuda.Event]:
+        """Start copying a batch, on a stream of its own: it waits neither for the CPU nor for the device's work.
+
+        A page-locked block can be let go at once: torch gives it out again only when the copy from it is done.
+        """
+        import torch
+
         with torch.cuda.stream(self._copies):
             inputs, targets = (
                 torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
@@ -138,14 +136,6 @@ class BatchesAhead:
             done = torch.cuda.Event()
             done.record(self._copies)
         return step, (inputs, targets), done
-
-    def epoch(self, step: int) -> float:
-        """Epochs completed before a step."""
-        return self.batches.epoch(step)
-
-    def state(self, step: int) -> dict[str, Any]:
-        """What is needed to go on with a step, though the batch after it may have been made already."""
-        return self.batches.state(step)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a state; what was made ahead is forgotten."""
@@ -162,6 +152,10 @@ def validation_batches(
     not fill up a row, or a rank's rows, has targets of ``IGNORE``. ``tokens`` stops after about as many targets; 0
     takes all.
     """
+    import torch
+
+    from pretrain.model.loss import IGNORE
+
     targets = len(stream) - 1
     if tokens:
         targets = min(targets, max(1, tokens // length) * length)

@@ -13,25 +13,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
 from pretrain.errors import UsageError
 
 FEISTEL_ROUNDS = 6
-
-ENCRYPT_BLOCK = 8192
-"""Numbers encrypted at once, so that all that is in work stays in the nearest caches."""
-
-MIXTURE_BLOCK = 1000
-"""Rows in which a mixture has its shares exactly."""
+ENCRYPT_BLOCK = 8192  # numbers encrypted at once: they and the intermediate results stay in the nearest caches
+MIXTURE_BLOCK = 1000  # rows in which a mixture has its shares exactly
 
 
 def mix(x: np.ndarray, out: np.ndarray | None = None, scratch: np.ndarray | None = None) -> np.ndarray:
     """A bijective hash of uint64 values whose output bits all depend on all input bits (splitmix64's finaliser).
 
-    The result goes to ``out``, which may be ``x``; ``scratch`` is of the same shape.
+    ``out`` may be ``x``.
     """
     out = np.empty_like(x) if out is None else out
     scratch = np.empty_like(x) if scratch is None else scratch
@@ -83,20 +78,12 @@ def _encrypt(x: np.ndarray, half: np.uint64, keys: list[np.ndarray]) -> np.ndarr
 
 @dataclass(frozen=True)
 class DataOrder:
-    """The order of training windows of ``length + 1`` tokens (inputs and the targets one later) in a token stream.
+    """The order of training windows of T + 1 tokens (inputs and the targets one later) in a token stream."""
 
-    Args:
-        tokens: tokens in the stream.
-        length: the context length T.
-        kind: ``shuffled``, ``random`` or ``sequential`` (see ``DataConfig.order``).
-        stride: tokens between neighbouring starts; 0 for T, with a fresh offset each shuffled epoch.
-        seed: fixes everything.
-    """
-
-    tokens: int
-    length: int
-    kind: str
-    stride: int
+    tokens: int  # in the stream
+    length: int  # T, the context length
+    kind: str  # shuffled, random or sequential: DataConfig.order
+    stride: int  # tokens between neighbouring starts; 0: T, with a fresh offset each shuffled epoch
     seed: int
 
     def __post_init__(self):
@@ -132,10 +119,6 @@ class DataOrder:
             parts.append(starts)
         return np.concatenate(parts)
 
-    def epochs(self, row: int) -> tuple[float, ...]:
-        """Epochs completed before a row of the run."""
-        return (row / self.windows,)
-
 
 @dataclass(frozen=True)
 class MixedOrder:
@@ -144,16 +127,11 @@ class MixedOrder:
     Every ``MIXTURE_BLOCK`` rows hold a fixed number of rows of each data set, in an order permuted anew for each block.
     A data set's rows, numbered by themselves, follow its own order: each of its windows comes once in each of its
     epochs, however large its share.
-
-    Args:
-        orders: of each data set, with seeds of their own.
-        shares: rows of each data set in a block (:func:`mixture_shares`).
-        seed: fixes which row of a block is of which data set.
     """
 
-    orders: tuple[DataOrder, ...]
-    shares: tuple[int, ...]
-    seed: int
+    orders: tuple[DataOrder, ...]  # of each data set, with seeds of their own
+    shares: tuple[int, ...]  # rows of each data set in a block: mixture_shares
+    seed: int  # fixes which row of a block is of which data set
 
     def __post_init__(self):
         assert len(self.orders) == len(self.shares)
@@ -170,40 +148,26 @@ class MixedOrder:
         """Windows of all data sets together."""
         return sum(order.windows for order in self.orders)
 
-    @cached_property
-    def _begins(self) -> list[int]:
-        """Where each data set begins in the token stream."""
-        return np.cumsum([0, *(order.tokens for order in self.orders)]).tolist()
-
-    def _block(self, block: int) -> np.ndarray:
-        """The data set (int64) of each row of a block."""
-        draws = mix(key(self.seed, block, 2) + np.arange(MIXTURE_BLOCK, dtype=np.uint64))  # no two are equal
-        return np.repeat(np.arange(len(self.shares)), self.shares)[np.argsort(draws)]
-
     def starts(self, first: int, count: int) -> np.ndarray:
         """Starts (int64) of the windows of rows ``first`` to ``first + count - 1`` of the run, in the whole stream."""
         first_block, skip = divmod(first, MIXTURE_BLOCK)
         blocks = range(first_block, -(-(first + count) // MIXTURE_BLOCK))
-        sets = np.concatenate([self._block(block) for block in blocks])
+        sorted_sets = np.repeat(np.arange(len(self.shares)), self.shares)
+        within = np.arange(MIXTURE_BLOCK, dtype=np.uint64)
+        # mix is bijective, so no two of a block are equal, and every sort gives the same order
+        sets = np.concatenate([sorted_sets[mix(key(self.seed, block, 2) + within).argsort()] for block in blocks])
         starts = np.empty(len(sets), dtype=np.int64)
+        begin = 0  # of the data set in the stream
         for number, (order, share) in enumerate(zip(self.orders, self.shares, strict=True)):
-            here = sets == number
-            starts[here] = order.starts(first_block * share, len(blocks) * share) + self._begins[number]
+            starts[sets == number] = order.starts(first_block * share, len(blocks) * share) + begin
+            begin += order.tokens
         return starts[skip : skip + count]
-
-    def epochs(self, row: int) -> tuple[float, ...]:
-        """Epochs of each data set completed before a row of the run."""
-        blocks, rest = divmod(row, MIXTURE_BLOCK)
-        begun = np.bincount(self._block(blocks)[:rest], minlength=len(self.shares))
-        rows = blocks * np.array(self.shares) + begun
-        return tuple((rows / [order.windows for order in self.orders]).tolist())
 
 
 def mixture_shares(weights: Sequence[float], names: Sequence[str]) -> tuple[int, ...]:
     """Rows of each data set in a block of ``MIXTURE_BLOCK``: in proportion to the weights, by largest remainder.
 
-    Raises:
-        UsageError: a weight is too small for a single row of the block; the message has its name.
+    Raises UsageError for a weight too small for a single row.
     """
     wanted = np.array(weights, dtype=np.float64) / sum(weights) * MIXTURE_BLOCK
     shares = np.floor(wanted).astype(np.int64)

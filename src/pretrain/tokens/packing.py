@@ -2,8 +2,8 @@
 
     (place, ids), (place, ids), ...  ──concatenate or best_fit──>  (row, cursor of the next row), ...
 
-A row is ``length + 1`` tokens: inputs, and targets one token later. All rows are full, without padding. A cursor is all
-that it takes to make the next row, given the documents from its place on; nothing else is carried along.
+A row is T + 1 tokens: inputs, and targets one token later. All rows are full, without padding. A cursor is all that it
+takes to make the next row, given the documents from its place on; no other state is carried along.
 
 concatenate: documents stand one after another and are cut where a row ends. A row begins with the last token of the row
 before it, so that every token but the very first is a target exactly once.
@@ -15,7 +15,6 @@ itself. Every token of the text is a target exactly once.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -25,7 +24,7 @@ from pretrain.errors import DataError
 from pretrain.tokens.order import key, mix
 
 Place = tuple[int, int, int]
-"""Where a document stands in what a reader reads: epoch, turn (its pieces of that epoch, counted) and document."""
+"""Where a document stands in what a reader reads: epoch, turn (number among its pieces of that epoch), document."""
 
 
 class Cursor(NamedTuple):
@@ -34,10 +33,8 @@ class Cursor(NamedTuple):
     epoch: int = 0
     turn: int = 0
     document: int = 0
-    token: int = 0
-    """Tokens of that document before it."""
-    row: int = 0
-    """best_fit: rows before it that were packed together with it, from that token on."""
+    token: int = 0  # tokens of that document before it
+    row: int = 0  # best_fit: rows before it that were packed together with it, from that token on
 
     @property
     def place(self) -> Place:
@@ -54,19 +51,14 @@ class Span(NamedTuple):
 
 
 def concatenate(
-    documents: Iterator[tuple[Place, np.ndarray]], length: int, start: Cursor, counts: Counter[str]
+    documents: Iterator[tuple[Place, np.ndarray]], length: int, start: Cursor
 ) -> Iterator[tuple[np.ndarray, Cursor]]:
-    """Rows of documents that stand one after another, each with the cursor of the next row.
+    """Rows of ``length + 1`` tokens of documents that stand one after another, each with the cursor of the next row.
 
-    Args:
-        documents: endless, from the place of ``start`` on; ids with the boundary token, never none.
-        length: T.
-        start: where the first row begins.
-        counts: told of ``documents`` and of those ``cut``, in which a row ended.
+    ``documents`` are endless, from the place of ``start`` on; ids with the BOS token, never empty.
     """
     held: list[tuple[Place, np.ndarray]] = []
     begin, size = start.token, -start.token
-    last_cut = start.place if start.token else None
     for document in documents:
         if not held:
             _check_start(*document, start)
@@ -81,46 +73,39 @@ def concatenate(
                 if not needed:
                     break
                 index, at = index + 1, 0
-            counts["documents"] += index
             begin = at + len(part) - 1  # the next row begins with the last token of this one
             del held[:index]
             size -= length
-            place, ids = held[0]
-            if begin + 1 < len(ids) and place != last_cut:
-                counts["cut"] += 1
-                last_cut = place
-            yield np.concatenate(parts), Cursor(*place, begin)
+            yield np.concatenate(parts), Cursor(*held[0][0], begin)
 
 
 def best_fit(
     documents: Iterator[tuple[Place, np.ndarray]],
     length: int,
     start: Cursor,
-    counts: Counter[str],
-    boundary: int | None,
+    bos: int | None,
     budget: int,
     first_budget: int,
     seed: int,
 ) -> Iterator[tuple[np.ndarray, Cursor]]:
-    """Rows that each begin with a document, each with the cursor of the next row.
+    """Rows of ``length + 1`` tokens that each begin with a document, each with the cursor of the next row.
 
     Documents of ``budget`` tokens, or up to the end of the epoch, are packed at once. The last of their rows is filled
     up with the documents after them, the last one of which is cut; the next packing begins inside of it. So a packing
     is a function of the place where it begins.
 
     Args:
-        documents: endless, from the place of ``start`` on; ids without boundary token, never none.
+        documents: endless, from the place of ``start`` on; ids without BOS token, never empty.
         length: T.
         start: where the first row begins.
-        counts: told of ``documents`` and of those ``cut``.
-        boundary: the token put before each part of a document; None for a vocabulary that has none.
+        bos: the token put before each part of a document; None for a vocabulary that has none.
         budget: tokens that are packed at once.
-        first_budget: the same of the first packing of all, so that not all readers pack in the same step.
+        first_budget: the same for the first packing of all, so that not all readers pack in the same step.
         seed: of the order of the rows.
     """
     place, ids = next(documents)
     _check_start(place, ids, start)
-    lead = np.array([] if boundary is None else [boundary], dtype=ids.dtype)
+    lead = np.array([] if bos is None else [bos], dtype=ids.dtype)
     size, skipped = length + 1, start.row
     begin, at = start._replace(row=0), start.token
     while True:
@@ -133,33 +118,29 @@ def best_fit(
             place, ids = next(documents)
             at = 0
         rows = pack([(at, len(ids)) for ids, at in chunk], size, len(lead))
-        room = size - sum(span.end - span.begin + len(lead) for span in rows[-1])
-        top: list[Span] = []  # what fills up the last row
-        while room > len(lead):
-            taken = min(len(ids) - at, room - len(lead))
-            top.append(Span(len(chunk), at, at + taken))
+        space = size - sum(span.end - span.begin + len(lead) for span in rows[-1])
+        filling: list[Span] = []  # of the last row
+        while space > len(lead):
+            taken = min(len(ids) - at, space - len(lead))
+            filling.append(Span(len(chunk), at, at + taken))
             chunk.append((ids, at))
-            room -= taken + len(lead)
+            space -= taken + len(lead)
             at += taken
             if at == len(ids):
                 (place, ids), at = next(documents), 0
 
         order_key = key(seed, *begin)
         rows = [_shuffled(row, chunk, order_key + np.uint64(number + 1)) for number, row in enumerate(rows)]
-        rows[-1] += top
+        rows[-1] += filling
         # Packing goes from long documents to short ones; training must not.
         order = mix(order_key + np.arange(1 << 32, (1 << 32) + len(rows), dtype=np.uint64)).argsort(kind="stable")
-        first_parts = [span for row in rows for span in row if span.begin == 0]
-        counts["documents"] += len(first_parts)
-        counts["cut"] += sum(span.end < len(chunk[span.document][0]) for span in first_parts)
-
         then = Cursor(*place, at)
         for number in range(skipped, len(rows)):
             parts = []
             for span in rows[order[number]]:
                 parts += [lead, chunk[span.document][0][span.begin : span.end]]
             row = np.concatenate(parts)
-            if len(row) < size:  # one place is left: for the boundary token that ends the last document
+            if len(row) < size:  # one token is left: a BOS, which ends the last document
                 row = np.concatenate((row, lead))
             assert len(row) == size
             yield row, (begin._replace(row=number + 1) if number + 1 < len(rows) else then)
@@ -169,10 +150,10 @@ def best_fit(
 def pack(documents: Sequence[tuple[int, int]], size: int, overhead: int) -> list[list[Span]]:
     """Put documents into rows of ``size`` tokens, cutting as few as possible; only the last row may be short.
 
-    Documents longer than a row give as many full rows as they can. Then each row takes the longest part that is left
-    and fits, again and again, except that its last two are chosen to fill it exactly where two such are left. Where
-    nothing fits any more, the longest part that is left is cut; its head ends the row. (A row that lacks ``overhead``
-    tokens is full: only a boundary token fits there.)
+    Documents longer than a row give as many full rows as they can. Then each row takes the longest remaining part that
+    fits, again and again, except that its last two are chosen to fill it exactly if two such remain. When nothing fits,
+    the longest remaining part is cut; its head ends the row. (A row that lacks ``overhead`` tokens is full: only a BOS
+    token fits there.)
 
     Args:
         documents: the first token, and one after the last, of each.
@@ -182,17 +163,17 @@ def pack(documents: Sequence[tuple[int, int]], size: int, overhead: int) -> list
     body = size - overhead
     rows: list[list[Span]] = []
     waiting: list[list[Span]] = [[] for _ in range(size + 1)]  # by the tokens they take
-    there = np.zeros(size + 1, dtype=bool)  # where `waiting` has some
+    present = np.zeros(size + 1, dtype=bool)  # which lists of `waiting` have some
     left = 0
 
     def put(span: Span) -> None:
         taken = span.end - span.begin + overhead
         waiting[taken].append(span)
-        there[taken] = True
+        present[taken] = True
 
     def take(taken: int) -> Span:
         span = waiting[taken].pop()
-        there[taken] = bool(waiting[taken])
+        present[taken] = bool(waiting[taken])
         return span
 
     for number, (begin, end) in enumerate(documents):
@@ -204,50 +185,49 @@ def pack(documents: Sequence[tuple[int, int]], size: int, overhead: int) -> list
             left += 1
     while left:
         row: list[Span] = []
-        room = size
-        while left and room > overhead:
-            chosen = _choose(there, waiting, room, ends=bool(row))
+        space = size
+        while left and space > overhead:
+            chosen = _choose(present, waiting, space, ends=bool(row))
             if chosen:
                 row.append(take(chosen))
-                room -= chosen
+                space -= chosen
                 left -= 1
             else:
-                number, begin, end = take(int(there.nonzero()[0][-1]))
-                cut = begin + room - overhead
+                number, begin, end = take(int(present.nonzero()[0][-1]))
+                cut = begin + space - overhead
                 row.append(Span(number, begin, cut))
                 put(Span(number, cut, end))
-                room = 0
+                space = 0
         rows.append(row)
     return rows
 
 
-def _choose(there: np.ndarray, waiting: list[list[Span]], room: int, ends: bool) -> int:
-    """Which length comes next into a row that has ``room``; 0 if none fits. ``ends``: two that fill it go first."""
-    if there[room]:
-        return room
+def _choose(present: np.ndarray, waiting: list[list[Span]], space: int, ends: bool) -> int:
+    """The length that comes next into a row with ``space`` left; 0: none fits. ``ends``: two that fill it go first."""
+    if present[space]:
+        return space
     if ends:
-        pairs = (there[: room + 1] & there[room::-1]).nonzero()[0]
-        if len(pairs) and (pairs[-1] * 2 != room or len(waiting[pairs[-1]]) > 1):
+        pairs = (present[: space + 1] & present[space::-1]).nonzero()[0]
+        if len(pairs) and (pairs[-1] * 2 != space or len(waiting[pairs[-1]]) > 1):
             return int(pairs[-1])
-    fitting = there[: room + 1].nonzero()[0]
+    fitting = present[: space + 1].nonzero()[0]
     return int(fitting[-1]) if len(fitting) else 0
 
 
 def _shuffled(row: list[Span], chunk: list[tuple[np.ndarray, int]], order_key: np.ndarray) -> list[Span]:
     """Give a row another order, since packing puts the longest document first.
 
-    A part that is cut off stays the last, so that no boundary token after it says that its document ends there.
+    A part that is cut off stays the last, so that no BOS token after it says that its document ends there.
     """
     whole = [span for span in row if span.end == len(chunk[span.document][0])]
-    order = mix(order_key * np.uint64(0x9E3779B97F4A7C15) + np.arange(len(whole), dtype=np.uint64)).argsort(
-        kind="stable"
-    )
+    row_key = order_key * np.uint64(0x9E3779B97F4A7C15)
+    order = mix(row_key + np.arange(len(whole), dtype=np.uint64)).argsort(kind="stable")
     return [whole[index] for index in order] + [span for span in row if span.end < len(chunk[span.document][0])]
 
 
 def _check_start(place: Place, ids: np.ndarray, start: Cursor) -> None:
     if start.token and (place != start.place or start.token >= len(ids)):
         raise DataError(
-            "the text is not what it was when this run stopped: the document with which it goes on is another; restore"
-            " it, or start anew with another --out"
+            "the text is not what it was when this run stopped: it goes on inside a document that is another now;"
+            " restore it, or start anew with another --out"
         )

@@ -2,8 +2,8 @@
 
     TokenFile, TokenFile, ...  →  TokenStream: one long sequence  →  windows(starts, length): int64 (N, length)
 
-A file is raw little-endian integers after an optional header. Files are opened when first read, and only so many are
-kept open: a data set may have more of them than a process may open.
+A file is raw little-endian integers after an optional header. Files are mapped when first read, and only a limited
+number stays open: a data set may have more of them than a process may open.
 """
 
 from __future__ import annotations
@@ -26,10 +26,8 @@ class TokenFile:
 
     path: Path
     tokens: int
-    dtype: str
-    """``uint16`` or ``uint32``, little-endian."""
-    offset: int = 0
-    """Bytes before the first token."""
+    dtype: str  # uint16 or uint32, little-endian
+    offset: int = 0  # bytes before the first token
 
     @property
     def itemsize(self) -> int:
@@ -37,7 +35,7 @@ class TokenFile:
         return np.dtype(self.dtype).itemsize
 
     def check(self) -> None:
-        """A DataError unless the file is there and ends with its tokens."""
+        """Raise DataError unless the file exists and ends with its tokens."""
         wanted = self.offset + self.tokens * self.itemsize
         try:
             size = self.path.stat().st_size
@@ -48,11 +46,7 @@ class TokenFile:
 
 
 class TokenStream:
-    """The tokens of several files as one sequence.
-
-    Args:
-        files: in order; each is known to have its size (:meth:`TokenFile.check`).
-    """
+    """The tokens of several files, whose sizes were checked, as one sequence."""
 
     def __init__(self, files: Sequence[TokenFile]):
         self.files = [file for file in files if file.tokens]
@@ -116,7 +110,7 @@ class TokenStream:
             number, begin, filled = number + 1, 0, filled + len(part)
 
     def _map(self, number: int) -> memoryview:
-        """The bytes of a file's tokens; the file opened longest is let go when there are too many."""
+        """The bytes of a file's tokens; the file opened first is closed when too many are open."""
         view = self._maps[number]
         if view is None:
             if len(self._open) >= self._most_open:
@@ -138,7 +132,7 @@ class TokenStream:
 
 
 def _most_open() -> int:
-    """Files to keep open: half of those that the process may open, or of the maps where these need no open file."""
+    """Files to keep mapped: half of those that the process may open where a map keeps its file open, else many."""
     if sys.version_info >= (3, 13) or sys.platform == "win32":
         return 32_000
     import resource

@@ -21,12 +21,19 @@ from pretrain.text.pieces import Piece
 from pretrain.text.split import TRAIN, VAL, Part, side_by_hash
 from pretrain.tokenizer import Tokenizer, build_tokenizer
 from pretrain.tokens import TokenStream, prepare, prepared_dataset, validation_batches
-from pretrain.tokens import live as live_module
-from pretrain.tokens.live import Deal, LiveBatches, merge_states, reader_count
-from pretrain.tokens.live_text import LiveText, bytes_per_token, find_text, prepare_stream
+from pretrain.tokens import stream as stream_module
+from pretrain.tokens.stream import (
+    Assignment,
+    LiveBatches,
+    LiveText,
+    find_text,
+    merge_states,
+    prepare_stream,
+    reader_count,
+)
 
 BYTES = build_tokenizer("byte", 0, [])
-BOUNDARY = BYTES.bos_id
+BOS = BYTES.bos_id
 
 
 class MadeText(LiveText):
@@ -38,7 +45,7 @@ class MadeText(LiveText):
         self.__dict__["made"] = dict(zip(self.train, pieces, strict=True))
         self.__dict__["fingerprint"] = "made"
 
-    def parts(self, piece: Piece, problems: Counter[str]) -> Iterator[Part]:
+    def parts(self, piece: Piece, problems: Counter[str] | None = None) -> Iterator[Part]:
         yield from self.__dict__["made"][piece]
 
 
@@ -77,8 +84,8 @@ def take(batches: LiveBatches, first: int, count: int) -> list[torch.Tensor]:
 
 @pytest.fixture(autouse=True)
 def small_packings(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(live_module, "PACKED_TOKENS", 400)
-    monkeypatch.setattr(live_module, "PACKED_ROWS", 3)
+    monkeypatch.setattr(stream_module, "PACKED_TOKENS", 400)
+    monkeypatch.setattr(stream_module, "PACKED_ROWS", 3)
 
 
 PACKINGS = pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
@@ -92,19 +99,20 @@ def test_each_document_comes_once_an_epoch(readers: int, order: str):
     assert batches.readers == readers
     expected = Counter[str]()
     for piece in text.train:
-        for part in text.parts(piece, Counter()):
+        for part in text.parts(piece):
             if part.split == TRAIN and part.text:
                 expected[part.text] += 1
     taken = take(batches, 0, 300)
+    assignment = Assignment([piece.size for piece in text.train], readers, order == "shuffled", seed=7)
     for reader in range(readers):
         # What the reader gave: its rows joined, each without the token that it shares with the one before.
         rows = [row for step in taken for row in step[reader::readers]]
         joined = torch.cat([rows[0], *(row[1:] for row in rows[1:])]).numpy()
-        found = bytes(np.where(joined == BOUNDARY, 255, joined).astype(np.uint8)).decode("latin1")
+        found = bytes(np.where(joined == BOS, 255, joined).astype(np.uint8)).decode("latin1")
         read = []
         for epoch in itertools.count():
-            for number in batches._reading.deal.turns(epoch, reader):
-                parts = [p for p in text.parts(text.train[number], Counter()) if p.split == TRAIN and p.text]
+            for number in assignment.pieces(epoch, reader):
+                parts = [p for p in text.parts(text.train[number]) if p.split == TRAIN and p.text]
                 for place, part in enumerate(parts):
                     read.append("ÿ" * (part.begins or place == 0) + part.text)
             if sum(map(len, read)) > len(found):
@@ -112,9 +120,9 @@ def test_each_document_comes_once_an_epoch(readers: int, order: str):
         assert found == "".join(read)[: len(found)]
         assert len(found) > 3 * sum(map(len, expected)) / readers
     for epoch in range(3):
-        dealt = [number for reader in range(readers) for number in batches._reading.deal.turns(epoch, reader)]
-        assert sorted(dealt) == list(range(len(text.train)))
-        assert (dealt == sorted(dealt)) == (order == "sequential" and readers == 1)
+        numbers = [number for reader in range(readers) for number in assignment.pieces(epoch, reader)]
+        assert sorted(numbers) == list(range(len(text.train)))
+        assert (numbers == sorted(numbers)) == (order == "sequential" and readers == 1)
     batches.close()
 
 
@@ -166,9 +174,9 @@ def test_reading_ahead_does_not_show(packing: str):
 def test_best_fit_rows_begin_with_a_document_and_are_full_of_text():
     batches = stream(made_text(3), "best_fit", length=64)
     taken = torch.cat(take(batches, 0, 200))
-    assert (taken[:, 0] == BOUNDARY).all()
+    assert (taken[:, 0] == BOS).all()
     assert (taken >= 0).all()
-    assert batches.counts["documents"] > 500
+    assert (taken == BOS).sum() > 500
     batches.close()
 
 
@@ -184,22 +192,22 @@ def test_a_seed_decides_the_order():
     assert not torch.equal(rows["a"], rows["order"])
 
 
-def test_deal_is_even_over_the_epochs():
+def test_readers_get_equally_much_over_the_epochs():
     sizes = [random.Random(5).randrange(1, 100) for _ in range(40)]
-    deal = Deal(sizes, 6, shuffled=True, seed=1)
+    assignment = Assignment(sizes, 6, shuffled=True, seed=1)
     loads = [0] * 6
     epochs = []
     for epoch in range(30):
-        turns = [deal.turns(epoch, reader) for reader in range(6)]
-        assert sorted(itertools.chain(*turns)) == list(range(40))
-        epochs.append(turns)
-        loads = [load + sum(sizes[piece] for piece in dealt) for load, dealt in zip(loads, turns, strict=True)]
+        assigned = [assignment.pieces(epoch, reader) for reader in range(6)]
+        assert sorted(itertools.chain(*assigned)) == list(range(40))
+        epochs.append(assigned)
+        loads = [load + sum(sizes[piece] for piece in pieces) for load, pieces in zip(loads, assigned, strict=True)]
         assert max(loads) - min(loads) <= max(sizes)
-    for epoch in (29, 3, 17):  # also asked for again, and out of turn
-        assert [Deal(sizes, 6, True, 1).turns(epoch, reader) for reader in range(6)] == epochs[epoch]
-        assert [deal.turns(epoch, reader) for reader in range(6)] == epochs[epoch]
-    equal = Deal([7] * 4, 4, shuffled=False, seed=1)
-    assert {equal.turns(epoch, 0)[0] for epoch in range(4)} == {0, 1, 2, 3}
+    for epoch in (29, 3, 17):  # also asked for again, and out of order
+        assert [Assignment(sizes, 6, True, 1).pieces(epoch, reader) for reader in range(6)] == epochs[epoch]
+        assert [assignment.pieces(epoch, reader) for reader in range(6)] == epochs[epoch]
+    equal = Assignment([7] * 4, 4, shuffled=False, seed=1)
+    assert {equal.pieces(epoch, 0)[0] for epoch in range(4)} == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize(
@@ -224,7 +232,7 @@ def test_pieces_without_text_for_training_are_passed_over():
     for order in ("shuffled", "sequential"):
         batches = stream(MadeText([held_out, [Part("text", TRAIN, True)], held_out, []]), order=order)
         tokens = torch.cat(take(batches, 0, 30)).flatten().tolist()
-        assert set(tokens) == {*b"text", BOUNDARY}
+        assert set(tokens) == {*b"text", BOS}
         batches.close()
     with pytest.raises(DataError, match="no text to train on"):
         stream(MadeText([held_out, []]))
@@ -245,7 +253,7 @@ def test_what_goes_wrong_in_the_thread_reaches_the_trainer():
     text = made_text(6)
     batches = stream(text, readers=1)
 
-    def broken(piece: Piece, problems: Counter[str]) -> Iterator[Part]:
+    def broken(piece: Piece, problems: Counter[str] | None = None) -> Iterator[Part]:
         yield Part("y" * 1000, TRAIN, True)
         raise DataError(f"{piece.file}: damaged")
 
@@ -258,7 +266,7 @@ def test_what_goes_wrong_in_the_thread_reaches_the_trainer():
 def test_the_thread_ends_with_the_object():
     text, original = made_text(7), MadeText.parts
 
-    def slow(piece: Piece, problems: Counter[str]) -> Iterator[Part]:
+    def slow(piece: Piece, problems: Counter[str] | None = None) -> Iterator[Part]:
         time.sleep(0.2)
         yield from original(text, piece, problems)
 
@@ -278,7 +286,7 @@ def test_waiting_lets_signal_handlers_run():
     batches = stream(text)
     heard, original = threading.Event(), text.parts
 
-    def slow(piece: Piece, problems: Counter[str]) -> Iterator[Part]:
+    def slow(piece: Piece, problems: Counter[str] | None = None) -> Iterator[Part]:
         heard.wait(30)  # until the handler has run, in the main thread, which waits for this one
         yield from original(piece, problems)
 
@@ -409,8 +417,8 @@ def test_prepared_stream_without_validation(tmp_path: Path):
 
 def test_the_embedded_corpus_streams_by_hash(tmp_path: Path):
     text = find_text(DataConfig(stream=True, split="hash", val_fraction=0.01))
-    assert 0.9 < bytes_per_token(text, BYTES) <= 1.0
     batches = stream(text)
+    assert 0.9 < batches.bytes_per_token <= 1.0
     first = torch.cat(take(batches, 0, 3))
     assert batches.readers == 1
     assert BYTES.decode(first[0].tolist()).startswith("In the beginning")

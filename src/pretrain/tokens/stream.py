@@ -1,0 +1,602 @@
+"""Live streams: text that is tokenized while training on it.
+
+    data.paths ──find_text──> LiveText ──prepare_stream──> tokenizer.json and a shard of validation tokens
+                                 │
+      Assignment of its pieces to readers
+      ├─ reader 0: pieces → documents → ids ──packing──> rows 0, R, 2R, ... of every batch
+      ├─ reader 1: ...                                   rows 1, R + 1, ...
+      └─ ...                                             └─ in a thread, some batches ahead ─> LiveBatches
+
+Which tokens are row j of the batch of step s does not depend on the number of processes nor on how far ahead was read:
+row j always comes from reader j % R, and each reader reads its own pieces. All that is needed to go on is one cursor
+for each reader, of the step in question: no text and no tokens are kept. The document in which a reader stopped is read
+and tokenized again, those before it in its piece are only read.
+
+The validation tokens are written as a shard, so that a run with a stream validates as any other does, now and later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import itertools
+import json
+import math
+import os
+import queue
+import shutil
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pretrain.config import Config, DataConfig
+from pretrain.errors import DataError, UsageError
+from pretrain.text import embedded_name
+from pretrain.text.pieces import EMBEDDED, Piece, find_pieces
+from pretrain.text.split import TRAIN, VAL, Part
+from pretrain.tokenizer import Tokenizer, build_tokenizer
+from pretrain.tokens.datasets import is_tokens
+from pretrain.tokens.jobs import read_parts, training_texts
+from pretrain.tokens.order import key, permute
+from pretrain.tokens.packing import Cursor, Place, best_fit, concatenate
+from pretrain.tokens.prepare import TOKENIZER, Prepared
+from pretrain.tokens.shards import Manifest, Shard, ShardWriter, bytes_per_token, utf8_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LEARN_BYTES = 32_000_000  # of text that a bpe is trained on, at most
+VALIDATION_TOKENS = 2**23  # written for validation, at most
+SEARCHED_BYTES = 512_000_000  # read for them, once there are some: a small share by hash is spread over all of the text
+MEASURED_BYTES = 2**18  # of text, to know the bytes of a token
+SAMPLED_BYTES = 64 * 1024  # hashed at the beginning and at the end of each file, to know it again
+
+# best_fit packs so many tokens at once, or of so many rows. More would cut fewer documents (docs/data.md).
+PACKED_TOKENS, PACKED_ROWS = 2**20, 256
+AHEAD_TOKENS, MOST_AHEAD = 2**21, 64  # tokens and batches made ahead, at most, but at least 2 batches
+KEPT = 3  # batches that can be asked for again, as after running out of memory
+KEPT_EPOCHS = 8  # whose assignments are kept; others are computed again
+END_SECONDS = (
+    10.0  # wait for the thread to end; it looks after each document whether it should, a slow server may hold it
+)
+WAIT_SECONDS = 0.2  # for a batch, before looking whether the thread is alive
+
+
+@dataclass(frozen=True)
+class LiveText:
+    """The text of a stream in pieces."""
+
+    train: tuple[Piece, ...]  # in the order of data.paths
+    val: tuple[Piece, ...]  # those held out; all pieces if documents are held out by a hash
+    field: str
+    val_fraction: float  # share of the documents of `train` that is held out by a hash of their text; 0: none
+
+    def parts(self, piece: Piece, problems: Counter[str] | None = None) -> Iterator[Part]:
+        """The documents of a piece, each on its side of the split, in bounded memory."""
+        split = "hash" if self.val_fraction else VAL if piece in self._held_out else TRAIN
+        first = self._first_pieces[piece.file]
+        return read_parts(
+            [piece],
+            self.field,
+            split,
+            Counter() if problems is None else problems,
+            val_fraction=self.val_fraction,
+            before=None if first == piece else first,
+        )
+
+    @property
+    def size(self) -> int:
+        """About how many bytes of text an epoch has."""
+        return round(sum(piece.size for piece in self.train) * (1 - self.val_fraction))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the pieces, of the names of their files and of samples of those on this machine.
+
+        Files may be moved or copied, but not changed, since the place in a stream is counted in them.
+        """
+        digest = hashlib.sha256(json.dumps([self.field, self.val_fraction]).encode())
+        for piece in (*self.train, *self.val):
+            digest.update(json.dumps([Path(piece.file).name, piece.size, piece.begin, piece.end]).encode())
+        for file in self._first_pieces:
+            digest.update(_sample(file))
+        return digest.hexdigest()
+
+    @cached_property
+    def _held_out(self) -> frozenset[Piece]:
+        return frozenset(self.val)
+
+    @cached_property
+    def _first_pieces(self) -> dict[str, Piece]:
+        first: dict[str, Piece] = {}
+        for piece in (*self.train, *self.val):
+            if piece.file not in first or piece.begin < first[piece.file].begin:
+                first[piece.file] = piece
+        return first
+
+
+def find_text(data: DataConfig) -> LiveText:
+    """Find the pieces that ``data`` names, and divide them.
+
+    ``data.split`` tail holds out whole pieces, since no stream knows how many characters it will have read: the last
+    ones, of together at most ``val_fraction`` of the bytes.
+
+    Raises:
+        UsageError: the configuration asks for what a stream cannot do.
+        DataError: the text is missing or cannot be read, or a side of the split would be empty.
+    """
+    if data.paths and is_tokens(data.paths):
+        raise UsageError(f"{data.paths[0]} holds tokens already, which need no data.stream; leave that out")
+    if data.order == "random":
+        raise UsageError("data.order random needs token shards; a stream is read shuffled or sequential")
+    if data.stride:
+        raise UsageError("data.stride needs token shards; leave out --data.stride or --data.stream")
+    if data.weights:
+        raise UsageError("data.weights needs token shards; make some of each text with: pretrain data prepare")
+    pieces = train = find_pieces(data.paths, data.field, data.separator)
+    val, by_hash = [], 0.0
+    if data.val_paths:
+        val = find_pieces(data.val_paths, data.field, data.separator)
+        names = {os.path.realpath(piece.file) for piece in val}
+        train = [piece for piece in pieces if os.path.realpath(piece.file) not in names]
+        if not train:
+            raise DataError("all text of data.paths is held out by data.val_paths; give other text to train on")
+    elif data.split == "last_file":
+        last = pieces[-1].file
+        train = [piece for piece in pieces if piece.file != last]
+        val = [piece for piece in pieces if piece.file == last]
+        if not train:
+            raise DataError(
+                f"data.split last_file needs two files or more, and there is only {last}; use --data.split hash, or"
+                f" name a file with --data.val_paths"
+            )
+    elif data.val_fraction and data.split == "hash":
+        val, by_hash = pieces, data.val_fraction
+    elif data.val_fraction:
+        wanted = data.val_fraction * sum(piece.size for piece in pieces)
+        first, held = len(pieces), 0
+        while first > 1 and held + pieces[first - 1].size <= wanted:
+            first -= 1
+            held += pieces[first].size
+        train, val = pieces[:first], pieces[first:]
+        if not val:
+            raise DataError(
+                f"data.split tail of a stream holds out its last pieces, and the last of {len(pieces)} (about"
+                f" {pieces[-1].size:,} bytes) is more than data.val_fraction {data.val_fraction} of the text; use"
+                f" --data.split hash, --data.split last_file or --data.val_paths, or leave out --data.stream"
+            )
+    return LiveText(tuple(train), tuple(val), data.field, by_hash)
+
+
+def prepare_stream(
+    config: Config, text: LiveText, folder: Path, say: Callable[[str], None] = lambda _: None
+) -> Prepared:
+    """Make the tokenizer and the shard of validation tokens of a run that trains on a stream, in ``folder``.
+
+    The folder appears whole or not at all. Its manifest has no training shards.
+
+    Raises:
+        UsageError: the tokenizer is of kind char.
+        DataError: a side of the split is empty, or the text cannot be read or does not fit the vocabulary.
+    """
+    kind = config.tokenizer.kind
+    if kind == "char":
+        raise UsageError(
+            "tokenizer.kind char needs every character of the text beforehand, which a stream does not know; use"
+            " --tokenizer.kind byte, bpe or gpt2, or leave out --data.stream"
+        )
+    name = embedded_name() if text.train[0].file == EMBEDDED else ", ".join(config.data.paths)
+    say(f"text      {name}: about {text.size / 1e6:,.0f} MB in {len(text.train):,} pieces, tokenized while training")
+    tokenizer = build_tokenizer(kind, config.tokenizer.vocab_size, _learning_texts(text), config.tokenizer.pattern)
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    problems: Counter[str] = Counter()
+    try:
+        shards = [_write_validation(temporary, text, tokenizer, problems)] if text.val else []
+        for shard in shards:
+            if shard.tokens < 2:
+                raise DataError(
+                    f"no text is left for validation (data.split {config.data.split}, data.val_fraction"
+                    f" {config.data.val_fraction}); give more text, another split or --data.val_paths, or hold nothing"
+                    f" out with --data.val_fraction 0"
+                )
+            say(f"held out  {shard.tokens:,} tokens of {shard.documents:,} documents are kept for validation")
+        tokenizer.save(temporary / TOKENIZER)
+        manifest = Manifest(
+            tokenizer.dtype.name,
+            tokenizer.vocab_size,
+            tokenizer.fingerprint,
+            tuple(shards),
+            tokenizer.bos_id,
+            dict(sorted(problems.items())),
+        )
+        manifest.save(temporary)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return Prepared(folder, manifest, tokenizer)
+
+
+def _learning_texts(text: LiveText) -> Iterator[str]:
+    """Training texts for a tokenizer to learn from: about LEARN_BYTES, from pieces spread evenly over all of them."""
+    pieces, limit = text.train, math.inf
+    if (size := sum(piece.size for piece in pieces)) > LEARN_BYTES:
+        mean = max(1, size // len(pieces))
+        pieces = pieces[:: max(1, len(pieces) // max(16, LEARN_BYTES // mean))]
+        limit = LEARN_BYTES // len(pieces)
+    training = ((part for part in text.parts(piece) if part.split == TRAIN) for piece in pieces)
+    return training_texts((parts, limit) for parts in training)
+
+
+def _write_validation(folder: Path, text: LiveText, tokenizer: Tokenizer, problems: Counter[str]) -> Shard:
+    """Tokenize what is held out, up to VALIDATION_TOKENS."""
+
+    def texts() -> Iterator[tuple[Part, str]]:
+        searched = 0
+        for piece in text.val:
+            for part in text.parts(piece, problems):
+                if part.split == VAL and part.text:
+                    yield part, part.text
+                searched += utf8_bytes(part.text)
+                if searched >= SEARCHED_BYTES and writer.tokens:
+                    return
+
+    writer = ShardWriter(folder, "val-00000.bin", VAL, tokenizer)
+    try:
+        for part, ids in tokenizer.encode_documents(texts()):
+            # Held-out text may begin in the middle of a document, the rest of which is trained on.
+            writer.write(ids, utf8_bytes(part.text), part.begins or not writer.tokens)
+            if writer.tokens >= VALIDATION_TOKENS:
+                break
+        return writer.close()
+    except BaseException:
+        writer.discard()
+        raise
+
+
+def _sample(file: str) -> bytes:
+    """A hash of both ends of a file on this machine; empty for others, which are known by their pieces only."""
+    if file == EMBEDDED or "://" in file:
+        return b""
+    try:
+        with open(os.path.expanduser(file), "rb") as source:
+            head = source.read(SAMPLED_BYTES)
+            end = source.seek(0, os.SEEK_END)
+            source.seek(max(0, end - SAMPLED_BYTES))
+            return hashlib.sha256(end.to_bytes(8, "big") + head + source.read(SAMPLED_BYTES)).digest()
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror}); fix its permissions") from error
+
+
+def _measure(text: LiveText, tokenizer: Tokenizer) -> float:
+    """UTF-8 bytes that a token of the training text stands for, at its beginning. Raises DataError if it is empty."""
+    texts: list[str] = []
+    parts = (part for piece in text.train for part in text.parts(piece) if part.split == TRAIN and part.text)
+    for part in parts:
+        texts.append(part.text[:MEASURED_BYTES])
+        if sum(map(utf8_bytes, texts)) >= MEASURED_BYTES:
+            break
+    if not texts:
+        raise _no_text()
+    return bytes_per_token(texts, tokenizer)
+
+
+def _no_text() -> DataError:
+    return DataError("there is no text to train on; give files that hold some with --data.paths, or hold out less")
+
+
+class Assignment:
+    """Which reader reads which pieces, epoch by epoch: each piece once in each epoch.
+
+    The pieces of an epoch go, one after another, to the reader that was given the fewest bytes so far, from the first
+    epoch on. So the readers stay within about a piece of each other, as rows take as much from each of them.
+    """
+
+    def __init__(self, sizes: Sequence[int], readers: int, shuffled: bool, seed: int):
+        self.sizes, self.readers, self.shuffled, self.seed = [max(1, size) for size in sizes], readers, shuffled, seed
+        self._loads: list[list[int]] = [[0] * readers]  # bytes given to each reader before each epoch
+        self._kept: dict[int, list[list[int]]] = {}
+
+    def pieces(self, epoch: int, reader: int) -> list[int]:
+        """The numbers of the pieces that a reader reads in an epoch, in order; may be empty."""
+        for before in range(len(self._loads) - 1, epoch):
+            self._assign(before)
+        if epoch not in self._kept:
+            self._assign(epoch)
+        return self._kept[epoch][reader]
+
+    def _assign(self, epoch: int) -> None:
+        pieces = np.arange(len(self.sizes), dtype=np.uint64)
+        if self.shuffled:
+            pieces = permute(pieces, len(pieces), key(self.seed, epoch, 4))
+        # Of readers with equal loads another comes first in each epoch, so that equal pieces change their readers.
+        heap = [(load, (reader - epoch) % self.readers, reader) for reader, load in enumerate(self._loads[epoch])]
+        heapq.heapify(heap)
+        assigned: list[list[int]] = [[] for _ in range(self.readers)]
+        for piece in pieces.tolist():
+            load, place, reader = heap[0]
+            assigned[reader].append(piece)
+            heapq.heapreplace(heap, (load + self.sizes[piece], place, reader))
+        self._kept[epoch] = assigned
+        if len(self._kept) > KEPT_EPOCHS:  # readers are in neighbouring epochs
+            del self._kept[next(iter(self._kept))]
+        if len(self._loads) == epoch + 1:
+            self._loads.append([load for _, load in sorted((reader, load) for load, _, reader in heap)])
+
+
+def reader_count(text: LiveText, most: int, rows: int) -> int:
+    """How many readers to have: the largest number that divides the rows of a batch and is at most
+
+    - ``most``;
+    - the number of pieces;
+    - so many that the largest piece is at most half as large again as an even share, since otherwise several readers
+      would read it at the same time, in different epochs.
+    """
+    sizes = [max(1, piece.size) for piece in text.train]
+    limit = min(most, len(sizes), max(1, 3 * sum(sizes) // (2 * max(sizes))))
+    return next(number for number in range(limit, 0, -1) if rows % number == 0)
+
+
+class _Stopped(Exception):
+    """Nobody wants more batches."""
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """All that the thread needs; it must not hold the LiveBatches, or that would never be freed."""
+
+    text: LiveText
+    tokenizer: Tokenizer
+    packing: str
+    assignment: Assignment
+    rows: int
+    length: int
+    seed: int
+    rank: int
+    world: int
+    empty: set[int] = field(default_factory=set)  # pieces known to have no training text
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def readers(self) -> list[int]:
+        """Those that feed this rank's rows."""
+        return sorted({row % self.assignment.readers for row in range(self.rank, self.rows, self.world)})
+
+    def batches(self, cursors: Mapping[int, Cursor]) -> Iterator[tuple[np.ndarray, dict[int, Cursor]]]:
+        """Batches (rows of this rank, T + 1), each with the cursors of the next one. Endless."""
+        cursors = {reader: cursors[reader] for reader in self.readers()}
+        streams = {reader: self.packed(reader, cursor) for reader, cursor in cursors.items()}
+        mine = {row: place for place, row in enumerate(range(self.rank, self.rows, self.world))}
+        while True:
+            batch = np.empty((len(mine), self.length + 1), dtype=self.tokenizer.dtype)
+            for row in range(self.rows):
+                reader = row % self.assignment.readers
+                if reader in streams:  # its rows are all made, those of other ranks too
+                    tokens, cursors[reader] = next(streams[reader])
+                    if row in mine:
+                        batch[mine[row]] = tokens
+            yield batch, dict(cursors)
+
+    def packed(self, reader: int, start: Cursor) -> Iterator[tuple[np.ndarray, Cursor]]:
+        """The rows of a reader, each with the cursor of the next one."""
+        bos, texts = self.tokenizer.bos_id, self.texts(reader, start.place)
+        lead = np.array([] if bos is None else [bos], dtype=self.tokenizer.dtype)
+        documents = self.tokenizer.encode_documents(((place, begins), text) for place, text, begins in texts)
+        if self.packing == "concatenate":
+            ids = ((at, np.concatenate((lead, ids)) if begins else ids) for (at, begins), ids in documents)
+            return concatenate(ids, self.length, start)
+        budget = max(PACKED_TOKENS, PACKED_ROWS * self.length)
+        first_budget = budget * (reader + 1) // self.assignment.readers
+        ids = ((place, ids) for (place, _), ids in documents)  # best_fit puts BOS itself
+        return best_fit(ids, self.length, start, bos, budget, first_budget, self.seed)
+
+    def texts(self, reader: int, start: Place) -> Iterator[tuple[Place, str, bool]]:
+        """Training documents from a place on, epoch after epoch, and whether each begins rather than goes on.
+
+        Raises DataError when there turn out to be none.
+        """
+        first_epoch, first_turn, first_document = start
+        pieces = self.text.train
+        idle = 0  # turns without text, one after another
+        for epoch in itertools.count(first_epoch):
+            turns = self.assignment.pieces(epoch, reader)
+            for turn in range(first_turn, len(turns)):
+                number = turns[turn]
+                found = False
+                # The later part of a large file goes on only if it comes right after the part before.
+                follows = turn > 0 and turns[turn - 1] == number - 1 and pieces[number - 1].file == pieces[number].file
+                parts = self.text.parts(pieces[number]) if number not in self.empty else ()
+                for document, part in enumerate(parts):
+                    if self.stop.is_set():
+                        raise _Stopped
+                    if part.split != TRAIN or not part.text:
+                        continue
+                    begins = part.begins or not (found or follows)
+                    found = True
+                    if document >= first_document:
+                        yield (epoch, turn, document), part.text, begins
+                first_document = 0
+                if found:
+                    idle = 0
+                else:
+                    self.empty.add(number)
+                    idle += 1
+            first_turn = 0
+            idle += not turns
+            # All pieces come round to every reader sooner or later; the limit is there should they not.
+            if len(self.empty) == len(pieces) or idle > 1000 + 100 * len(pieces):
+                raise _no_text()
+
+
+class LiveBatches:
+    """The batches of a live stream, made in a thread ahead of the step that asks for them.
+
+    They can be asked for in order, beginning with step 0 or where ``restore`` says, and the last KEPT again.
+
+    Attributes:
+        readers: R, the number of logical readers.
+        bytes_per_token: UTF-8 bytes of text that a token stands for, measured at the beginning of the text.
+    """
+
+    def __init__(
+        self,
+        text: LiveText,
+        tokenizer: Tokenizer,
+        data: DataConfig,
+        *,
+        rows: int,
+        length: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        """Prepare to read; the thread begins with the first batch.
+
+        Args:
+            text: from :func:`find_text`.
+            tokenizer: of any kind but char.
+            data: its ``order``, ``packing`` and ``readers``.
+            rows: rows in the global batch of one step.
+            length: T.
+            seed: of the order.
+            rank: which of the processes this is; it takes rows ``rank::world`` of every global batch.
+            world: the number of processes. Each reads what feeds its rows, so that if ``world`` does not divide the
+                number of readers, some text is read and tokenized by several.
+
+        Raises:
+            DataError: there is no text to train on.
+        """
+        self.text, self.rows, self.length = text, rows, length
+        self.readers = reader_count(text, data.readers, rows)
+        self.bytes_per_token = _measure(text, tokenizer)
+        sizes = [piece.size for piece in text.train]
+        assignment = Assignment(sizes, self.readers, data.order == "shuffled", seed)
+        self._reading = _Reading(text, tokenizer, data.packing, assignment, rows, length, seed, rank, world)
+        self._thread: threading.Thread | None = None
+        self._begin(0, dict.fromkeys(self._reading.readers(), Cursor()))
+
+    def _begin(self, step: int, cursors: dict[int, Cursor]) -> None:
+        self._next = step
+        self._cursors = {step: cursors}
+        self._made: dict[int, np.ndarray] = {}
+        self._failure: BaseException | None = None
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of this process of a step, both int64 (rows / world, T); waits until they are made.
+
+        Raises:
+            DataError: the text cannot be read, is not what it was, or there is none.
+        """
+        import torch
+
+        if step not in self._made:
+            assert step == self._next, f"batches come in order: step {step} after {self._next - 1}"
+            self._made[step], self._cursors[step + 1] = self._take()
+            self._next += 1
+            self._made.pop(step - KEPT, None)
+            self._cursors.pop(step - KEPT, None)
+        tokens = torch.from_numpy(self._made[step].astype(np.int64))
+        return tokens[:, :-1], tokens[:, 1:]
+
+    def _take(self) -> tuple[np.ndarray, dict[int, Cursor]]:
+        thread = self._thread or self._start()
+        while self._failure is None:
+            try:  # in short waits, between which Python's signal handlers run on every system
+                made = self._queue.get(timeout=WAIT_SECONDS)
+            except queue.Empty:
+                assert thread.is_alive(), "the thread that tokenizes ended without a word"
+                continue
+            self._places.release()
+            if not isinstance(made, BaseException):
+                return made
+            self._failure = made
+        raise self._failure
+
+    def _start(self) -> threading.Thread:
+        self._queue = queue.SimpleQueue[Any]()
+        self._places = threading.Semaphore(min(MOST_AHEAD, max(2, AHEAD_TOKENS // (self.rows * self.length))))
+        reading = replace(self._reading, stop=threading.Event())
+        arguments = (self._queue, reading.batches(self._cursors[self._next]), self._places, reading.stop)
+        self._thread = threading.Thread(target=_fill, args=arguments, name="stream", daemon=True)
+        # Called once: by close, or when nobody has this object any more, or at the end of the process.
+        self._end = weakref.finalize(self, _end, self._places, reading.stop, self._thread)
+        self._thread.start()
+        return self._thread
+
+    def close(self) -> None:
+        """End the thread; a later batch starts it anew."""
+        if self._thread is not None:
+            self._end()
+            self._thread = None
+
+    def epoch(self, step: int) -> float:
+        """About how many epochs are completed before a step, by the sizes of the files."""
+        return step * self.rows * self.length * self.bytes_per_token / max(1, self.text.size)
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What :meth:`restore` needs, as JSON, to go on with ``step``: that of one of the last batches, or the next.
+
+        It has the cursors of the readers of this rank; :func:`merge_states` puts those of all ranks together.
+        """
+        cursors = {str(reader): list(cursor) for reader, cursor in self._cursors[step].items()}
+        return {"step": step, "text": self.text.fingerprint, "readers": cursors}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state` gave, or in several processes :func:`merge_states`; in any number of processes.
+
+        Nothing happens with an empty state. Raises DataError if the text is not what it was.
+        """
+        if not state:
+            return
+        if state["text"] != self.text.fingerprint:
+            raise DataError(
+                "the text of this stream is not what the run was trained on (other files, other contents or another"
+                " split), so it cannot go on exactly; restore the text, or start anew with another --out"
+            )
+        cursors = {int(reader): Cursor(*cursor) for reader, cursor in state["readers"].items()}
+        self.close()
+        self._begin(state["step"], {reader: cursors[reader] for reader in self._reading.readers()})
+
+
+def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One state of those of all ranks, at the same step; empty for batches that have none."""
+    if not states[0]:
+        return {}
+    merged = {**states[0], "readers": dict(states[0]["readers"])}
+    for state in states[1:]:
+        assert state["step"] == merged["step"]
+        for reader, cursor in state["readers"].items():
+            assert merged["readers"].setdefault(reader, cursor) == cursor, f"reader {reader} stands at two places"
+    return merged
+
+
+def _fill(
+    made: queue.SimpleQueue[Any], batches: Iterator[Any], places: threading.Semaphore, stop: threading.Event
+) -> None:
+    """Put batches, and at last what went wrong, until nobody wants more."""
+    try:
+        for batch in batches:
+            places.acquire()
+            if stop.is_set():
+                return
+            made.put(batch)
+    except _Stopped:
+        return
+    except BaseException as error:  # whatever it is belongs to the one who waits
+        made.put(error)
+
+
+def _end(places: threading.Semaphore, stop: threading.Event, thread: threading.Thread) -> None:
+    """End the thread, and wait for it: a thread that is in the middle of a library cannot outlive the interpreter."""
+    stop.set()
+    places.release()  # the thread may wait for one
+    if thread is not threading.current_thread():  # where garbage may be collected too
+        thread.join(END_SECONDS)
