@@ -13,7 +13,7 @@ from pretrain.config import load_config
 from pretrain.errors import UsageError
 from pretrain.io import append_jsonl
 from pretrain.report import page, write_report
-from pretrain.report.facts import config_rows, public, recipe_of, size_of
+from pretrain.report.facts import config_rows, recipe_of, size_of
 from pretrain.report.page import run_names
 from pretrain.runs import Run
 from pretrain.runs.environment import ENVIRONMENT
@@ -177,8 +177,15 @@ def test_the_recipe_is_the_one_of_the_command_else_the_nearest(make_run):
     assert recipe_of(run, 257)[2] is False
 
 
-def test_passwords_in_addresses_stay_here():
-    assert public("s3://key:secret@host/a, http://host/b@c") == "s3://…@host/a, http://host/b@c"
+def test_passwords_in_addresses_stay_here(make_run, tmp_path: Path):
+    run = make_run("run", **{"data.paths": ["s3://key:secret@host/a", "http://host/b@c?token=secret"]})
+    command = ["pretrain", "train", "--data.paths", "s3://key:secret@host/a"]
+    (run.folder / ENVIRONMENT).write_text(json.dumps([{"command": command}]))
+    append_jsonl(run.events, {"step": 1, "event": "retry", "text": "cannot read https://me:secret@host/d"})
+    page = write_report([run], tmp_path / "page.html").read_text()
+    assert "secret" not in page
+    for shown in ("s3://host/a, http://host/b@c", "--data.paths s3://host/a", "cannot read https://host/d"):
+        assert shown in page
 
 
 def test_the_command_writes_the_page_and_pictures(make_run, tmp_path: Path, capsys, monkeypatch):

@@ -255,6 +255,7 @@ def test_a_newer_checkpoint_is_loaded(trained: Run, tmp_path: Path):
 LAST = "return document.querySelector('figure[data-plot=loss] .u-legend td')?.textContent === arguments[0]"
 
 
+@pytest.mark.slow
 def test_steps_appear_as_they_come(make_run, browser: Browser, tmp_path: Path):
     run = make_run()
     beat(run)
@@ -280,6 +281,7 @@ def test_steps_appear_as_they_come(make_run, browser: Browser, tmp_path: Path):
         browser.shoot(tmp_path / "watch.png")
 
 
+@pytest.mark.slow
 def test_a_run_that_begins_while_it_is_watched(make_run, browser: Browser, tmp_path: Path):
     with watching(tmp_path / "one") as watcher:
         browser.open(watcher.address)
@@ -290,6 +292,7 @@ def test_a_run_that_begins_while_it_is_watched(make_run, browser: Browser, tmp_p
         assert browser.complaints() == []
 
 
+@pytest.mark.slow
 def test_the_box_streams_an_answer(trained: Run, browser: Browser, tmp_path: Path):
     with watching(trained.folder) as watcher:
         browser.open(watcher.address)
@@ -314,6 +317,7 @@ def test_the_box_streams_an_answer(trained: Run, browser: Browser, tmp_path: Pat
         assert browser.complaints() == []
 
 
+@pytest.mark.slow
 def test_a_server_that_is_gone(make_run, browser: Browser):
     run = make_run()
     with watching(run.folder) as watcher:

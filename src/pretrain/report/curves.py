@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from pretrain.runs.metrics import Smoothed
+
 MEASURED = "val/"
 """Numbers with names that begin so come at some steps only, and have a table of their own."""
 SMOOTHED = "train/loss smoothed"
@@ -130,7 +132,7 @@ class Curves:
         self.skipped: list[tuple[int, int]] = []
         self.skips: dict[int, int] = {}
         self.clipped = self.clippable = 0
-        self._smoothing = Smoothing()
+        self._smoothed = Smoothed()
 
     def refresh(self) -> None:
         """Take in what was written since the last time."""
@@ -159,23 +161,8 @@ class Curves:
             self.clippable += 1
             self.clipped += norm > self._clip
         if "train/loss" in record:
-            row[SMOOTHED] = self._smoothing.add(math.nan if skipped or loss is None else loss)
+            row[SMOOTHED] = self._smoothed.add(None if skipped else loss)
         self.train.add(row)
-
-
-class Smoothing:
-    """An average of the losses so far that forgets over about 2 % of them."""
-
-    def __init__(self) -> None:
-        self.average, self.count = math.nan, 0
-
-    def add(self, loss: float) -> float:
-        """Take the next loss, if it is finite, and give the average."""
-        if math.isfinite(loss):
-            self.count += 1
-            share = 1 / min(self.count, max(2.0, self.count / 50))
-            self.average = loss if self.count == 1 else self.average + share * (loss - self.average)
-        return self.average
 
 
 def thinned(table: Table, limit: int, spiky: Sequence[str] | None = None, first: int = 0) -> dict[str, list[Any]]:

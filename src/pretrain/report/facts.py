@@ -6,7 +6,6 @@ run directory → results, loss_rows, remarks, data_rows, config_rows, environme
 from __future__ import annotations
 
 import math
-import re
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,6 +15,7 @@ from typing import Any
 
 from pretrain.config import Config, config_to_dict, load_config, recipe_names
 from pretrain.errors import PretrainError
+from pretrain.io import duration, without_secrets
 from pretrain.report.baselines import Baselines
 from pretrain.report.curves import SMOOTHED, Curves
 from pretrain.runs import Run
@@ -118,13 +118,6 @@ def _shown(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def duration(seconds: float) -> str:
-    """Seconds in the units that people use."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
 # The loss in plain words -----------------------------------------------------------------------------------------
 
 
@@ -217,7 +210,7 @@ def remarks(run: Run, curves: Curves, baselines: Baselines | None) -> list[str]:
 def data_rows(run: Run) -> list[tuple[str, str]]:
     """What the run was trained on."""
     paths = ", ".join(run.config.data.paths) or "the embedded corpus (the King James Bible)"
-    rows = [("text", public(paths))]
+    rows = [("text", without_secrets(paths))]
     manifest = manifest_of(run)
     if manifest is None:
         return rows
@@ -309,12 +302,7 @@ def _value(value: Any) -> str:
         return f"{value:g}" if float(f"{value:g}") == value else repr(value)
     if isinstance(value, list):
         return f"[{', '.join(map(_value, value))}]"
-    return public(value) if isinstance(value, str) and value else repr(value)
-
-
-def public(text: str) -> str:
-    """A text without the passwords that URLs in it may hold."""
-    return re.sub(r"://[^/\s@]+@", "://…@", text)
+    return without_secrets(value) if isinstance(value, str) and value else repr(value)
 
 
 # The machine -----------------------------------------------------------------------------------------------------
@@ -340,7 +328,7 @@ def _start_rows(start: dict[str, Any]) -> list[tuple[str, str]]:
     cores = f"{start.get('cpu', '')}, {start.get('cores', '?')} cores, {start.get('threads', '?')} threads"
     rows = {
         "begun": start.get("time", ""),
-        "command": public(shlex.join(map(str, start.get("command", [])))),
+        "command": shlex.join(without_secrets([str(word) for word in start.get("command", [])])),
         "device": start.get("device", ""),
         "GPU": ", ".join(filter(None, (start.get("gpu", ""), memory.get("gpu_memory_bytes", "")))),
         "CPU": cores,

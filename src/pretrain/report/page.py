@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from functools import cache
 from importlib import resources
@@ -23,6 +22,7 @@ import jinja2
 from markupsafe import Markup
 
 from pretrain.errors import UsageError
+from pretrain.io import without_secrets, write_atomically
 from pretrain.optim import find_optimizer
 from pretrain.report.baselines import Baselines, baselines
 from pretrain.report.curves import SMOOTHED, Curves, Table, Tail, thinned
@@ -34,7 +34,6 @@ from pretrain.report.facts import (
     data_rows,
     environment_rows,
     loss_rows,
-    public,
     recipe_of,
     remarks,
     results,
@@ -187,7 +186,7 @@ class View:
             {
                 "step": event.get("step"),
                 "event": str(event.get("event", "")),
-                "text": public(str(event.get("text", ""))),
+                "text": without_secrets(str(event.get("text", ""))),
             }
             for event in self.events[-EVENTS:]
         ]
@@ -243,11 +242,9 @@ def write_report(runs: Sequence[Run], file: Path) -> Path:
     views = [View(run.folder, name, len(runs)) for run, name in zip(runs, run_names(runs), strict=True)]
     for view in views:
         view.refresh()
-    temporary = file.with_name(f"{file.name}.tmp")
-    text = render(views)
+    text = render(views).encode(errors="replace").decode()  # a path may hold any bytes
     try:
-        temporary.write_text(text, encoding="utf-8", errors="replace")  # a path may hold any bytes
-        os.replace(temporary, file)
+        write_atomically(file, text)
     except OSError as error:
         raise UsageError(f"cannot write {file}: {error.strerror}; choose another file with --out") from None
     return file

@@ -6,6 +6,7 @@ import math
 import shlex
 from pathlib import Path
 
+from pretrain.io import duration
 from pretrain.runs import Run
 
 
@@ -17,7 +18,7 @@ def explain(run: Run, page: Path | None = None) -> str:
     vocabulary, loss, bpb = summary["vocab_size"], summary["val_loss"], summary["val_bpb"]
     lines = [
         f"Made {run.folder}: a GPT of {summary['parameters'] / 1e6:.1f} million parameters, trained on"
-        f" {summary['tokens'] / 1e6:.2f} million tokens in {_duration(summary['seconds'])}.",
+        f" {summary['tokens'] / 1e6:.2f} million tokens in {duration(summary['seconds'])}.",
     ]
     if loss is not None:
         choices = f"{math.exp(min(loss, 50)):,.0f}"
@@ -36,9 +37,3 @@ def explain(run: Run, page: Path | None = None) -> str:
         f'Next, let it write:  pretrain sample {folder} --prompt "{run.config.sample.prompt.strip() or "And"}"',
     ]
     return "\n".join(lines)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
