@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +16,7 @@ from pretrain.errors import UsageError
 
 @dataclass
 class ReportArguments:
-    """Write what runs came to as one HTML page that loads nothing: docs/report.md.
+    """Write runs as one HTML page that loads nothing: docs/report.md.
 
     Curves, samples, the loss in plain words, data, configuration, environment, commands; several runs overlaid.
     """
@@ -54,10 +55,10 @@ def report(args: list[str]) -> int:
 
 @dataclass
 class WatchArguments:
-    """Show a run in the browser while it trains: the page of 'pretrain report', live.
+    """Show a run in the browser while it trains: the page of 'pretrain report', which reloads itself.
 
-    A server on this machine only (127.0.0.1) shows new steps as they come, and answers prompts with the newest
-    checkpoint. Ctrl-C ends it; training does not notice.
+    A server on this machine only (127.0.0.1), which also answers prompts with the newest checkpoint. Ctrl-C ends it;
+    training does not notice.
     """
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
@@ -80,7 +81,7 @@ def watch(args: list[str]) -> int:
 
     with Watcher(Path(a.run), a.port) as watcher:
         print(f"Watching {a.run} on {watcher.address} (Ctrl-C ends)", flush=True)
-        if not watcher.begun:
+        if watcher.view.run is None:
             print("It has not begun yet; the page shows it when it does.", flush=True)
         if hasattr(os, "nice"):
             os.nice(5)  # training comes first
@@ -88,5 +89,6 @@ def watch(args: list[str]) -> int:
             import webbrowser
 
             webbrowser.open(watcher.address)
-        watcher.serve()
+        with suppress(KeyboardInterrupt):
+            watcher.serve_forever()
     return 0

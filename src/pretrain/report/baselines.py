@@ -1,4 +1,4 @@
-"""What a loss is to be compared with: what mere counting comes to on the same data.
+"""What to compare a loss with: guesses by counting on the same data.
 
 some of the training tokens → counts of tokens and of pairs → cross-entropy of some of the held-out tokens
 """
@@ -106,7 +106,9 @@ def measure_baselines(train: TokenStream, held_out: TokenStream, tokenizer: Toke
     followers = np.bincount(first, minlength=vocabulary)
 
     before, after = guessed[:, :-1].reshape(-1), guessed[:, 1:].reshape(-1)
-    seen = _look_up(pairs, pair_counts, before * vocabulary + after)
+    wanted = before * vocabulary + after
+    places = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
+    seen = np.where(pairs[places] == wanted, pair_counts[places], 0) if len(pairs) else np.zeros(len(wanted))
     context = totals[before] + followers[before]
     both = np.where(context, (seen + followers[before] * single[after]) / np.maximum(1, context), single[after])
     lengths = tokenizer.token_bytes()
@@ -132,11 +134,3 @@ def some_blocks(stream: TokenStream, limit: int) -> np.ndarray:
     length = limit // BLOCKS
     starts = np.linspace(0, tokens - length, BLOCKS).astype(np.int64)
     return stream.windows(starts, length)
-
-
-def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """``values`` of the sorted ``keys`` that are ``wanted``, 0 for those that are not there."""
-    if not len(keys):
-        return np.zeros(len(wanted))
-    places = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    return np.where(keys[places] == wanted, values[places], 0)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 from array import array
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,13 +85,9 @@ class Table:
         for name, column in columns.items():
             column.append(row.get(name, math.nan))
 
-    def column(self, name: str, first: int = 0) -> np.ndarray:
-        """A copy of a column from row ``first`` on, float64."""
-        return np.array(memoryview(self.columns[name])[first:])
-
-    def rows_to(self, step: int) -> int:
-        """How many rows are of steps up to ``step``."""
-        return bisect_right(self.columns["step"], step)
+    def column(self, name: str) -> np.ndarray:
+        """A copy of a column, float64; NaN if there is none of this name."""
+        return np.array(self.columns[name]) if name in self.columns else np.full(len(self), math.nan)
 
     def last(self, name: str) -> float | None:
         """The newest finite number of a column."""
@@ -101,38 +96,25 @@ class Table:
 
 
 class Curves:
-    """All numbers of a run, from its metrics.jsonl; call :meth:`refresh` for those that came since.
-
-    Args:
-        file: metrics.jsonl; it may not be there yet.
+    """All numbers of a run, from its metrics.jsonl, which may not be there yet.
 
     Attributes:
         train: a row for each step, with ``train/loss smoothed`` added.
         val: a row for each step at which something with a name of ``val/...`` was measured.
         skipped: the newest of the steps that were skipped, and why (1: not finite, 2: a spike).
         skips: how many there were, by that.
-        clipped, clippable: steps whose gradients were clipped, and steps at which they could be.
-        generation: goes up when what was read before is void.
     """
 
     def __init__(self, file: Path):
         self._tail = Tail(file)
-        self._clip, self._clip_from = 0.0, 0
-        self.generation = 0
         self._clear()
-
-    def clip_at(self, norm: float, first: int) -> None:
-        """Say above which gradient norm gradients are clipped (0: never) and from which step, counted from 0."""
-        self._clip, self._clip_from = norm, first
+        self.refresh()
 
     def _clear(self) -> None:
-        self.generation += 1
         self.train, self.val = Table(), Table()
-        self._step = 0.0
         self.skipped: list[tuple[int, int]] = []
         self.skips: dict[int, int] = {}
-        self.clipped = self.clippable = 0
-        self._smoothed = Smoothed()
+        self._step, self._smoothed = 0.0, Smoothed()
 
     def refresh(self) -> None:
         """Take in what was written since the last time."""
@@ -153,26 +135,29 @@ class Curves:
         self._step = step
         if measured:
             self.val.add({name: row[name] for name in AXES if name in row} | measured)
-        loss, norm, skipped = row.get("train/loss"), row.get("train/grad_norm"), int(row.pop(SKIPPED, 0))
-        if skipped:
+        if skipped := int(row.pop(SKIPPED, 0)):
             self.skips[skipped] = self.skips.get(skipped, 0) + 1
             self.skipped = [*self.skipped[1 - MARKS :], (int(step), skipped)]
-        if self._clip and norm is not None and step > self._clip_from:
-            self.clippable += 1
-            self.clipped += norm > self._clip
         if "train/loss" in record:
-            row[SMOOTHED] = self._smoothed.add(None if skipped else loss)
+            row[SMOOTHED] = self._smoothed.add(None if skipped else row.get("train/loss"))
         self.train.add(row)
 
+    def clipped(self, norm: float, first: int) -> tuple[int, int]:
+        """Of the steps after ``first``: those with a gradient norm above ``norm`` (0: no clipping), and all."""
+        if not norm or "train/grad_norm" not in self.train.columns:
+            return 0, 0
+        norms = self.train.column("train/grad_norm")[self.train.column("step") > first]
+        return int((norms > norm).sum()), int(np.isfinite(norms).sum())
 
-def thinned(table: Table, limit: int, spiky: Sequence[str] | None = None, first: int = 0) -> dict[str, list[Any]]:
-    """The columns of a table from row ``first`` on, ready for JSON, with about ``limit`` rows at most.
+
+def thinned(table: Table, limit: int, spiky: Sequence[str] | None = None) -> dict[str, list[Any]]:
+    """The columns of a table, ready for JSON, with about ``limit`` rows at most.
 
     Of each stretch of steps the rows stay that hold the least and the greatest number of each of ``spiky`` (all
     columns but the axes if not given), so that no spike is lost; and the first and the last row.
     """
-    columns = {name: table.column(name, first) for name in table.columns}
-    rows = len(table) - first
+    columns = {name: table.column(name) for name in table.columns}
+    rows = len(table)
     if rows > limit:
         spiky = [name for name in (spiky or columns) if name in columns and name not in AXES]
         buckets = max(1, limit // max(1, 2 * len(spiky)))

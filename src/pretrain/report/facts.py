@@ -1,6 +1,6 @@
-"""What there is to say of a run beside its curves: rows of text for the tables of the page.
+"""The tables of the page: what there is to say of a run beside its curves.
 
-run directory → results, loss_rows, remarks, data_rows, config_rows, environment_rows, commands
+run directory → facts: results, losses, remarks, data, configuration, environment, commands
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OVERFIT = 0.02
 
 @dataclass(frozen=True)
 class Size:
-    """What a run's model comes to."""
+    """Counts of a run's model."""
 
     parameters: int
     flops_per_token: int
@@ -68,6 +68,26 @@ class Setting:
     """The recipe's value, where it is another one."""
 
 
+def facts(run: Run, curves: Curves, size: Size | None, baselines: Baselines | None) -> dict[str, Any]:
+    """What the template facts.html shows of a run."""
+    manifest = manifest_of(run)
+    losses = loss_rows(run, curves, baselines, manifest)
+    recipe, config, known = recipe_of(run, size.vocabulary if size else 0)
+    rows = config_rows(run, config)
+    return {
+        "results": results(run, curves, size),
+        "remarks": remarks(run, curves, baselines, manifest, losses),
+        "losses": losses,
+        "data": data_rows(run, manifest),
+        "recipe": recipe,
+        "recipe_known": known,
+        "config": rows,
+        "changed": [row for row in rows if row.recipe is not None],
+        "environment": environment_rows(run),
+        "commands": commands(run),
+    }
+
+
 def size_of(run: Run) -> Size | None:
     """Counts of a run's model; None while its vocabulary is not known."""
     manifest = manifest_of(run)
@@ -89,84 +109,70 @@ def manifest_of(run: Run) -> Manifest | None:
     return None
 
 
-# Results ---------------------------------------------------------------------------------------------------------
-
-
 def results(run: Run, curves: Curves, size: Size | None) -> dict[str, str]:
-    """What a run came to so far, by label; the same labels for every run."""
-    val_loss, val_bpb, core = (curves.val.last(name) for name in ("val/loss", "val/bpb", "val/core"))
-    steps, tokens, seconds = (curves.train.last(name) for name in ("step", "tokens", "time"))
-    flops = size.flops_per_token * tokens if size and tokens else None
+    """The newest numbers, by label; the same labels for every run."""
+    train, val = curves.train, curves.val
+    tokens, seconds = train.last("tokens"), train.last("time")
     of = "" if run.summary else f" of {run.config.train.steps:,}, not finished"
+
+    def shown(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
     return {
-        "held-out loss": _shown(val_loss, ".4f"),
-        "bits per byte": _shown(val_bpb, ".4f"),
-        "CORE": _shown(core, ".4f"),
-        "training loss, smoothed": _shown(curves.train.last(SMOOTHED), ".4f"),
-        "steps": _shown(steps, ",.0f") + of,
-        "tokens": _shown(tokens, ",.0f"),
+        "held-out loss": shown(val.last("val/loss"), ".4f"),
+        "bits per byte": shown(val.last("val/bpb"), ".4f"),
+        "CORE": shown(val.last("val/core"), ".4f"),
+        "training loss, smoothed": shown(train.last(SMOOTHED), ".4f"),
+        "steps": shown(train.last("step"), ",.0f") + of,
+        "tokens": shown(tokens, ",.0f"),
         "time": duration(seconds) if seconds else "",
-        "tokens a second": _shown(tokens / seconds if tokens and seconds else None, ",.0f"),
+        "tokens a second": shown(tokens / seconds if tokens and seconds else None, ",.0f"),
         "parameters": f"{size.parameters:,}" if size else "",
         "vocabulary": f"{size.vocabulary:,}" if size else "",
-        "FLOPs": _shown(flops, ".3g"),
+        "FLOPs": shown(size.flops_per_token * tokens if size and tokens else None, ".3g"),
         "skipped steps": f"{sum(curves.skips.values()):,}",
     }
-
-
-def _shown(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
 
 
 # The loss in plain words -----------------------------------------------------------------------------------------
 
 
-def loss_rows(run: Run, curves: Curves, baselines: Baselines | None) -> list[LossRow]:
+def loss_rows(run: Run, curves: Curves, baselines: Baselines | None, manifest: Manifest | None) -> list[LossRow]:
     """What losses mean: guessing without a model, and this model in the course of its training."""
     rows = []
     if baselines:
-        of, held_out = f"{baselines.tokens:,} training tokens", baselines.bits_per_byte
-        counted = [
-            ("guess any token", baselines.uniform, "knows nothing: every token of the vocabulary is equally likely"),
-            ("count tokens", baselines.unigram, f"knows how frequent each token is, counted over {of}"),
-            ("count pairs", baselines.bigram, f"also looks at the one token before, by the pairs of {of}"),
+        of, bpb = f"{baselines.tokens:,} training tokens", baselines.bits_per_byte
+        uniform, unigram, bigram = baselines.uniform, baselines.unigram, baselines.bigram
+        rows = [
+            LossRow("guess any token", uniform, bpb(uniform), "knows nothing: every token is equally likely"),
+            LossRow("count tokens", unigram, bpb(unigram), f"knows how frequent each token is, counted over {of}"),
+            LossRow("count pairs", bigram, bpb(bigram), f"also looks at the one token before, by the pairs of {of}"),
+            LossRow("a zip file", None, baselines.zipped, "what deflate makes of the held-out text"),
         ]
-        rows += [LossRow(what, loss, held_out(loss), meaning) for what, loss, meaning in counted]
-        rows.append(LossRow("a zip file", None, baselines.zipped, "what deflate makes of the held-out text"))
-    measured = [
-        (int(step), loss, bpb)
-        for step, loss, bpb in zip(*(_column(curves, name) for name in ("step", "val/loss", "val/bpb")), strict=True)
-        if math.isfinite(loss)
-    ]
-    chosen = {}
+    columns = [curves.val.column(name).tolist() for name in ("step", "val/loss", "val/bpb")]
+    measured = [row for row in zip(*columns, strict=True) if math.isfinite(row[1])]
     if measured:
-        chosen[measured[0][0]] = ("held-out text, first measured", measured[0])
         lowest = min(measured, key=lambda row: row[1])
-        chosen[lowest[0]] = ("held-out text, lowest", lowest)
-        chosen[measured[-1][0]] = ("held-out text, last measured", measured[-1])
-    for step in sorted(chosen):
-        what, (_, loss, bpb) = chosen[step]
-        finite = bpb if math.isfinite(bpb) else None
-        rows.append(LossRow(what, loss, finite, f"this model after step {step:,}", ours=True))
-    train = curves.train.last(SMOOTHED)
-    if train is not None:
-        manifest = manifest_of(run)
+        # The keys make a row of each: a measurement that is the last and the lowest is called the last.
+        chosen = {measured[0]: "first measured", lowest: "lowest", measured[-1]: "last measured"}
+        for (step, loss, bits), which in sorted(chosen.items()):
+            shown, meaning = bits if math.isfinite(bits) else None, f"this model after step {step:,.0f}"
+            rows.append(LossRow(f"held-out text, {which}", loss, shown, meaning, ours=True))
+    loss = curves.train.last(SMOOTHED)
+    if loss is not None:
         bytes_per_token = manifest.bytes_per_token if manifest else (run.summary or {}).get("bytes_per_token")
-        bpb = train / (math.log(2) * bytes_per_token) if bytes_per_token else None
-        step = int(curves.train.last("step") or 0)
-        rows.append(LossRow("training text", train, bpb, f"this model up to step {step:,}, smoothed", ours=True))
+        bits = loss / (math.log(2) * bytes_per_token) if bytes_per_token else None
+        meaning = f"this model up to step {curves.train.last('step') or 0:,.0f}, smoothed"
+        rows.append(LossRow("training text", loss, bits, meaning, ours=True))
     return rows
 
 
-def _column(curves: Curves, name: str) -> list[float]:
-    there = name in curves.val.columns
-    return curves.val.column(name).tolist() if there else [math.nan] * len(curves.val)
-
-
-def remarks(run: Run, curves: Curves, baselines: Baselines | None) -> list[str]:
+def remarks(
+    run: Run, curves: Curves, baselines: Baselines | None, manifest: Manifest | None, losses: Sequence[LossRow]
+) -> list[str]:
     """What the numbers say, in sentences."""
     said = []
-    rows = {row.what: row for row in loss_rows(run, curves, baselines)}
+    rows = {row.what: row for row in losses}
     last, lowest = rows.get("held-out text, last measured"), rows.get("held-out text, lowest")
     if last and last.loss is not None:
         said.append(
@@ -188,14 +194,15 @@ def remarks(run: Run, curves: Curves, baselines: Baselines | None) -> list[str]:
                 f" has risen to {last.loss:.3f} since: the model memorises its training text. Fewer steps, more text or"
                 f" dropout help; --checkpoint.keep_best keeps the weights of the lowest."
             )
-    manifest, tokens = manifest_of(run), curves.train.last("tokens")
+    tokens = curves.train.last("tokens")
     if manifest and tokens and manifest.tokens("train"):
         said.append(f"It has seen its training text {tokens / manifest.tokens('train'):.2f} times.")
-    if curves.clippable:
-        share = curves.clipped / curves.clippable
+    limit = run.config.train.grad_clip
+    clipped, clippable = curves.clipped(limit, run.config.train.grad_clip_from)
+    if clippable:
         said.append(
-            f"Gradients were clipped to norm {run.config.train.grad_clip:g} at {curves.clipped:,} of"
-            f" {curves.clippable:,} steps ({share:.1%})."
+            f"Gradients were clipped to norm {limit:g} at {clipped:,} of {clippable:,} steps"
+            f" ({clipped / clippable:.1%})."
         )
     if curves.skips:
         kinds = {1: "not finite", 2: "a spike"}
@@ -204,38 +211,32 @@ def remarks(run: Run, curves: Curves, baselines: Baselines | None) -> list[str]:
     return said
 
 
-# The data --------------------------------------------------------------------------------------------------------
+# Data and configuration ------------------------------------------------------------------------------------------
 
 
-def data_rows(run: Run) -> list[tuple[str, str]]:
+def data_rows(run: Run, manifest: Manifest | None) -> list[tuple[str, str]]:
     """What the run was trained on."""
     paths = ", ".join(run.config.data.paths) or "the embedded corpus (the King James Bible)"
     rows = [("text", without_secrets(paths))]
-    manifest = manifest_of(run)
     if manifest is None:
         return rows
+
+    def many(count: int, what: str) -> str:
+        return f"{count:,} {what}{'s' * (count != 1)}"
+
     for split, name in (("train", "training"), ("val", "held out")):
         shards = [shard for shard in manifest.shards if shard.split == split]
-        size = sum(shard.text_bytes for shard in shards)
         rows.append((
             name,
-            f"{_many(manifest.documents(split), 'document')}, {_many(manifest.tokens(split), 'token')},"
-            f" {_many(size, 'byte')} of text in {_many(len(shards), 'shard')}",
+            f"{many(manifest.documents(split), 'document')}, {many(manifest.tokens(split), 'token')},"
+            f" {many(sum(shard.text_bytes for shard in shards), 'byte')} of text in {many(len(shards), 'shard')}",
         ))  # fmt: skip
-    rows += [
+    return [
+        *rows,
         ("vocabulary", f"{manifest.vocab_size:,} tokens, {manifest.bytes_per_token:.2f} bytes of text each on average"),
         ("fingerprint", manifest.fingerprint),
+        *((f"problem: {what}", f"{count:,} times") for what, count in sorted(manifest.problems.items())),
     ]
-    problems = getattr(manifest, "problems", {})
-    rows += [(f"problem: {what}", f"{count:,} times") for what, count in sorted(problems.items())]
-    return rows
-
-
-def _many(count: int, what: str) -> str:
-    return f"{count:,} {what}{'s' * (count != 1)}"
-
-
-# The configuration -----------------------------------------------------------------------------------------------
 
 
 def recipe_of(run: Run, vocabulary: int) -> tuple[str, Config, bool]:
@@ -245,54 +246,44 @@ def recipe_of(run: Run, vocabulary: int) -> tuple[str, Config, bool]:
     """
     starts = read_environment(run.folder)
     words = [str(word) for word in starts[0].get("command") or []] if starts else []
-    name = ""
+    name, config = "", None
     if words[:2] == ["pretrain", "train"]:
-        given = words[2] if len(words) > 2 and not words[2].startswith("-") else "quickstart"
-        name = given if given in recipe_names() or Path(given).is_file() else ""
-    if name:
-        with suppress(PretrainError):
-            return name, _resolved(load_config(name), vocabulary), True
-    own = _flat(run.config)
-
-    def distance(recipe: str) -> int:
-        other = _flat(load_config(recipe))
-        return sum(value != other[field] for field, value in own.items())
-
-    nearest = min(recipe_names(), key=distance)
-    return nearest, _resolved(load_config(nearest), vocabulary), False
-
-
-def _resolved(config: Config, vocabulary: int) -> Config:
+        name = words[2] if len(words) > 2 and not words[2].startswith("-") else "quickstart"
+        if name in recipe_names() or Path(name).is_file():
+            with suppress(PretrainError):
+                config = load_config(name)
+    known = config is not None
+    if config is None:
+        own = _flat(run.config)
+        recipes = {recipe: load_config(recipe) for recipe in recipe_names()}
+        name = min(recipes, key=lambda recipe: sum(own[field] != v for field, v in _flat(recipes[recipe]).items()))
+        config = recipes[name]
     with suppress(PretrainError):
-        return resolve(config, vocabulary)[0]
-    return config
+        config = resolve(config, vocabulary)[0]
+    return name, config, known
 
 
 def config_rows(run: Run, recipe: Config) -> list[Setting]:
     """Every field, and where the recipe has another value."""
     theirs = _flat(recipe)
-    rows = []
-    for name, value in _flat(run.config).items():
-        section, _, field = name.partition(".")
-        other = theirs[name]
-        rows.append(Setting(section, field, _value(value), None if value == other else _value(other)))
-    return rows
-
-
-def config_differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Fields in which runs differ, with the value of each run."""
-    flat = [_flat(run.config) for run in runs]
     return [
-        (name, [_value(each[name]) for each in flat])
-        for name in flat[0]
-        if any(each[name] != flat[0][name] for each in flat)
+        Setting(section, name, _value(value), None if value == theirs[section, name] else _value(theirs[section, name]))
+        for (section, name), value in _flat(run.config).items()
     ]
 
 
-def _flat(config: Config) -> dict[str, Any]:
-    return {
-        f"{section}.{name}": value for section, part in config_to_dict(config).items() for name, value in part.items()
-    }
+def config_differences(configs: Sequence[Config]) -> list[tuple[str, list[str]]]:
+    """Fields in which configurations differ, with the value of each."""
+    first, *others = flat = [_flat(config) for config in configs]
+    return [
+        (".".join(field), [_value(each[field]) for each in flat])
+        for field, value in first.items()
+        if any(each[field] != value for each in others)
+    ]
+
+
+def _flat(config: Config) -> dict[tuple[str, str], Any]:
+    return {(section, name): value for section, part in config_to_dict(config).items() for name, value in part.items()}
 
 
 def _value(value: Any) -> str:
@@ -305,16 +296,15 @@ def _value(value: Any) -> str:
     return without_secrets(value) if isinstance(value, str) and value else repr(value)
 
 
-# The machine -----------------------------------------------------------------------------------------------------
+# The machine, and what to type -----------------------------------------------------------------------------------
 
 
 def environment_rows(run: Run) -> list[tuple[str, str]]:
-    """On what the run was made; of several starts, the first one and where later ones differ."""
+    """What the run was made on; of several starts, the first one and where later ones differ."""
     starts = read_environment(run.folder)
     if not starts:
         return []
-    first = starts[0]
-    rows = _start_rows(first)
+    rows = _start_rows(starts[0])
     for start in starts[1:]:
         before = dict(rows)
         changed = [f"{name} {value}" for name, value in _start_rows(start) if before.get(name) != value]
@@ -323,52 +313,40 @@ def environment_rows(run: Run) -> list[tuple[str, str]]:
 
 
 def _start_rows(start: dict[str, Any]) -> list[tuple[str, str]]:
-    memory = {name: f"{start[name] / 2**30:.1f} GiB" for name in ("memory_bytes", "gpu_memory_bytes") if name in start}
-    packages = start.get("packages") or {}
-    cores = f"{start.get('cpu', '')}, {start.get('cores', '?')} cores, {start.get('threads', '?')} threads"
+    left = dict(start)  # of which what has no row of its own is shown as it is
+
+    def take(name: str, default: Any = "") -> Any:
+        return left.pop(name, None) or default
+
+    def gib(name: str) -> str:
+        size = take(name)
+        return f"{size / 2**30:.1f} GiB" if size else ""
+
     rows = {
-        "begun": start.get("time", ""),
-        "command": shlex.join(without_secrets([str(word) for word in start.get("command", [])])),
-        "device": start.get("device", ""),
-        "GPU": ", ".join(filter(None, (start.get("gpu", ""), memory.get("gpu_memory_bytes", "")))),
-        "CPU": cores,
-        "memory": memory.get("memory_bytes", ""),
-        "system": start.get("system", ""),
-        "Python": start.get("python", ""),
-        **packages,
-        "CUDA": start.get("cuda") or "",
-        "source": start.get("commit", ""),
+        "begun": take("time"),
+        "command": shlex.join(without_secrets([str(word) for word in take("command", [])])),
+        "device": take("device"),
+        "GPU": ", ".join(filter(None, (take("gpu"), gib("gpu_memory_bytes")))),
+        "CPU": f"{take('cpu')}, {take('cores', '?')} cores, {take('threads', '?')} threads",
+        "memory": gib("memory_bytes"),
+        "system": take("system"),
+        "Python": take("python"),
+        **take("packages", {}),
+        "CUDA": take("cuda"),
+        "source": take("commit"),
     }
-    shown = {
-        "time",
-        "command",
-        "device",
-        "gpu",
-        "gpu_memory_bytes",
-        "cpu",
-        "cores",
-        "threads",
-        "memory_bytes",
-        "system",
-    }
-    shown |= {"python", "packages", "cuda", "commit"}
-    rows |= {name: value for name, value in start.items() if name not in shown}
-    return [(name, str(value)) for name, value in rows.items() if value not in ("", None)]
-
-
-# What to type ----------------------------------------------------------------------------------------------------
+    return [(name, str(value)) for name, value in (rows | left).items() if value not in ("", None)]
 
 
 def commands(run: Run) -> list[tuple[str, str]]:
     """What can be done with a run, each with its command."""
     folder, config = str(run.folder), run.config
-    again = f"{folder.rstrip('/')}-again"
-    prompt = config.sample.prompt.strip() or "And"
+    bare, prompt = folder.rstrip("/"), config.sample.prompt.strip() or "And"
     rows = [
-        ("make the same again", ["pretrain", "train", f"{folder}/config.toml", "--out", again]),
+        ("make the same again", ["pretrain", "train", f"{folder}/config.toml", "--out", f"{bare}-again"]),
         ("let it write", ["pretrain", "sample", folder, "--prompt", prompt]),
         ("measure it", ["pretrain", "eval", folder]),
-        ("give it to others", ["pretrain", "export", folder, "--out", f"{folder.rstrip('/')}-hf"]),
+        ("give it to others", ["pretrain", "export", folder, "--out", f"{bare}-hf"]),
         ("this page again", ["pretrain", "report", folder]),
     ]
     if run.summary:

@@ -16,30 +16,32 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DRAWN = {
+    "loss.png": ("", "loss (nats per token)"),
     "bits-per-byte.png": ("val/bpb", "bits per byte of held-out text"),
     "learning-rate.png": ("train/lr", "learning rate"),
     "gradient-norm.png": ("train/grad_norm", "gradient norm before clipping"),
     "throughput.png": ("train/tokens_per_second", "tokens per second"),
     "core.png": ("val/core", "CORE"),
 }
-"""Beside loss.png: the number in each file, and the label of its axis."""
+"""The number in each file (in loss.png all losses), and the label of its axis."""
 
 
 def plot_run(run: Run) -> Path:
     """Draw training loss, validation loss and learning rate against steps and tokens into the run's ``loss.png``."""
     curves = Curves(run.metrics)
-    curves.refresh()
     figure = _figure(8, 5)
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     _draw_losses(losses, curves, "tab:blue", "tab:orange", "")
-    losses.legend()
+    if losses.lines:
+        losses.legend()
     per_step = run.config.train.batch_tokens
     top = losses.secondary_xaxis("top", functions=(lambda s: s * per_step / 1e6, lambda t: t * 1e6 / per_step))
     top.set_xlabel("tokens (millions)")
     _draw(rates, curves, "train/lr", "tab:green", "")
-    rates.set_ylabel("learning rate")
-    rates.set_xlabel("step")
-    rates.grid(alpha=0.3)
+    rates.set(xlabel="step", ylabel="learning rate")
+    losses.set_ylabel("loss (nats per token)")
+    for axes in (losses, rates):
+        axes.grid(alpha=0.3)
     file = run.folder / "loss.png"
     figure.savefig(file, dpi=120)
     return file
@@ -47,28 +49,20 @@ def plot_run(run: Run) -> Path:
 
 def plot_runs(runs: Sequence[Run], names: Sequence[str], folder: Path) -> list[Path]:
     """Draw runs over each other, a file in ``folder`` for each kind of curve that there is; gives the files."""
-    every = [Curves(run.metrics) for run in runs]
-    for curves in every:
-        curves.refresh()
+    several, every = len(runs) > 1, [Curves(run.metrics) for run in runs]
     files = []
-    for file in ("loss.png", *DRAWN):
+    for file, (number, ylabel) in DRAWN.items():
         figure = _figure(6, 4)
         axes = figure.subplots()
-        drawn = False
-        for number, (curves, name) in enumerate(zip(every, names, strict=True)):
-            label = name if len(runs) > 1 else ""
-            if file == "loss.png":
-                held_out = f"C{number}" if len(runs) > 1 else "C1"
-                drawn |= _draw_losses(axes, curves, f"C{number}", held_out, label)
+        for i, (curves, name) in enumerate(zip(every, names, strict=True)):
+            color, label = f"C{i}", name if several else ""
+            if number:
+                _draw(axes, curves, number, color, label)
             else:
-                drawn |= _draw(axes, curves, DRAWN[file][0], f"C{number}", label)
-        if not drawn:
+                _draw_losses(axes, curves, color, color if several else "C1", label)
+        if not axes.lines:
             continue
-        axes.set_xlabel("step")
-        if file != "loss.png":
-            axes.set_ylabel(DRAWN[file][1])
-        if file == "gradient-norm.png":
-            axes.set_yscale("log")
+        axes.set(xlabel="step", ylabel=ylabel, yscale="log" if file == "gradient-norm.png" else "linear")
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="small")
@@ -86,23 +80,17 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _draw_losses(axes: Axes, curves: Curves, color: str, held_out: str, name: str) -> bool:
-    before = f"{name}: " if name else ""
+def _draw_losses(axes: Axes, curves: Curves, color: str, held_out: str, name: str) -> None:
+    before, dash = (f"{name}: ", "o--") if name else ("", "o-")
     _draw(axes, curves, "train/loss", color, "" if name else "train, each step", alpha=0.35, linewidth=0.8)
-    drawn = _draw(axes, curves, SMOOTHED, color, f"{before}train, smoothed")
-    dash = "o--" if name else "o-"
-    drawn |= _draw(axes, curves, "val/loss", held_out, f"{before}validation", dash, markersize=4)
-    axes.set_ylabel("loss (nats per token)")
-    axes.grid(alpha=0.3)
-    return drawn
+    _draw(axes, curves, SMOOTHED, color, f"{before}train, smoothed")
+    _draw(axes, curves, "val/loss", held_out, f"{before}validation", dash, markersize=4)
 
 
-def _draw(axes: Axes, curves: Curves, name: str, color: str, label: str, form: str = "-", **look: Any) -> bool:
-    """Draw a number against the steps; gives whether there is any."""
+def _draw(axes: Axes, curves: Curves, name: str, color: str, label: str, form: str = "-", **look: Any) -> None:
+    """Draw a number against the steps, if there is any."""
     table = curves.val if name in curves.val.columns else curves.train
-    if name not in table.columns:
-        return False
     values = table.column(name)
     there = np.isfinite(values)
-    axes.plot(table.column("step")[there], values[there], form, color=color, label=label, **look)
-    return bool(there.any())
+    if there.any():
+        axes.plot(table.column("step")[there], values[there], form, color=color, label=label, **look)

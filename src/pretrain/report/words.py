@@ -11,7 +11,7 @@ from pretrain.runs import Run
 
 
 def explain(run: Run, page: Path | None = None) -> str:
-    """What a finished run made, how good it is, and the next command to type."""
+    """The closing words of training: what a finished run made, how good it is, and the next command to type."""
     summary = run.summary
     assert summary is not None, "only a finished run can be explained"
     folder = shlex.quote(str(run.folder))

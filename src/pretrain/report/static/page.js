@@ -1,8 +1,8 @@
 "use strict";
-// The page's moving parts: data → numbers, plots, samples, events; and, on a live page, news and answers to prompts.
+// The page's moving parts: data → numbers, plots, samples, events; a live page also reloads itself and answers prompts.
 (() => {
-  const page = JSON.parse(document.getElementById("data").textContent);
-  const runs = page.runs;
+  let page = JSON.parse(document.getElementById("data").textContent);
+  let runs = page.runs;
   const several = runs.length > 1;
   const byId = (id) => document.getElementById(id);
 
@@ -389,132 +389,91 @@
 
   document.querySelector("input[name=axis][value=step]").checked = true; // a reload may have kept others
   byId("each").checked = !several;
-  showNumbers();
-  showMeasured();
-  showSamples();
-  showEvents();
+  showAll();
   draw();
   if (page.live) live();
+
+  function showAll() {
+    showNumbers();
+    showMeasured();
+    showSamples();
+    showEvents();
+  }
 
   // Live -------------------------------------------------------------------------------------------------------------
 
   function live() {
-    const run = runs[0], status = byId("status"), MOST_ROWS = 20000;
-    const POLL = 2000, LONGEST = 15000, SHARE = 0.01; // of this machine's time for the page, beside training
+    const status = byId("status"), box = byId("ask"), send = byId("send");
+    const POLL = 2000, LONGEST = 30000, SHARE = 0.02; // of the time that keeping up may take, beside training
     let timer;
 
-    function take(news) {
-      if (news.reset) {
-        run.train = news.train;
-        run.val = news.val;
-      } else {
-        for (const name of ["train", "val"]) extend(run[name], news[name]);
-      }
-      const changed = news.reset || news.train.step.length || news.val.step.length;
-      for (const name of ["generation", "skipped", "stats", "baselines", "clip", "flops_per_token"]) run[name] = news[name];
-      if (news.samples) [run.samples, run.samples_seen] = [news.samples, news.samples_seen];
-      if (news.events) [run.events, run.events_seen] = [news.events, news.events_seen];
-      if (changed) { showNumbers(); showMeasured(); update(); }
-      if (news.samples) showSamples();
-      if (news.events) showEvents();
-      if (news.facts !== run.facts) getFacts(news.facts);
-      const old = news.beat && (news.beat.age > 30 || news.beat.silent_seconds > 300);
-      status.classList.toggle("bad", Boolean(old && !news.stats.finished));
-      status.textContent = news.status;
-      run.last = run.train.step.length ? run.train.step[run.train.step.length - 1] : 0;
-      document.title = run.last ? `${grouped.format(run.last)} · ${run.name}` : run.name;
+    async function get(path, options) {
+      const answer = await fetch(path, options).catch(() => {
+        throw new Error("The server of this page does not answer; start it again with the same command.");
+      });
+      if (answer.status === 403) throw new Error("The server of this page was started again; load the page again.");
+      const text = await answer.text();
+      if (!answer.ok) throw new Error(text);
+      return text;
     }
 
-    async function getFacts(version) {
-      const answer = await fetch("facts");
-      if (!answer.ok) return;
+    /** The page as it is now in place of this one; how far it is scrolled, zoomed and opened, and the box, stay. */
+    async function reload() {
+      const fresh = new DOMParser().parseFromString(await get("./"), "text/html");
       const open = [...document.querySelectorAll("#facts details[open]")].map((each) => each.id);
-      byId("facts").innerHTML = await answer.text(); // made by our template, which escapes
+      page = JSON.parse(fresh.getElementById("data").textContent);
+      runs = page.runs;
+      for (const id of ["facts", "subtitle"]) byId(id).replaceChildren(...fresh.getElementById(id).childNodes);
       open.forEach((id) => byId(id)?.setAttribute("open", ""));
-      run.facts = version;
+      showAll();
+      update();
     }
 
     async function poll() {
       clearTimeout(timer);
       if (document.hidden) return; // goes on when it is looked at again
-      const whole = run.train.step.length > MOST_ROWS;
-      const asked = new URLSearchParams({
-        generation: whole ? 0 : run.generation, after: run.last ?? 0, samples: run.samples_seen ?? 0, events: run.events_seen ?? 0,
-      });
+      const begin = performance.now();
       let wait = POLL;
       try {
-        const answer = await fetch(`data?${asked}`);
-        if (!answer.ok) throw new Error(answer.status);
-        const news = await answer.json(), begin = performance.now();
-        take(news);
+        const state = JSON.parse(await get("state"));
+        if (state.fingerprint !== page.live.fingerprint) await reload();
+        status.textContent = state.status;
+        status.classList.toggle("bad", state.stuck);
+        const step = runs[0].stats.step;
+        document.title = step ? `${grouped.format(step)} · ${runs[0].name}` : runs[0].name;
         wait = Math.min(LONGEST, Math.max(POLL, (performance.now() - begin) / SHARE));
       } catch (error) {
-        if (!(error instanceof TypeError || /^Error: \d+$/.test(error))) throw error;
-        status.textContent = "The server of this page does not answer; start it again with the same command.";
+        status.textContent = error.message;
         status.classList.add("bad");
-        wait = 5000;
       }
       timer = setTimeout(poll, wait);
     }
     document.addEventListener("visibilitychange", () => { if (!document.hidden) poll(); });
-    run.last = run.train.step.length ? run.train.step[run.train.step.length - 1] : 0;
     poll();
-    ask();
-  }
 
-  function extend(table, more) {
-    const rows = table.step.length;
-    for (const name of Object.keys(more)) table[name] ??= Array(rows).fill(null);
-    for (const name of Object.keys(table)) table[name] = table[name].concat(more[name] ?? Array(more.step.length).fill(null));
-  }
-
-  /** The box: a prompt goes to the server, and pieces of text come back as they are made. */
-  function ask() {
-    const answer = byId("answer"), note = byId("answer-note");
-    let stopper = null;
-
-    async function send() {
-      const prompt = byId("prompt").value;
-      const wish = { prompt };
+    box.addEventListener("submit", async (event) => {
+      event.preventDefault();
+      const answer = byId("answer"), note = byId("answer-note");
+      const wish = { prompt: byId("prompt").value };
       for (const name of ["max_tokens", "temperature", "top_k", "seed"]) wish[name] = byId(name).valueAsNumber;
-      stopper = new AbortController();
-      busy(true);
-      const begun = element("b", { textContent: prompt });
-      answer.replaceChildren(begun);
-      answer.hidden = false;
-      note.textContent = "Asking.";
+      send.disabled = true;
+      note.textContent = "The newest checkpoint is writing.";
       try {
-        const reply = await fetch("prompt", {
-          method: "POST", body: JSON.stringify(wish), signal: stopper.signal,
+        const { text, step, error } = JSON.parse(await get("prompt", {
+          method: "POST", body: JSON.stringify(wish),
           headers: { "Content-Type": "application/json", "X-Pretrain-Token": page.live.token },
-        });
-        const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
-        let rest = "";
-        for (;;) {
-          const { done, value } = await reader.read();
-          if (done) break;
-          const lines = (rest + value).split("\n");
-          rest = lines.pop();
-          for (const line of lines.map((each) => JSON.parse(each))) {
-            if (line.text) answer.append(line.text);
-            if (line.note || line.error) note.textContent = line.error ?? line.note;
-          }
-        }
+        }));
+        if (error) throw new Error(error);
+        answer.replaceChildren(element("b", { textContent: wish.prompt }), text);
+        answer.hidden = false;
+        note.textContent = `Written by the model after step ${grouped.format(step)}.`;
       } catch (error) {
-        note.textContent = error.name === "AbortError" ? "Stopped." : "The server of this page does not answer.";
+        note.textContent = error.message;
       }
-      busy(false);
-    }
-
-    function busy(on) {
-      byId("send").disabled = on;
-      byId("stop").disabled = !on;
-    }
-
-    byId("ask").addEventListener("submit", (event) => { event.preventDefault(); send(); });
-    byId("stop").addEventListener("click", () => stopper?.abort());
+      send.disabled = false;
+    });
     byId("prompt").addEventListener("keydown", (event) => {
-      if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !byId("send").disabled) byId("ask").requestSubmit();
+      if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !send.disabled) box.requestSubmit();
     });
   }
 })();
