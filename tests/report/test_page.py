@@ -130,7 +130,7 @@ def test_several_runs_with_what_differs(make_run, tmp_path: Path):
     elements = read(write_report(runs, tmp_path / "page.html"))
     assert [run["name"] for run in elements.data["runs"]] == ["a", "b"]
     text = re.sub(r"\s+", " ", elements.text)
-    differing = text[text.index("What differs in their") : text.index("The loss in plain words")]
+    differing = text[text.index("Configuration differences") : text.index("The loss in plain words")]
     assert re.findall(r"[a-z]+\.[a-z_]+", differing) == ["model.layers", "optim.lr"]
     assert "20 of 40, not finished" in text
     assert "Their vocabularies differ" not in text
@@ -151,7 +151,7 @@ def test_a_run_without_a_single_step_or_any_shards(make_run, tmp_path: Path):
     (run.folder / "tokenizer.json").unlink()
     elements = read(write_report([run], tmp_path / "page.html"))
     assert elements.data["runs"][0]["train"] == {"step": [], "train/momentum": []}
-    assert "What to type next" in elements.text
+    assert "Commands" in elements.text
 
 
 def test_memorising_is_said(make_run, tmp_path: Path):

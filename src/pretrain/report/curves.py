@@ -23,7 +23,7 @@ SKIPPED = "train/skipped"
 AXES = ("step", "tokens", "time")
 END_BYTES = 256
 MARKS = 1000
-"""Skipped steps that are told one by one, at most."""
+"""Skipped steps that are listed one by one, at most."""
 
 
 class Tail:

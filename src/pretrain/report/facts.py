@@ -1,4 +1,4 @@
-"""The tables of the page: what there is to say of a run beside its curves.
+"""The tables of the page: facts of a run beside its curves.
 
 run directory → facts: results, losses, remarks, data, configuration, environment, commands
 """
@@ -126,7 +126,7 @@ def results(run: Run, curves: Curves, size: Size | None) -> dict[str, str]:
         "steps": shown(train.last("step"), ",.0f") + of,
         "tokens": shown(tokens, ",.0f"),
         "time": duration(seconds) if seconds else "",
-        "tokens a second": shown(tokens / seconds if tokens and seconds else None, ",.0f"),
+        "tokens per second": shown(tokens / seconds if tokens and seconds else None, ",.0f"),
         "parameters": f"{size.parameters:,}" if size else "",
         "vocabulary": f"{size.vocabulary:,}" if size else "",
         "FLOPs": shown(size.flops_per_token * tokens if size and tokens else None, ".3g"),
@@ -240,9 +240,9 @@ def data_rows(run: Run, manifest: Manifest | None) -> list[tuple[str, str]]:
 
 
 def recipe_of(run: Run, vocabulary: int) -> tuple[str, Config, bool]:
-    """The recipe that a run was made from, and whether that is known: its command may have told.
+    """The recipe that a run was made from, and whether its recorded command says so.
 
-    Otherwise it is the recipe that differs in the fewest fields.
+    If not, it is the recipe that differs in the fewest fields.
     """
     starts = read_environment(run.folder)
     words = [str(word) for word in starts[0].get("command") or []] if starts else []
@@ -308,7 +308,7 @@ def environment_rows(run: Run) -> list[tuple[str, str]]:
     for start in starts[1:]:
         before = dict(rows)
         changed = [f"{name} {value}" for name, value in _start_rows(start) if before.get(name) != value]
-        rows.append((f"went on after step {start.get('step', '?')}", "; ".join(changed) or "the same"))
+        rows.append((f"resumed after step {start.get('step', '?')}", "; ".join(changed) or "the same"))
     return rows
 
 

@@ -2,7 +2,7 @@
 
 GET / → the page as it is now     GET /state → fingerprint of what the page shows, and how the run is     POST /prompt
 
-The page asks for /state every two seconds, and takes itself anew when the fingerprint has changed. Nothing is read and
+The page asks for /state every two seconds, and reloads itself when the fingerprint has changed. Nothing is read and
 nothing computed unless a page asks.
 
 Who may ask: the server listens on 127.0.0.1 alone, and answers only requests addressed to this machine by its own
@@ -42,7 +42,7 @@ PROMPT_FIELDS = {"prompt": str, "max_tokens": int, "temperature": (int, float), 
 BEFORE_RUN = {"data", "data.tmp", "tokenizer.json", "lock", HEARTBEAT}
 """What may lie in a folder that is to become a run."""
 SILENT_SECONDS, HUNG_SECONDS = 30, 300
-"""Seconds without progress that are told, and that are marked as bad."""
+"""Seconds without progress that the status mentions, and that it marks as bad."""
 
 
 class Watcher(ThreadingHTTPServer):
@@ -86,7 +86,7 @@ class Watcher(ThreadingHTTPServer):
             return render([self.view], self.token)
 
     def state(self) -> dict[str, Any]:
-        """What tells whether the page is still as it was, and how the run is: a sentence, and whether it is stuck."""
+        """The fingerprint of what the page shows, and how the run is: a sentence, and whether it is stuck."""
         with self._lock:
             self.view.refresh()
             text, stuck = status(self.view)

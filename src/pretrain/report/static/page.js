@@ -76,7 +76,7 @@
       note: (run) => run.stats.clippable
         ? `clipped at ${(100 * run.stats.clipped / run.stats.clippable).toFixed(1)} % of the steps` : "",
     },
-    { id: "speed", title: "Throughput", unit: "tokens a second", lines: [{ table: "train", column: "train/tokens_per_second", label: "tokens a second" }] },
+    { id: "speed", title: "Throughput", unit: "tokens per second", lines: [{ table: "train", column: "train/tokens_per_second", label: "tokens per second" }] },
     { id: "core", title: "CORE", unit: "centered accuracy", lines: [{ table: "val", column: "val/core", label: "CORE", points: true }] },
   ];
 
@@ -212,7 +212,7 @@
     return `${plot.title}. ${parts.join("; ")}.`;
   }
 
-  /** Level lines: what counting alone comes to, or where gradients are clipped. */
+  /** Level lines: the losses of counting alone, or where gradients are clipped. */
   function rules(u, plot) {
     const levels = new Map();
     for (const run of plot.rules ? runs : []) for (const rule of plot.rules(run)) levels.set(`${rule.label} ${rule.value}`, rule);
@@ -268,7 +268,7 @@
     return low;
   }
 
-  /** New numbers into the plots that are there; anew when others are wanted. */
+  /** New numbers into the plots; all are drawn again when there are others. */
   function update() {
     const plots = wanted();
     const same = plots.length === drawn.length && plots.every((plot, i) => plot.id === drawn[i].plot.id && plot.lines.length === drawn[i].plot.lines.length);
@@ -296,7 +296,7 @@
       ["tokens", s.tokens == null ? null : short.format(s.tokens)],
       ["time", s.time == null ? null : duration(s.time)],
       ["left, about", left == null ? null : duration(left)],
-      ["tokens a second", s.tokens_per_second == null ? null : s.tokens_per_second < 1e5 ? grouped.format(s.tokens_per_second) : short.format(s.tokens_per_second)],
+      ["tokens per second", s.tokens_per_second == null ? null : s.tokens_per_second < 1e5 ? grouped.format(s.tokens_per_second) : short.format(s.tokens_per_second)],
       ["parameters", s.parameters == null ? null : short.format(s.parameters)],
       ["skipped steps", s.skipped || null],
     ];
