@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,6 @@ from pretrain.tokenizer import Tokenizer
 
 IDLE_SECONDS = 300.0
 """The child ends when no prompt came for so long, so that its memory is free again."""
-WAIT_SECONDS = 10.0
-"""How long a prompt waits for the one before it."""
 
 
 class Answerer:
@@ -37,10 +36,8 @@ class Answerer:
         self._lock = threading.Lock()
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """``text`` and the ``step`` of the checkpoint that wrote it, or ``error``."""
-        if not self._lock.acquire(timeout=WAIT_SECONDS):
-            return {"error": "Another prompt is being answered; try again when it is done."}
-        try:
+        """``text`` and the ``step`` of the checkpoint that wrote it, or ``error``; waits for the prompt before it."""
+        with self._lock:
             if self.process is None or self.process.poll() is not None:
                 self.process = subprocess.Popen(
                     [sys.executable, "-m", "pretrain.report.answers", str(self.folder)],
@@ -51,18 +48,15 @@ class Answerer:
                 )
             assert self.process.stdin is not None, "piped"
             assert self.process.stdout is not None, "piped"
-            try:
+            line = b""
+            with suppress(OSError):  # it ends at this moment
                 self.process.stdin.write(json.dumps(request).encode() + b"\n")
                 self.process.stdin.flush()
                 line = self.process.stdout.readline()
-            except OSError:
-                line = b""
             if line:
                 return json.loads(line)
             code = self.process.wait()
             return {"error": f"The process that answers ended (exit code {code}); is there memory for a second model?"}
-        finally:
-            self._lock.release()
 
     def close(self) -> None:
         """End the child."""
@@ -119,8 +113,6 @@ def serve(folder: Path) -> None:
             answer = {"text": text, "step": model.step}
         except (PretrainError, ValueError) as error:
             answer = {"error": str(error)}
-        except MemoryError:
-            answer = {"error": "There is no memory for a second model beside the one that trains."}
         print(json.dumps(answer), flush=True)
 
 
