@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pretrain.cli import TrainArguments
 from pretrain.cli.parsing import parse
+from pretrain.cli.train import TrainArguments
 from pretrain.config import load_config
 
 CLUSTER = Path(__file__).parents[1] / "examples" / "cluster"

@@ -116,12 +116,14 @@ def test_counting_on_gpus():
 @pytest.mark.usefixtures("gpus")
 @pytest.mark.parametrize(("nproc", "launched"), [("", 0), ("1", 0), ("gpu", 4)])
 def test_unused_gpus_are_told(nproc: str, launched: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
-    import pretrain.cli
+    import pretrain.cli.train
     import pretrain.report
     import pretrain.training
 
     started = []
-    monkeypatch.setattr(pretrain.cli, "launch", lambda arguments, count, grace, command: started.append(count) or 0)
+    monkeypatch.setattr(
+        pretrain.cli.train, "launch", lambda arguments, count, grace, command: started.append(count) or 0
+    )
     monkeypatch.setattr(pretrain.training, "train", lambda *_: None)
     monkeypatch.setattr(pretrain.report, "plot_run", lambda _run: None)
     monkeypatch.setattr(pretrain.report, "explain", lambda *_: "")

@@ -1,8 +1,8 @@
-"""``pretrain train --nproc N``: the same command as N processes of this machine, ended as if it were one.
+"""``pretrain train --nproc N``: the same command in N processes of this machine, which end as one would.
 
-    this process: torchrun's agent  →  N × python -m pretrain train …  →  one exit code, and one line of what is wrong
+    this process: torchrun's agent  →  N × python -m pretrain train …  →  one exit code, one line of what is wrong
 
-What torchrun reads from its environment (``PET_NNODES``, ``PET_RDZV_ENDPOINT``, …) holds here too, so the same command
+What torchrun reads from its environment (``PET_NNODES``, ``PET_RDZV_ENDPOINT``, …) works here too, so the same command
 on several machines makes one run of them all (docs/cluster.md).
 """
 
@@ -19,16 +19,13 @@ from contextlib import contextmanager
 from pretrain.errors import Interrupted, PeerError, PretrainError, UsageError
 from pretrain.io import signals_to_handle
 
-SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
-"""What is passed on to the processes; SIGUSR1 is SLURM's warning."""
-
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
 """Which process of this machine this is."""
 
 
 @contextmanager
 def one_voice() -> Iterator[None]:
-    """Let only the first process of a machine say what is wrong with the command, since all were given the same."""
+    """Let only the first process of a machine report what is wrong with the command, since all were given the same."""
     try:
         yield
     except PretrainError as error:
@@ -48,10 +45,9 @@ def machines_join() -> bool:
 
 
 def count_processes(nproc: str, device: str) -> int:
-    """How many processes ``--nproc`` asks for on this machine: a number, ``gpu``, or ``auto``.
+    """The number of processes that ``--nproc`` (a number, ``gpu`` or ``auto``) means on this machine.
 
-    Raises:
-        UsageError: the device is not there, or not so often.
+    Raises UsageError if there are fewer such devices.
     """
     import torch
 
@@ -70,16 +66,12 @@ def count_processes(nproc: str, device: str) -> int:
 
 
 def launch(arguments: list[str], count: int, grace_seconds: float, command: str) -> int:
-    """Run ``python -m pretrain ARGUMENTS`` in ``count`` processes of this machine; give the exit code of them all.
+    """Run ``python -m pretrain ARGUMENTS`` in ``count`` processes of this machine and give their exit code.
 
-    Args:
-        arguments: of the command line.
-        count: processes on this machine.
-        grace_seconds: how long they may take to save and leave when asked to stop.
-        command: what goes on with the run, for messages.
+    When stopped by a signal they get ``grace_seconds`` to save and exit. ``command`` is the one that resumes the run.
 
     Raises:
-        PeerError: asked to stop (130); the processes have said what is saved.
+        PeerError: stopped by a signal (130); the processes have said what is saved.
         PretrainError: a process was killed, or the other machines did not come.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -87,20 +79,23 @@ def launch(arguments: list[str], count: int, grace_seconds: float, command: str)
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import parse_args, run
 
-    passed_on = [signal.Signals(number).name for number in signals_to_handle(*SIGNALS)]
-    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(passed_on))
+    from pretrain.device import cores
+
+    # SIGUSR1 is SLURM's warning before its time limit.
+    passed_on = signals_to_handle("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(signal.Signals(number).name for number in passed_on))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(math.ceil(grace_seconds) + 10))
     # The processes share the cores; torchrun would give each only one.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
     options = [f"--nproc-per-node={count}"]
     if not machines_join():
-        # The name of this machine may lead nowhere (laptops, containers); its loopback always does.
+        # The name of this machine may lead nowhere (laptops, containers); its loopback always works.
         options += ["--standalone", "--local-addr=localhost"]
         if loopback := next((name for _, name in socket.if_nameindex() if name.startswith("lo")), ""):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
     agent = parse_args([*options, "-m", "pretrain"])
     agent.training_script_args = arguments  # given with the others, --nproc would count as torchrun's
-    if "LOGLEVEL" not in os.environ:  # torchrun's own: what it would report, the processes have said in a line
+    if "LOGLEVEL" not in os.environ:  # torchrun would report again what the processes have said in one line
         logging.disable(logging.CRITICAL)
     try:
         run(agent)
@@ -123,7 +118,3 @@ def launch(arguments: list[str], count: int, grace_seconds: float, command: str)
             f" number of machines, and is the port open between them?"
         ) from None
     return 0
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Arguments into dataclasses, and what is wrong with them in one line."""
+"""From arguments to dataclasses, and one line about what is wrong with them."""
 
 from __future__ import annotations
 
@@ -18,24 +18,20 @@ T = TypeVar("T")
 Command = Callable[[list[str]], int]
 
 
-def listing(commands: dict[str, Command]) -> str:
-    """The commands of a table, a line each, with the first line of their docstrings."""
-    width = max(map(len, commands)) + 2
-    return "\n".join(f"  {name:<{width}}{(command.__doc__ or '').strip()}" for name, command in commands.items())
-
-
 def dispatch(args: list[str], commands: dict[str, Command], program: str) -> int:
-    """Run the command of a table that the first argument names, with the others."""
+    """Run the subcommand that the first argument names with the rest, or list them with their docstrings."""
     if not args or args[0] in ("-h", "--help", "help"):
-        print(f"usage: {program} COMMAND [ARGUMENTS]\n\n{listing(commands)}\n\n{program} COMMAND --help tells more.")
+        width = max(map(len, commands)) + 2
+        lines = "\n".join(f"  {name:<{width}}{(command.__doc__ or '').strip()}" for name, command in commands.items())
+        print(f"usage: {program} COMMAND [ARGUMENTS]\n\n{lines}\n\nMore about each: {program} COMMAND --help")
         return 0
     if args[0] not in commands:
-        raise UsageError(f"no command '{program} {args[0]}'{did_you_mean(args[0], list(commands))}")
+        raise UsageError(f"no command '{program} {args[0]}'{did_you_mean(args[0], commands)}")
     return commands[args[0]](args[1:])
 
 
 def parse(kind: type[T], args: list[str], command: str, default: T | None = None) -> T:
-    """Parse arguments into a dataclass; what tyro would show as a box becomes a one-line UsageError."""
+    """Parse arguments into a dataclass. What tyro would print as a box becomes a one-line UsageError."""
     start: dict[str, Any] = {} if default is None else {"default": default}
     complaint = io.StringIO()
     try:
@@ -44,10 +40,10 @@ def parse(kind: type[T], args: list[str], command: str, default: T | None = None
     except SystemExit as stop:
         if not stop.code:
             raise
-    except ValueError as error:  # of the configuration as a whole, which tyro passes on as it is
+    except ValueError as error:  # from a __post_init__, which tyro lets through
         raise UsageError(str(error)) from None
     lines = [line.strip("│╭╮╰╯─ ") for line in complaint.getvalue().splitlines()]
-    text = " ".join(line for line in lines[1:] if line.strip("-"))  # a box has edges of dashes where there is no ─
+    text = " ".join(line for line in lines[1:] if line.strip("-"))  # without Unicode the box is drawn with dashes
     message = re.split(r" (?:Perhaps you meant:|Argument helptext:|For full helptext)", text)[0]
     message = re.sub(r"^Error parsing (?:\w*Arguments: |[\w.]*: (?=\w+\.))", "", message)
     unknown = re.match(r"Unrecognized options: (--[\w.-]+)", message)
@@ -57,9 +53,9 @@ def parse(kind: type[T], args: list[str], command: str, default: T | None = None
 
 
 def options(kind: Any, prefix: str = "--") -> Iterator[str]:
-    """The fields of an arguments dataclass as they are typed."""
+    """The options of an arguments dataclass, as typed."""
     for each in dataclasses.fields(kind):
-        if each.name in ("config", "options"):  # dataclasses whose fields stand beside the others
+        if each.name in ("config", "options"):  # nested dataclasses without a name of their own
             yield from options(each.default_factory)
         elif prefix == "--" and kind is Config:
             yield from options(each.default_factory, f"--{each.name}.")
@@ -68,7 +64,7 @@ def options(kind: Any, prefix: str = "--") -> Iterator[str]:
 
 
 def value_of(args: list[str], option: str) -> str:
-    """The value given to an option, before the arguments are parsed in earnest."""
+    """The value of an option in arguments that are not parsed yet."""
     for argument, following in zip(args, [*args[1:], ""], strict=False):
         if argument == option:
             return following

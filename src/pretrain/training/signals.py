@@ -15,11 +15,10 @@ import time
 from types import FrameType
 
 from pretrain.errors import Interrupted
-
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
+from pretrain.io import signals_to_handle
 
 TOGETHER = 1.0
-"""Signals within so many seconds are one request."""
+"""Signals within this many seconds are one request."""
 
 
 class Stopped(BaseException):
@@ -44,9 +43,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                if number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) == signal.SIG_IGN:
-                    continue  # nohup: to go on without the terminal
+            # SIGINT even where it is ignored: a shell script starts its background jobs so, and they must still stop.
+            for number in (signal.SIGINT, *signals_to_handle("SIGTERM", "SIGHUP", "SIGUSR1")):
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 

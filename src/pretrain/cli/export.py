@@ -1,0 +1,43 @@
+"""``pretrain export``: a run's model in the formats of others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from pretrain.cli.parsing import parse
+
+
+@dataclass
+class ExportArguments:
+    """Write a run's model into a folder for others.
+
+    hf: transformers loads it with AutoModelForCausalLM and AutoTokenizer, as GPT-2, Llama or Qwen3 if the model
+    computes exactly that, else with a model file of ours written beside it. safetensors: tensors by our names, and
+    config.json.
+    """
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """A run directory."""
+    out: str
+    """The folder to write; it must not exist, or be empty."""
+    format: Literal["hf", "safetensors"] = "hf"
+    """What to write."""
+    step: int = 0
+    """Use the checkpoint of this step. 0: the newest."""
+
+
+def export(args: list[str]) -> int:
+    """Write the folder, and print how Python loads it."""
+    a = parse(ExportArguments, args, "export")
+
+    from pretrain.hf.export import export_run
+    from pretrain.runs import Run
+
+    run = Run.open(a.run)
+    how = export_run(run, a.format, Path(a.out), run.checkpoint(a.step) if a.step else None)
+    print(f"Wrote {a.out}. In Python:  {how}")
+    return 0
