@@ -1,4 +1,4 @@
-"""Train a small model on your own text from Python, then let it write.
+"""Train a small model on your own text in Python, then generate text with it.
 
 python examples/train_in_python.py mybook.txt runs/mybook
 """

@@ -1,4 +1,4 @@
-"""The folders are a in layers: each imports only from those before it."""
+"""The folders are layers: each imports only from those before it."""
 
 import ast
 from pathlib import Path

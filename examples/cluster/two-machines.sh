@@ -1,10 +1,10 @@
 #!/bin/bash
-# One run on two machines, with torchrun and nothing else. Type the same on both, within a few minutes:
+# One run on two machines, with torchrun alone. Run the same command on both, within a few minutes:
 #
 #     bash two-machines.sh FIRST [ARGUMENTS...]
 #
-# FIRST is the name or address of one of them, which the other can reach (port 29500). Arguments go to `pretrain train`.
-# The text and the run directory must lie at the same path on both, on a file system that they share.
+# FIRST is the name or address of one of them, reachable from the other (port 29500). ARGUMENTS go to `pretrain train`.
+# The text and the run directory must be at the same path on both, on a shared file system.
 set -euo pipefail
 
 first=${1:?"usage: two-machines.sh FIRST [ARGUMENTS...]"}

@@ -50,8 +50,8 @@ def free_memory(device: torch.device) -> int:
 def keep_freed_memory() -> None:
     """Let glibc keep the large blocks that tensors free, for the next tensors, instead of returning them to the system.
 
-    Each step on a CPU frees and takes the same blocks; fetching them anew costs a page fault for every 4 kB, together
-    more than the arithmetic on them. Does nothing where the C library is another.
+    Each step on a CPU frees and takes the same blocks; fetching them again costs a page fault for every 4 kB, in total
+    more than the computation on them. Does nothing with another C library.
     """
     M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
     try:
@@ -65,7 +65,7 @@ def keep_freed_memory() -> None:
 
 @dataclass(frozen=True)
 class Precision:
-    """The arithmetic of activations and matrix products. Weights, optimizer state, loss and statistics stay fp32."""
+    """Precision of activations and matrix products. Weights, optimizer state, loss and statistics stay fp32."""
 
     name: str
     device: torch.device

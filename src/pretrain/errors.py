@@ -16,7 +16,7 @@ class PretrainError(Exception):
 
 
 class UsageError(PretrainError):
-    """The command or the configuration asked for something that cannot be (unknown field, impossible combination)."""
+    """The command or the configuration asked for something impossible (unknown field, contradictory values)."""
 
     exit_code = 2
 
@@ -30,15 +30,15 @@ class CheckpointError(PretrainError):
 
 
 class DeviceMemoryError(PretrainError):
-    """Not even the smallest piece of work fits in the device's memory."""
+    """Not even the smallest micro-batch fits in the device's memory."""
 
 
 class TrainingError(PretrainError):
-    """Training cannot go on from here: its gradients are not finite any more, or its weights are not."""
+    """Training cannot continue: its gradients or weights are no longer finite."""
 
 
 class PeerError(PretrainError):
-    """Another process failed and says why; this one only leaves, with the same exit code."""
+    """Another process failed and says why; this one exits with the same code and no message."""
 
     def __init__(self, exit_code: int):
         super().__init__("")
@@ -46,7 +46,7 @@ class PeerError(PretrainError):
 
 
 class Interrupted(PretrainError):
-    """The user or the system asked to stop; everything is saved. The text names the command that goes on."""
+    """The user or the system asked to stop; everything is saved. The text names the command that resumes."""
 
     exit_code = 130
 

@@ -17,7 +17,7 @@ from pretrain.model import GPT
 from pretrain.model.transformer import Linear, layer_kinds, window_length
 
 PARTS: tuple[str, ...] = ("embedding", "value_embeddings", "attention", "mlp", "head", "other")
-WIDTH_PER_LAYER, HEAD_WIDTH = 64, 128
+WIDTH_PER_LAYER, HEAD_DIMENSION = 64, 128
 REFERENCE_DEPTH, REFERENCE_BATCH = 12, 2**19
 """The model and the batch, in tokens, against which the dial's laws were measured."""
 
@@ -123,7 +123,7 @@ def resolve(config: Config, vocab_size: int) -> tuple[Config, list[str]]:
 def dial_shape(model: ModelConfig) -> dict[str, int]:
     """Layers, width and heads of a depth."""
     width = model.width or WIDTH_PER_LAYER * model.depth
-    return {"layers": model.depth, "width": width, "heads": max(1, math.ceil(width / HEAD_WIDTH))}
+    return {"layers": model.depth, "width": width, "heads": max(1, math.ceil(width / HEAD_DIMENSION))}
 
 
 def horizon_tokens(config: Config, model: ModelConfig, vocab_size: int) -> int:
@@ -155,5 +155,5 @@ def rows_up_to(config: Config, limit: int) -> int:
 
 
 def kind_that_fits(parameters: int, free_bytes: int) -> str:
-    """Ddp if weights, gradients, two moments and room to work fit in 60 % of a device's free memory, else fsdp."""
+    """Ddp if weights, gradients, two moments and work space fit in 60 % of a device's free memory, else fsdp."""
     return "ddp" if 20 * parameters < 0.6 * free_bytes else "fsdp"

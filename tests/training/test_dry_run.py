@@ -1,4 +1,4 @@
-"""7 billion parameters on 512 processes, without them: what each would hold, beside the plan's arithmetic."""
+"""7 billion parameters on 512 processes, without them: what each would hold, compared with the plan."""
 
 from collections.abc import Callable, Iterator
 

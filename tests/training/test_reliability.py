@@ -203,7 +203,7 @@ def test_a_finished_run_can_be_made_longer(tiny: Config, tmp_path: Path):
     console, said = heard()
     longer = change(config, train__steps=20)
     run = train(longer, tmp_path / "run", console)
-    assert any("12 steps are done; going on to 20" in line for line in said)
+    assert any("12 steps are done; continuing to 20" in line for line in said)
     assert [r["step"] for r in read_jsonl(run.metrics)] == list(range(1, 21))
     assert run.summary is not None
     assert run.summary["steps"] == 20

@@ -96,7 +96,7 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """Where two configurations would learn something different: ``model.layers 4 → 6``, one line a field."""
+    """Fields in which two configurations would learn something different, one line each: ``model.layers 4 → 6``."""
     before, after = config_to_dict(old), config_to_dict(new)
     return [
         f"{section}.{key} {before[section][key]!r} → {value!r}"

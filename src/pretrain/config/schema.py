@@ -30,7 +30,7 @@ class DataConfig(Section):
 
     paths: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--data"])] = ()
     """Text (files, folders, patterns, URLs), or token shards: folders of 'pretrain data prepare', or .bin and .ds files
-    made by other programs. None: the embedded corpus, the King James Bible."""
+    made by other tools. None: the embedded corpus, the King James Bible."""
     field: NonEmpty = "text"
     """Name of the text in each object of JSONL files and of the text column of Parquet files."""
     separator: str = ""
@@ -49,14 +49,14 @@ class DataConfig(Section):
     """Tokens between the starts of neighbouring windows, for overlapping windows. 0: the context length, with a new
     offset each epoch when shuffled."""
     weights: tuple[Positive, ...] = ()
-    """Share of the training rows from each of the paths, when these are token shards. None: by their tokens."""
+    """Share of the training rows from each path, if the paths are token shards. None: in proportion to their tokens."""
     stream: bool = False
     """Tokenize the text while training on it, instead of preparing token shards first."""
     packing: Literal["concatenate", "best_fit"] = "concatenate"
     """How a stream fills rows. concatenate: documents one after another, cut where a row ends; best_fit: every row
     begins with a document, and as few documents as possible are cut."""
     readers: Count = 16
-    """Parts of the text that a stream reads in turn, at most; it decides the order, not the speed."""
+    """Most parts of the text that a stream reads in turn; affects the order, not the speed."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -80,8 +80,8 @@ class TokenizerConfig(Section):
     vocab_size: int = 4096
     """Number of tokens for kind bpe; the other kinds have their own."""
     pattern: Literal["gpt2", "gpt4", "nanochat"] = "gpt2"
-    """How kind bpe cuts words before it merges their bytes: as GPT-2 does, as GPT-4 and Llama 3 do (digits in threes),
-    or as nanochat does (the same, digits in twos)."""
+    """How kind bpe splits text into words before it merges their bytes: as GPT-2, as GPT-4 and Llama 3 (digits in
+    threes), or as nanochat (the same, digits in twos)."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -96,8 +96,8 @@ class ModelConfig(Section):
     """The Transformer."""
 
     depth: Natural = 0
-    """The dial: sets those of layers, width (64 a layer) and heads (128 wide) that are 0; and with train.steps = 0 and
-    train.batch_tokens = 0 also the horizon, batch and rates. 0: no dial."""
+    """The dial: sets layers, width (64 per layer) and heads (head dimension 128) where they are 0, and with
+    train.steps = 0 and train.batch_tokens = 0 also the horizon, batch and rates. 0: no dial."""
     layers: Natural = 4
     """Transformer blocks."""
     heads: Natural = 4
@@ -135,9 +135,9 @@ class ModelConfig(Section):
     window_pattern: NonEmpty = "L"
     """Attention of the layers, repeated: L sees the whole context, S a sliding window. The last layer is always L."""
     window: Natural = 0
-    """Tokens that an S layer sees, itself included. 0: a quarter of the context."""
+    """Tokens that an S layer sees, including the current one. 0: a quarter of the context."""
     document_mask: bool = False
-    """Let a token see only its own document in the packed row (from its BOS token on)."""
+    """Let a token see only its own document in the packed row, from its BOS token on."""
     bias: bool = False
     """Biases on the projections and the MLP (and on layernorm)."""
     qkv_bias: bool = False
@@ -145,7 +145,7 @@ class ModelConfig(Section):
     value_embeddings: bool = False
     """Add a learned vector of the token itself to the values, gated, in every other layer (ResFormer)."""
     residual_scalars: bool = False
-    """Learned scalars in each layer: one scales the stream, one the embedding that is added to it again."""
+    """Learned scalars in each layer: one scales the stream, one the embedding that is added to it."""
     smear: bool = False
     """Mix the previous token's embedding into each token's, by a learned gate."""
     backout: bool = False
@@ -210,7 +210,7 @@ class OptimConfig(Section):
     momentum_from: BelowOne = 0.85
     """Muon's momentum at the start of its warmup."""
     momentum_final: BelowOne = 0.0
-    """Muon's momentum at the end of a linear schedule's decay. 0: it stays."""
+    """Muon's momentum at the end of a linear schedule's decay. 0: unchanged."""
     decay_to_zero: bool = False
     """Lower Muon's weight decay to 0 along a half cosine over the run."""
     newton_schulz: Literal["classic", "polar_express"] = "classic"
@@ -270,11 +270,11 @@ class TrainConfig(Section):
     horizon_parameters: Literal["all", "matrices"] = "all"
     """Parameters that the horizon counts: all, or the matrices of the blocks and the head (nanochat since 2026)."""
     batch_tokens: Natural = 2048
-    """Tokens in the global batch of one step, over all machines and micro-batches. 0: by the dial, a power of two that
-    grows with the horizon; the rates follow its square root."""
+    """Tokens in the global batch of one step, over all machines and micro-batches. 0: set by the dial, a power of two
+    that grows with the horizon; the rates scale with its square root."""
     micro_batch: Natural = 0
-    """Rows in one forward and backward pass on one device; it changes speed and memory, not what is learned. 0: the
-    whole batch, or the most that fits in memory."""
+    """Rows in one forward and backward pass on one device; affects speed and memory, not what is learned. 0: the whole
+    batch, or the most that fits in memory."""
     grad_clip: NonNegative = 1.0
     """Largest global gradient norm. 0: no clipping."""
     grad_clip_from: Natural = 0
@@ -292,8 +292,8 @@ class TrainConfig(Section):
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 1337
     """Determines the initial weights, the data order, dropout and samples."""
     init_from: Annotated[str, tyro.conf.arg(aliases=["--init-from"])] = ""
-    """Start from the weights (not the optimizer) of a run directory, or of a Hugging Face checkpoint, hf:FOLDER, whose
-    architecture and tokenizer are taken over. Empty: random weights."""
+    """Start from the weights (not the optimizer) of a run directory or of a Hugging Face checkpoint, hf:FOLDER, with
+    its architecture and tokenizer. Empty: random weights."""
 
 
 @dataclass(frozen=True)
@@ -303,7 +303,7 @@ class EvalConfig(Section):
     every: Natural = 100
     """Steps between validations; always at the end. 0: only at the end."""
     tokens: Natural = 0
-    """Validation tokens each time. 0: all that are held out. The last validation always takes all."""
+    """Tokens per validation. 0: all held-out tokens. The last validation always uses all."""
     core_every: Natural = 0
     """Steps between measurements of CORE (docs/evaluation.md), and at the end. 0: never."""
     core_bundle: str = ""
@@ -325,9 +325,9 @@ class CheckpointConfig(Section):
     keep_every: Natural = 0
     """Never remove checkpoints of steps that are multiples of this. 0: no such steps."""
     keep_best: bool = False
-    """Also save whenever the validation loss is the lowest so far, and keep the checkpoint of the lowest."""
+    """Also save whenever the validation loss is the lowest so far, and keep that checkpoint."""
     on_error: Literal["continue", "stop"] = "continue"
-    """When a checkpoint cannot be written, as on a full disk: train on to the next one, or stop. The last one stays."""
+    """When a checkpoint cannot be written, as on a full disk: continue to the next one, or stop; the last is kept."""
 
 
 @dataclass(frozen=True)
@@ -335,7 +335,7 @@ class GuardConfig(Section):
     """Protection against bad steps, spikes and hangs (docs/reliability.md)."""
 
     max_skips: Count = 10
-    """Steps in a row whose gradients may be skipped, as not finite or as spikes, before training stops."""
+    """Most steps in a row that may be skipped, as not finite or as spikes, before training stops."""
     spike_sigma: NonNegative = 0.0
     """Treat a step as a spike if its loss or gradient norm is this many standard deviations above the mean of the
     window. 0: never."""
@@ -345,11 +345,11 @@ class GuardConfig(Section):
     """What to do with a spike. skip: that step changes nothing; roll_back: go back to the last checkpoint and skip the
     batches since then."""
     grace_seconds: NonNegative = 20.0
-    """Time to save after a signal to stop; then the process exits, and the last checkpoint stands."""
+    """Time to save after a signal to stop; then the process exits with the last checkpoint."""
     hang_factor: Annotated[float, Meta(ge=1)] = 20.0
-    """Report where every thread is after no progress for this many times a usual step, and hang_seconds."""
+    """Report the stack of every thread after no progress for this many times a usual step, and for hang_seconds."""
     hang_seconds: NonNegative = 300.0
-    """The shortest time without progress that counts as a hang. 0: do not watch."""
+    """Shortest time without progress that counts as a hang. 0: off."""
 
 
 @dataclass(frozen=True)
@@ -357,7 +357,7 @@ class ParallelConfig(Section):
     """How several processes share the work (docs/cluster.md); it does not change what is learned."""
 
     kind: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
-    """ddp: every process holds the whole model; fsdp: each holds a part of it; hsdp: each machine holds it in parts.
+    """ddp: every process holds the whole model; fsdp: it is sharded over all processes; hsdp: within each machine.
     auto: ddp if the model and its optimizer fit, else fsdp."""
     reshard: bool = True
     """Under fsdp and hsdp, free a block's gathered weights after its forward pass and gather them again for the
@@ -377,7 +377,7 @@ class LogConfig(Section):
     project: NonEmpty = "pretrain"
     """Project in Weights & Biases and trackio."""
     name: str = ""
-    """Name of the run there. Empty: that of the run directory."""
+    """Name of the run there. Empty: the name of the run directory."""
 
 
 @dataclass(frozen=True)
@@ -389,9 +389,9 @@ class SampleConfig(Section):
     max_tokens: Natural = 64
     """Tokens to sample. 0: no samples."""
     temperature: NonNegative = 0.8
-    """Randomness: 0 always takes the likeliest token."""
+    """Randomness: 0 always takes the most likely token."""
     top_k: Natural = 50
-    """Sample among the k likeliest tokens. 0: among all."""
+    """Sample among the k most likely tokens. 0: among all."""
 
 
 @dataclass(frozen=True)

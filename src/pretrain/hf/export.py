@@ -31,7 +31,7 @@ from pretrain.tokens.shards import MANIFEST, PLAN
 CONFIGURATION, MODELING = "configuration_pretrain", "modeling_pretrain"
 
 CODE = ("hf.configuration_pretrain", "hf.modeling_pretrain", "model.transformer", "model.cache", "model.loss")
-"""The modules that an export of our own architecture takes along, beside each other in its folder."""
+"""The modules that an export of our own architecture contains, in one folder."""
 
 LAST_STEPS = 50
 """Steps over which the training loss of a model card is a mean."""

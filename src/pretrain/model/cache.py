@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 class KVCache:
-    """Keys, values and what else a model remembers of its rows of tokens, each with room for ``limit`` tokens.
+    """Keys, values and other per-token state of a model's rows, each row with space for ``limit`` tokens.
 
-    The token at position p of a row lies in slot p, so rows of different lengths stand side by side without padding:
+    The token at position p of a row is in slot p, so rows of different lengths need no padding:
     ``lengths[b]`` says how many slots of row b count. Slots beyond are zeros or leftovers, and are masked.
     """
 
@@ -26,7 +26,7 @@ class KVCache:
         return max(self.lengths, default=0)
 
     def advance(self, B: int, T: int, device: torch.device) -> Tensor:
-        """Make room for T more tokens in each of B rows; give their positions: (T,), or (B, T) if rows differ."""
+        """Reserve slots for T more tokens in each of B rows. Gives their positions: (T,), or (B, T) if rows differ."""
         before = self.lengths or [0] * B
         assert len(before) == B, f"{B} rows of tokens for a cache of {len(before)}"
         self.lengths = [length + T for length in before]

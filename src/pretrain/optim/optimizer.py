@@ -1,4 +1,4 @@
-"""What training asks of an optimizer, beside ``step``."""
+"""What training needs of an optimizer besides ``step``."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Checkpoint:
 
     @property
     def state(self) -> dict[str, Any]:
-        """The plain values saved beside the tensors."""
+        """The plain values saved with the tensors."""
         return json.loads(read_bounded(self.folder / STATE, STATE_BYTES))
 
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -230,7 +230,7 @@ def checkpoints(folder: Path) -> list[Checkpoint]:
 
 
 def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that proves whole; those passed over are named through ``say``."""
+    """The newest intact checkpoint; damaged ones that are skipped are named through ``say``."""
     for checkpoint in reversed(checkpoints(folder)):
         problem = checkpoint.broken()
         if not problem:

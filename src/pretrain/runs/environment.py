@@ -37,7 +37,7 @@ def write_environment(folder: Path, device: torch.device, **facts: Any) -> None:
     """
     starts = [*read_environment(folder), environment(device) | facts]
     starts = starts if len(starts) <= STARTS else [starts[0], *starts[1 - STARTS :]]
-    with suppress(OSError):  # a full disk is reported by what matters more
+    with suppress(OSError):  # a full disk is reported where it matters more
         write_atomically(folder / ENVIRONMENT, json.dumps(starts, indent=1) + "\n")
 
 

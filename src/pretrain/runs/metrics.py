@@ -22,7 +22,7 @@ def fetch(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 class Smoothed:
     """An exponential mean of losses, debiased (Adam, arXiv 1412.6980, section 3); losses that are not finite are
-    passed over. The one smoothing of the terminal and the report.
+    skipped. The terminal and the report both use it.
     """
 
     def __init__(self) -> None:

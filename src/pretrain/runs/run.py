@@ -148,7 +148,7 @@ class Run:
 
     @property
     def events(self) -> Path:
-        """events.jsonl: what happened beside the steps, such as skipped ones."""
+        """events.jsonl: skipped steps, full disks, hangs and other events."""
         return self.folder / "events.jsonl"
 
     def reopen(self) -> None:

@@ -324,7 +324,7 @@ class _Downloader:
 
 @dataclass(frozen=True)
 class _FileInfo:
-    """What the server said about a file; noted beside the partial file, so that only the same file is resumed."""
+    """What the server says about a file, stored with the partial file so that only the same file is resumed."""
 
     url: str
     validator: str  # a strong ETag, or Last-Modified; empty: it cannot be resumed

@@ -82,7 +82,7 @@ def _walk(folder: Path) -> list[str]:
 def _choose(files: list[str], given: str) -> list[str]:
     """Keep the files of a folder or pattern that are read, sorted. Other files beside them are not an error.
 
-    A plain .json file counts only where the pattern asks for it: beside texts it mostly holds something else.
+    A plain .json file counts only if the pattern asks for it: in a folder of texts it is usually something else.
     """
     json_asked = given.lower().endswith(".json")
     chosen = [file for file in files if format_of(file) and (json_asked or not file.lower().endswith(".json"))]

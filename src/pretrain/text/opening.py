@@ -241,7 +241,7 @@ class _RemoteFile(io.RawIOBase):
 
 
 def backoff(tries: int) -> float:
-    """Seconds to wait after so many tries: 1, 2, 4, 8, less up to half by chance, so that not all come back at once."""
+    """Seconds to wait after a number of tries: 1, 2, 4, 8, times a random factor of 0.5 to 1, to spread the retries."""
     return 2 ** (tries - 1) * random.uniform(0.5, 1)
 
 

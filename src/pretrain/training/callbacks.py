@@ -24,7 +24,7 @@ class Callback:
         """Before the first step of a new or resumed run."""
 
     def on_phase(self, step: int, phase: str, seconds: float | None = None) -> None:
-        """Something moves: ``step`` steps are done and ``phase`` begins, or goes on; the step took ``seconds``."""
+        """A sign of progress: ``step`` steps are done and ``phase`` begins or continues; the step took ``seconds``."""
 
     def on_step(self, record: dict[str, Any]) -> None:
         """After a step, with its line of metrics.jsonl; on a GPU some steps later, when the numbers are fetched."""
@@ -33,7 +33,7 @@ class Callback:
         """After a validation, with the step's line and the text that was sampled, if any."""
 
     def on_event(self, event: dict[str, Any]) -> None:
-        """Something happened beside the steps: ``event`` has ``step``, ``event`` (its kind) and ``text``."""
+        """An event such as a skipped step: ``event`` has ``step``, ``event`` (its kind) and ``text``."""
 
     def on_save(self, step: int) -> None:
         """Before a checkpoint is written; an OSError raised here counts as one of writing the checkpoint."""

@@ -17,7 +17,7 @@ NOT_FINITE, SPIKE = 1, 2
 
 
 class Guard:
-    """Judges each step by its loss and gradient norm, beside those of the last good ones.
+    """Judges each step by its loss and gradient norm, compared with those of the last good steps.
 
     Args:
         config: ``spike_sigma`` and ``spike_window`` say what a spike is.

@@ -55,7 +55,7 @@ class Heartbeat(Callback):
         self._steps: deque[float] = deque(maxlen=50)  # seconds of the last steps
         self._end = threading.Event()
         self.longest_silence = math.inf
-        """Silence of so many seconds counts as a hang in any case, but while saving, which may take its time."""
+        """Silence of this many seconds counts as a hang in any phase but saving, which may take longer."""
         self._threads = [threading.Thread(target=self._watch, name="heartbeat", daemon=True)]
         if publish is not None:
             self._threads.append(threading.Thread(target=self._publish, name="published heartbeat", daemon=True))

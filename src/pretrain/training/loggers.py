@@ -35,7 +35,7 @@ STATE = "loggers.json"
 LONGEST_QUEUE = 1000
 """Messages that may wait for a slow logger; beyond, they are left out."""
 STATE_SECONDS = 1.0
-"""How often the last step logged is noted; after a crash so many seconds may be logged again."""
+"""Interval at which the last logged step is stored; after a crash the steps since then may be logged again."""
 CLOSE_SECONDS, INTERRUPTED_SECONDS = 60.0, 3.0
 """How long the end of a run waits for loggers to send what they have, and after a signal."""
 
@@ -59,8 +59,8 @@ class Backend(Protocol):
 class TensorBoard:
     """Event files in ``RUN/tensorboard``, as ``tensorboard --logdir RUN`` shows them.
 
-    What was logged after ``done`` steps, by a process that was stopped, is marked to be passed over. Steps that come
-    again later, after a spike was rolled back, likewise replace the earlier ones.
+    Steps after ``done`` that a stopped process logged are marked as purged. Steps repeated after a rollback likewise
+    replace the earlier ones.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], done: int):

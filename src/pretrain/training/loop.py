@@ -302,7 +302,7 @@ class Trainer:
             getattr(callback, hook)(*arguments)
 
     def event(self, kind: str, text: str, **facts: Any) -> None:
-        """Report what happened beside the steps."""
+        """Report an event, such as a skipped step."""
         self.notify("on_event", {"step": self.step, "event": kind, "text": text, **facts})
 
     def phase(self, name: str, seconds: float | None = None) -> None:

@@ -76,8 +76,8 @@ def build_model(
 def fill_model(model: GPT, world: World, fill: Callable[[GPT], None]) -> None:
     """Give the model of :func:`build_model` the values that ``fill`` puts into a whole one.
 
-    Under FSDP rank 0 fills a whole model, on the CPU if the device has no room for it beside its own part, and hands
-    the parts out, one parameter at a time. Otherwise every process fills its own, to the same values.
+    Under FSDP rank 0 fills a whole model, on the CPU if it does not fit on the device beside rank 0's own part, and
+    sends out the parts, one parameter at a time. Otherwise every process fills its own, to the same values.
     """
     if not isinstance(model, FSDPModule):
         fill(model)

@@ -98,7 +98,7 @@ def open_run(config: Config, folder: Path, console: Console) -> Run:
             changed = differences(run.config, config)
         before, after = run.config.train.steps, config.train.steps
         if run.summary and after > before and len(changed) == 1 and changed[0].startswith("train.steps "):
-            console.say(f"longer    {before:,} steps are done; going on to {after:,}, on the schedule of so many")
+            console.say(f"longer    {before:,} steps are done; continuing to {after:,}, with the longer schedule")
             run.reopen()
         elif changed:
             raise UsageError(

@@ -29,7 +29,7 @@ from pretrain.errors import Interrupted, PeerError, PretrainError, UsageError
 T = TypeVar("T")
 
 STRAGGLER_SECONDS = 5.0
-"""A process without a heartbeat for so many seconds counts as gone; heartbeats come each second."""
+"""A process without a heartbeat for this many seconds counts as gone; heartbeats come every second."""
 
 
 @dataclass(frozen=True)
