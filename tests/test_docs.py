@@ -14,6 +14,7 @@ import functools
 import gzip
 import io
 import os
+import pkgutil
 import re
 import shlex
 import shutil
@@ -339,6 +340,14 @@ def test_the_same_commands_in_every_language():
         assert shown <= bare, page.name
 
 
+def test_the_names_of_the_api_page_exist():
+    names = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs/api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(names) > 30
+    for name in names:
+        pkgutil.resolve_name(name)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not find_spec("mkdocs") or not find_spec("mkdocstrings"), reason="needs pretrain[docs]")
 def test_the_site_is_built_without_a_warning(tmp_path: Path):
     site = tmp_path / "site"

@@ -17,8 +17,6 @@ from pretrain.cli.launch import count_processes
 from pretrain.errors import UsageError
 from pretrain.io import read_jsonl
 
-pytestmark = pytest.mark.slow
-
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_ADDR2LINE": "1"}
 
 
@@ -46,6 +44,7 @@ def long_run(text: Path, out: Path) -> subprocess.Popen:
     return process
 
 
+@pytest.mark.slow
 def test_processes_train_and_one_speaks(text_file: Path, tmp_path: Path):
     process = start("--data", str(text_file), "--out", str(tmp_path / "run"), *options(), "--nproc", "2")
     output, errors = process.communicate(timeout=120)
@@ -56,6 +55,7 @@ def test_processes_train_and_one_speaks(text_file: Path, tmp_path: Path):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 12
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_line(tmp_path: Path):
     missing = tmp_path / "missing.txt"
     process = start("--data", str(missing), "--out", str(tmp_path / "run"), "--nproc", "2")
@@ -65,6 +65,7 @@ def test_a_mistake_is_one_line(tmp_path: Path):
     assert errors.count("\n") == 1, errors
 
 
+@pytest.mark.slow
 def test_a_wrong_option_under_torchrun_is_said_once(tmp_path: Path):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "pretrain")
     process = start("--out", str(tmp_path / "run"), "--model.layrs", "3", program=torchrun)
@@ -73,6 +74,7 @@ def test_a_wrong_option_under_torchrun_is_said_once(tmp_path: Path):
     assert errors.count("no option --model.layrs; did you mean '--model.layers'?") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
 def test_stopped_it_saves_and_says_how_to_go_on(text_file: Path, tmp_path: Path, name: str):
     out = tmp_path / "run"
@@ -86,6 +88,7 @@ def test_stopped_it_saves_and_says_how_to_go_on(text_file: Path, tmp_path: Path,
     assert (out / "checkpoints" / f"step-{done:08d}" / "COMMIT").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_named(text_file: Path, tmp_path: Path):
     out = tmp_path / "run"
     process = long_run(text_file, out)

@@ -193,7 +193,7 @@ def _facts(run: Run, checkpoint: Checkpoint) -> list[str]:
 
 
 def _data(run: Run) -> str:
-    """What the model learned from: a table with a line for each data set, as far as its files tell."""
+    """What the model learned from: a table with a line for each dataset, as far as its files say."""
     data = run.config.data
     names = ", ".join(without_secrets(path) for path in data.paths) or embedded_name()
     try:
@@ -218,7 +218,7 @@ def _data(run: Run) -> str:
 
 
 def _sizes(dataset: Dataset, split: str) -> list[str]:
-    """Tokens, documents and bytes of text; the last two are empty for files that do not tell."""
+    """Tokens, documents and bytes of text; the last two are empty for files that do not say."""
     tokens = f"{dataset.tokens(split):,}"
     if not dataset.tokenizer:
         return [tokens, "", ""]
@@ -228,7 +228,7 @@ def _sizes(dataset: Dataset, split: str) -> list[str]:
 
 
 def _made_from(folder: Path) -> str:
-    """The text of which 'pretrain data prepare' made a folder; empty if it does not tell."""
+    """The text of which 'pretrain data prepare' made a folder; empty if it does not say."""
     if not (folder / MANIFEST).is_file():
         return ""
     try:

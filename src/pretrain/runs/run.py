@@ -31,7 +31,7 @@ from pretrain.tokens import Corpus, is_tokens, open_corpus
 
 LOCK = "lock"
 CORE_FILE = "core.jsonl"
-"""What ``pretrain eval --core`` measured, a line each."""
+"""Results of ``pretrain eval --core``, one per line."""
 
 
 @contextmanager
@@ -104,7 +104,7 @@ class Run:
     def check_new(folder: Path) -> None:
         """A UsageError unless a run can be made in ``folder``: absent or empty, and writable."""
         Run.check_writable(folder)
-        # What a run that was stopped while preparing leaves behind is made anew.
+        # What a run that was stopped while preparing left behind is overwritten.
         if folder.exists() and {path.name for path in folder.iterdir()} - {"data", "data.tmp", "tokenizer.json", LOCK}:
             raise UsageError(f"{folder} has files but is not a run; choose another folder with --out")
 

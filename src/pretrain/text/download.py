@@ -68,7 +68,7 @@ class Download:
     limit: int = 0  # refuse a file of more bytes than this; 0: any size
     state: Literal["waiting", "running", "fetched", "kept", "failed"] = "waiting"  # kept: it was already complete
     done: int = 0  # bytes on the disk
-    total: int = 0  # bytes of the whole file; an estimate until the server tells, 0: unknown
+    total: int = 0  # bytes of the whole file; an estimate until the server gives it; 0: unknown
     tries: int = 0
     problem: str = ""  # why it failed
 

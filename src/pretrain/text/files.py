@@ -19,7 +19,7 @@ class SourceFile:
     """A file to be read."""
 
     name: str  # its path as the user gave it, or URL
-    size: int | None  # bytes; None: its server does not tell
+    size: int | None  # bytes; None: unknown
     named: bool  # whether the user named this very file, rather than a folder or pattern in which it was found
 
 

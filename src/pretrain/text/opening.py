@@ -3,7 +3,7 @@
     path or URL ──open_raw──> its bytes as they are ──open_bytes──> the bytes of the text
     URL ──expand_url──> (URL, size), ...
 
-``format_of`` tells by the name what is inside. fsspec and the package of each protocol read https://, hf://, s3://,
+``format_of`` gives the format by the name. fsspec and the package of each protocol read https://, hf://, s3://,
 gs:// and others; for runs of days, a range that does not arrive complete is requested again. Errors become one line for
 the user (``one_line``, ``_one_line_remote``).
 """
@@ -151,7 +151,7 @@ def unreadable(file: str, error: OSError) -> DataError:
 
 
 def expand_url(url: str) -> list[tuple[str, int | None]]:
-    """List the files that a URL stands for, sorted, each with its size in bytes where the server tells it.
+    """List the files that a URL stands for, sorted, each with its size in bytes if the server gives it.
 
     A file stands for itself, a folder for all files in it at any depth (hidden ones left out), a pattern for what it
     matches. Over http a URL is one file. Raises DataError if it is not there or not to be reached, or a package is
@@ -176,7 +176,7 @@ class _RemoteFile(io.RawIOBase):
     """A remote file, unbuffered: each read is one request for exactly these bytes, tried up to TRIES times.
 
     A server that knows no byte ranges is read as one stream, forwards only, and tried once. ``size`` is None if the
-    server does not tell. Raises DataError if it is not there, cannot be reached, or the bytes do not come.
+    server does not give one. Raises DataError if it is not there, cannot be reached, or the bytes do not come.
     """
 
     def __init__(self, url: str) -> None:
