@@ -323,6 +323,17 @@ def test_links_lead_somewhere():
     assert not broken
 
 
+def test_the_tests_and_files_named_exist():
+    tests = "\n".join(file.read_text(encoding="utf-8") for file in ROOT.glob("tests/**/*.py"))
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        missing = [name for name in re.findall(r"`(test_\w+)…?`", text) if f"def {name}" not in tests]
+        for folder, cells in re.findall(r"^\| `(\w+)/` (.*)$", text, re.MULTILINE):
+            names = re.findall(r"`([\w/]+\.(?:py|toml))`", cells)
+            missing += [name for name in names if not (ROOT / "src/pretrain" / folder / name).exists()]
+        assert not missing, page.name
+
+
 def test_languages_link_to_each_other():
     readmes = [page for page in PAGES if page.name.startswith("README")]
     assert len(readmes) == 4

@@ -84,7 +84,7 @@ def test_stopped_it_saves_and_says_how_to_go_on(text_file: Path, tmp_path: Path,
     done = len(read_jsonl(out / "metrics.jsonl"))
     assert process.returncode == 130, errors
     command = f"pretrain train --out {out} --nproc 2"
-    assert said(errors) == [f"pretrain: stopped after step {done} of 50000, all saved; go on with: {command}"]
+    assert said(errors) == [f"pretrain: stopped after step {done} of 50000, all saved; resume with: {command}"]
     assert (out / "checkpoints" / f"step-{done:08d}" / "COMMIT").exists()
 
 
@@ -98,7 +98,7 @@ def test_a_killed_process_is_named(text_file: Path, tmp_path: Path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert f"pretrain: process {ranks[b'1']} (local rank 1) was killed by SIGKILL, often the system's" in errors
-    assert errors.endswith(f"go on with: pretrain train --out {out} --nproc 2\n")
+    assert errors.endswith(f"resume with: pretrain train --out {out} --nproc 2\n")
 
 
 @pytest.fixture

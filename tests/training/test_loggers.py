@@ -183,7 +183,7 @@ def test_a_logger_that_fails_is_named_once_and_the_others_go_on(tmp_path: Path, 
     handle = Loggers(tmp_path, config_of("wandb", "trackio"), 0, said)
     steps_of(handle, (record(step) for step in range(1, 6)))
     handle.close()
-    assert said == ["the logger wandb failed (no route to https://host/); training goes on without it"]
+    assert said == ["the logger wandb failed (no route to https://host/); training continues without it"]
     assert [step for step, _ in wandb.logged] == [1]
     assert other == [1, 2, 3, 4, 5, -1]
 
@@ -194,7 +194,7 @@ def test_a_logger_that_cannot_begin(tmp_path: Path, wandb: FakeWandb, monkeypatc
     handle = Loggers(tmp_path, config_of("wandb"), 0, said)
     steps_of(handle, [record(1)])
     handle.close()
-    assert said == ["the logger wandb failed (3); training goes on without it"]
+    assert said == ["the logger wandb failed (3); training continues without it"]
 
 
 def test_a_logger_that_hangs_holds_nothing_up(tmp_path: Path, wandb: FakeWandb, monkeypatch):
@@ -216,7 +216,7 @@ def test_missing_and_unwanted_loggers(monkeypatch, tmp_path: Path):
     monkeypatch.setattr(loggers, "installed", lambda name: False)
     said = Said()
     assert chosen(("auto", "wandb"), said) == ()
-    assert said == ["log.backends names wandb, which is missing: pip install 'pretrain[wandb]'; going on without it"]
+    assert said == ["log.backends names wandb, which is missing: pip install 'pretrain[wandb]'; continuing without it"]
     monkeypatch.setattr(loggers, "installed", lambda name: True)
     assert chosen(("auto", "tensorboard", "wandb"), said) == ("tensorboard", "wandb")
     assert chosen(("none",), said) == chosen((), said) == ()

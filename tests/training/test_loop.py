@@ -246,7 +246,7 @@ def test_without_a_compiler_training_goes_on(tiny: Config, tmp_path: Path, monke
     monkeypatch.setattr(console, "say", said.append)
     run = train(change(tiny, train__compile="on"), tmp_path / "run", console)
     assert run.summary is not None
-    assert "torch.compile does not work here (no C++ compiler found); going on without it" in said
+    assert "torch.compile does not work here (no C++ compiler found); continuing without it" in said
 
 
 def test_clipping_begins_where_it_should(tiny: Config, tmp_path: Path):

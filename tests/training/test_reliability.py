@@ -360,7 +360,7 @@ def test_a_full_disk_at_one_save_is_told_and_the_next_one_works(tiny: Config, tm
     assert [c.step for c in checkpoints(run.checkpoints)] == [4, 12]
     (line,) = [line for line in said if "failed" in line]
     assert "No space left on device" in line
-    assert "the last checkpoint is of step 4; training goes on" in line
+    assert "the last checkpoint is of step 4; training continues" in line
 
     count[0] = 0
     with pytest.raises(
@@ -393,7 +393,7 @@ def test_a_really_full_disk(tiny: Config, tmp_path: Path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("mounting is not permitted here")
     try:
-        with pytest.raises(CheckpointError, match=r"No space left on device.*make room, then go on with"):
+        with pytest.raises(CheckpointError, match=r"No space left on device.*make room, then resume with"):
             train(change(tiny, checkpoint__keep_last=0, checkpoint__every=1, checkpoint__on_error="stop"), disk / "run")
         run = Run.open(disk / "run")
         kept = checkpoints(run.checkpoints)

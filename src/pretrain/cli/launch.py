@@ -107,7 +107,7 @@ def launch(arguments: list[str], count: int, grace_seconds: float, command: str)
         often = ", often the system's when memory runs out" if name == "SIGKILL" else ""
         raise PretrainError(
             f"process {failure.pid} (local rank {failure.local_rank}) was killed by {name}{often}; the others were"
-            f" stopped; go on with: {command}"
+            f" stopped; resume with: {command}"
         ) from None
     except SignalException:
         raise PeerError(Interrupted.exit_code) from None

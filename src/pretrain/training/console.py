@@ -33,7 +33,7 @@ class Console(Callback):
 
     Args:
         quiet: show nothing.
-        command: the command that goes on with this run, for messages.
+        command: the command that resumes this run, for messages.
     """
 
     def __init__(self, quiet: bool = False, command: list[str] | None = None):

@@ -227,7 +227,7 @@ class Loggers(Callback):
         except BaseException as error:  # whatever it raises, SystemExit too; training has nothing to do with it
             self._backends.pop(kind, None)
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self.say(f"the logger {kind} failed ({without_secrets(first)}); training goes on without it")
+            self.say(f"the logger {kind} failed ({without_secrets(first)}); training continues without it")
 
     def _open(self, kind: str) -> None:
         """Make a logger, with the names that it had before."""
@@ -269,7 +269,7 @@ def chosen(backends: tuple[str, ...], say: Callable[[str], None]) -> tuple[str, 
         elif installed(kind):
             there.append(kind)
         else:
-            say(f"log.backends names {kind}, which is missing: pip install 'pretrain[{kind}]'; going on without it")
+            say(f"log.backends names {kind}, which is missing: pip install 'pretrain[{kind}]'; continuing without it")
     return tuple(there)
 
 

@@ -1,7 +1,7 @@
 """The loop around the step: measure, log, save; stop, roll back, fail.
 
 Everything a step needs is a function of its number (data order, schedules) or part of the checkpoint, so a run that is
-stopped after any step goes on exactly as if it had not been.
+stopped after any step resumes exactly as if it had not been.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Trainer:
     callbacks: Sequence[Callback]
     say: Callable[[str], None]
     command: str
-    """The command that goes on with this run."""
+    """The command that resumes this run."""
     clock_start: float
     """``time.monotonic()`` when the first step would have begun, had the run never been stopped."""
     val_losses: dict[int, float]
@@ -251,8 +251,8 @@ class Trainer:
         last = f"the last checkpoint is of step {self.saved}" if self.saved else "there is no checkpoint yet"
         what = f"saving to {self.run.folder} failed ({error.strerror or error}); {last}"
         if must or self.config.checkpoint.on_error == "stop":
-            raise CheckpointError(f"{what}; make room, then go on with: {self.command}") from None
-        self.event("save_failed", f"{what}; training goes on to the next save")
+            raise CheckpointError(f"{what}; make room, then resume with: {self.command}") from None
+        self.event("save_failed", f"{what}; training continues to the next save")
 
     # Being stopped ---------------------------------------------------------------------------------------------------
 
@@ -272,7 +272,7 @@ class Trainer:
         if not self.world.is_rank0:
             return PeerError(Interrupted.exit_code)
         where = f"after step {self.step} of {self.config.train.steps}"
-        return Interrupted(f"stopped {where}, all saved; go on with: {self.command}")
+        return Interrupted(f"stopped {where}, all saved; resume with: {self.command}")
 
     def connection_lost(self, error: Exception) -> PretrainError:
         """What to leave with when other processes did not answer: their names, from one process only."""
@@ -306,7 +306,7 @@ class Trainer:
         self.notify("on_event", {"step": self.step, "event": kind, "text": text, **facts})
 
     def phase(self, name: str, seconds: float | None = None) -> None:
-        """A phase begins, or goes on."""
+        """A phase begins or continues."""
         for callback in self.callbacks:
             callback.on_phase(self.step, name, seconds)
 
@@ -359,7 +359,7 @@ def newest_checkpoint(run: Run, world: World, say: Callable[[str], None]) -> Che
     def choose() -> Checkpoint | None:
         checkpoint = newest(run.checkpoints, say)
         if checkpoint is None and checkpoints(run.checkpoints):
-            raise CheckpointError(f"every checkpoint in {run.checkpoints} is damaged; start anew with another --out")
+            raise CheckpointError(f"every checkpoint in {run.checkpoints} is damaged; start again with another --out")
         return checkpoint
 
     return world.run_on_rank0(choose)

@@ -202,7 +202,7 @@ def wants_compiler(train: TrainConfig, device: torch.device, say: Callable[[str]
     if train.compile == "off" or (train.compile == "auto" and device.type != "cuda"):
         return False
     if problem := compiler_problem(device):
-        say(f"torch.compile does not work here ({problem}); going on without it")
+        say(f"torch.compile does not work here ({problem}); continuing without it")
     return not problem
 
 

@@ -75,7 +75,7 @@ def set_up(
     progress = Progress.of(checkpoint)
     if checkpoint and progress.data != corpus.fingerprint:
         place = ", ".join(dataset.name for dataset in corpus.datasets)
-        raise DataError(f"{place} is not what this run was trained on; restore it, or start anew with --out")
+        raise DataError(f"{place} is not what this run was trained on; restore it, or start again with --out")
     wanted = progress.precision or config.train.precision
     precision = Precision(world.broadcast(choose_precision(wanted, device).name), device)
     world.check_same_on_all_ranks(

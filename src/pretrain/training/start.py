@@ -36,14 +36,14 @@ def train(
     resume_from: int = 0,
     callbacks: Sequence[Callback] = (),
 ) -> Run:
-    """Train as ``config`` says into the run directory ``out``, or go on with the run that is there, to its end.
+    """Train as ``config`` says into the run directory ``out``, or resume the run in it, to its end.
 
     Args:
         config: from :func:`pretrain.load_config`.
         out: the run directory; made if it does not exist.
         console: where progress is shown; nowhere by default.
         started: ``time.monotonic()`` when the whole job began, from which its seconds are counted.
-        resume_from: go back to the checkpoint of this step first; 0: go on from the newest.
+        resume_from: go back to the checkpoint of this step first; 0: resume from the newest.
         callbacks: code of your own, see :class:`pretrain.Callback`.
 
     Raises:
@@ -74,7 +74,7 @@ def train(
                     if resume_from:
                         go_back(run, resume_from, console.say)
                 except KeyboardInterrupt:
-                    raise Interrupted(f"stopped before the first step; go on with: {console.command}") from None
+                    raise Interrupted(f"stopped before the first step; resume with: {console.command}") from None
                 return run
 
             run = world.run_on_rank0(open_and_lock)
@@ -123,7 +123,7 @@ def open_run(config: Config, folder: Path, console: Console) -> Run:
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """The configuration with ``data.paths`` as they are from any folder, since the run may go on from another."""
+    """The configuration with ``data.paths`` as they are from any folder, since the run may be resumed from another."""
 
     def absolute(paths: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(path if "://" in path else os.path.abspath(os.path.expanduser(path)) for path in paths)

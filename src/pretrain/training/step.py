@@ -92,7 +92,7 @@ def train_step_with_oom_retry(
         except torch.OutOfMemoryError:
             if world.size > 1:
                 raise DeviceMemoryError(
-                    f"rank {world.rank} is out of memory with {progress.micro_rows} rows at once; go on with"
+                    f"rank {world.rank} is out of memory with {progress.micro_rows} rows at once; resume with"
                     f" --train.micro_batch {max(1, progress.micro_rows // 2)}, or --train.activation_checkpointing"
                 ) from None
             if progress.micro_rows == 1:
