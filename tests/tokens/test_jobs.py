@@ -1,6 +1,5 @@
 """Preparing in many jobs: the same bytes from any number of processes, and whatever kills them."""
 
-import dataclasses
 import importlib
 import json
 import os
@@ -8,7 +7,6 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -18,16 +16,15 @@ import numpy as np
 import pytest
 
 from pretrain.config import DataConfig, TokenizerConfig
-from pretrain.errors import DataError, Interrupted, PretrainError, UsageError
+from pretrain.errors import DataError, Interrupted, UsageError
 from pretrain.text import Document, Piece, find_pieces, formats, read_documents
 from pretrain.text.split import TRAIN, VAL, Tail, side_by_hash
 from pretrain.tokenizer import Tokenizer, build_tokenizer
 from pretrain.tokens import Manifest, jobs, prepared_dataset
-from pretrain.tokens.jobs import Job, Work, plan_jobs, read_commits, tokenize_job
+from pretrain.tokens.jobs import Job, plan_jobs, read_commits, tokenize_job
 from pretrain.tokens.prepare import prepare_text
 from pretrain.tokens.progress import Progress
 from pretrain.tokens.verify import verify
-from pretrain.tokens.workers import run_in_processes
 
 prepare_module = importlib.import_module("pretrain.tokens.prepare")  # the name is that of a function, too
 
@@ -152,7 +149,7 @@ def parts_of(texts: list[list[str]]) -> list[Document]:
     return [Document(part, "x", number > 0) for parts in texts for number, part in enumerate(parts)]
 
 
-def test_a_document_over_several_jobs_is_on_one_side(tmp_path: Path):
+def test_a_document_over_several_jobs_is_on_one_side():
     """Only a plain text is longer than a piece: its pieces are parts of one document."""
     pieces = [Piece("big", 10, begin=i, end=i + 1) for i in range(4)] + [Piece("small", 10)]
     held_out = next(f"text {i}" for i in range(100) if side_by_hash(f"text {i}", 0.5) == VAL)
@@ -163,10 +160,9 @@ def test_a_document_over_several_jobs_is_on_one_side(tmp_path: Path):
         def read(piece: Piece, field: str, problems: Counter[str], texts=texts) -> Iterator[Document]:
             yield Document(texts[piece.file, piece.begin], piece.file, continues=piece.begin > 0)
 
-        planned = plan_jobs(pieces, "hash", shard_tokens=5)
+        planned = plan_jobs(pieces, "hash", shard_tokens=5, val_fraction=0.5)
         assert [len(job.pieces) for job in planned] == [2, 2, 1]
-        work = Work(str(tmp_path), "text", 0.5, 5)
-        parts = [part for job in planned for part in jobs.job_parts(work, job, Counter(), read)]
+        parts = [part for job in planned for part in job.parts(Counter(), read)]
         assert "".join(part.text for part in parts if part.split == side_by_hash(first, 0.5)) == first + " and so on"
         assert [part.begins for part in parts] == [True, False, False, False, True]
 
@@ -204,7 +200,7 @@ def test_a_job_goes_on_from_its_last_commit(tmp_path: Path):
     texts = [f"document number {number}" for number in range(100)]
     tokenizer = build_tokenizer("byte", 0, [])
     piece = Piece("x", 2000)
-    work = Work(str(tmp_path), "text", 0.0, 300, Tail(10**9, 0))
+    job = Job(0, (piece,), "tail", tail=Tail(10**9, 0))
     given: list[int] = []
 
     def reader(stop: int):
@@ -234,9 +230,8 @@ def test_a_job_goes_on_from_its_last_commit(tmp_path: Path):
         (folder / jobs.WORK).mkdir(parents=True)
         counting = OneByOne(tokenizer.hf.to_str())
         for stop in stops:
-            job, arguments = Job(0, (piece,), "tail"), (dataclasses.replace(work, folder=str(folder)),)
             try:
-                whole.append(tokenize_job(*arguments, job, counting, 1, lambda *_: None, reader(stop)))
+                whole.append(tokenize_job(folder, job, 300, counting, 1, lambda *_: None, reader(stop)))
             except KeyboardInterrupt:
                 commits = read_commits(folder, 0)
                 assert not any(folder.glob("*.tmp"))
@@ -321,6 +316,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(library: Path, shards
     assert with_shards >= 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_asked_to_stop_it_says_how_to_go_on(number: signal.Signals, library: Path, shards: Path, tmp_path: Path):
     out = tmp_path / "an out"
@@ -342,6 +338,7 @@ def children(pid: int) -> list[int]:
     return [int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc to find the workers")
 def test_workers_end_with_a_parent_that_is_killed(library: Path, tmp_path: Path):
     process = start(library, tmp_path / "out")
@@ -354,50 +351,6 @@ def test_workers_end_with_a_parent_that_is_killed(library: Path, tmp_path: Path)
     for worker in workers:
         while Path(f"/proc/{worker}/stat").is_file() and Path(f"/proc/{worker}/stat").read_text().split()[2] != "Z":
             time.sleep(0.01)
-
-
-def die_once(file: str, report) -> str:
-    """A task whose first process is killed by the system."""
-    report(1, 2)
-    if not Path(file).exists():
-        Path(file).touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    print("what a library may print")
-    return "alive"
-
-
-def die(file: str, report) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def fail(kind: str, report) -> None:
-    if kind == "ours":
-        raise DataError("a.txt: this is wrong; mend it")
-    if kind == "disk":
-        raise OSError(28, "No space left on device", "/x")
-    raise ZeroDivisionError("a defect")
-
-
-def test_a_worker_that_dies_is_replaced_once(tmp_path: Path):
-    told = []
-    files = [(str(tmp_path / name),) for name in "abc"]
-    assert run_in_processes(die_once, files, lambda *more: told.append(more), 2) == ["alive"] * 3
-    assert sorted(told) == [(task, 1, 2) for task in (0, 0, 1, 1, 2, 2)]
-    with pytest.raises(PretrainError, match=r"ended by SIGKILL .*memory.*fewer --workers"):
-        run_in_processes(die, files, lambda *_: None, 2)
-    assert not any(thread.name.endswith("(_drive)") for thread in threading.enumerate())
-
-
-def test_what_goes_wrong_in_a_worker_is_raised_here():
-    for kind, expected in (("ours", DataError), ("disk", OSError), ("defect", RuntimeError)):
-        with pytest.raises(expected) as caught:
-            run_in_processes(fail, [(kind,)], lambda *_: None, 1)
-        if kind == "ours":
-            assert str(caught.value) == "a.txt: this is wrong; mend it"
-        elif kind == "disk":
-            assert caught.value.args[0] == 28
-        else:
-            assert "ZeroDivisionError: a defect" in str(caught.value)
 
 
 @pytest.fixture
@@ -431,18 +384,24 @@ def test_a_full_disk_is_one_line_and_what_is_committed_stays(library: Path, shar
 # What is in the folder already ---------------------------------------------------------------------------------------
 
 
-class Stop(Progress):
-    """Stops the work, as a signal would, when so many bytes are tokenized."""
+class StopOnceCommitted(Progress):
+    """Stops the work, as a signal would."""
 
-    def add(self, task: int, size: int, tokens: int) -> None:
-        if tokens:
+    def __init__(self, out: Path):
+        super().__init__()
+        self.out = out
+
+    def add(self, size: int, tokens: int = 0) -> None:
+        if any((self.out / jobs.WORK).glob("0*.json")):
             raise KeyboardInterrupt
 
 
 def begun(library: Path, out: Path, **changes) -> Path:
     """A folder in which something is committed."""
     with pytest.raises(Interrupted, match="give the same command again"):
-        prepare_text(data_of(library, **changes), BYTE, out, shard_tokens=2000, workers=2, progress=Stop())
+        prepare_text(
+            data_of(library, **changes), BYTE, out, shard_tokens=2000, workers=2, progress=StopOnceCommitted(out)
+        )
     assert any((out / jobs.WORK).glob("0*.json"))
     return out
 
@@ -488,7 +447,7 @@ def test_with_nothing_committed_another_plan_begins_anew(library: Path, tmp_path
     out = tmp_path / "out"
 
     class StopCounting(Progress):
-        def add(self, task: int, size: int, tokens: int) -> None:
+        def add(self, size: int, tokens: int = 0) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(Interrupted):
@@ -587,7 +546,7 @@ def test_memory_is_bounded(tmp_path: Path):
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "Path(sys.argv[2], WORK).mkdir(parents=True)\n"
         "job = Job(0, tuple(find_pieces([sys.argv[1]])), 'train')\n"
-        "tokenize_job(Work(sys.argv[2], 'text', 0.0, 10**9), job, tokenizer, 1, lambda *_: None)\n"
+        "tokenize_job(Path(sys.argv[2]), job, 10**9, tokenizer, 1, lambda *_: None)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, 'torch' in sys.modules)\n"
     )
     arguments = [sys.executable, "-c", code, str(file), str(tmp_path / "out")]
@@ -607,8 +566,8 @@ def test_the_tokenizer_learns_from_all_of_a_long_text_evenly(library: Path, tmp_
     monkeypatch.setattr(prepare_module, "build_tokenizer", build)
     monkeypatch.setattr(prepare_module, "LEARN_BYTES", 30_000)
     pieces = find_pieces([str(library)], "body")
-    planned = plan_jobs(pieces, TRAIN, shard_tokens=2000)
-    prepare_module.learn_bpe(Work(str(tmp_path), "body", 0.0, 2000), planned, 300, "gpt2", lambda *_: None)
+    planned = plan_jobs(pieces, TRAIN, shard_tokens=2000, field="body")
+    prepare_module.learn_bpe(tmp_path, planned, 300, "gpt2", lambda *_: None)
     texts = texts_of(library)
     assert len(set(seen)) == len(seen)
     places = [texts.index(text) for text in seen]

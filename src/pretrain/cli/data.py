@@ -53,10 +53,10 @@ class PrepareArguments:
     def __post_init__(self):
         if not self.out:
             raise ValueError("--out is missing: the folder to write the token shards into")
-        for name in ("workers", "shard_tokens"):
-            least = 1 if name == "shard_tokens" else 0
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name.replace('_', '-')} must be {least} or more, not {getattr(self, name)}")
+        if self.workers < 0:
+            raise ValueError(f"--workers must be 0 or more, not {self.workers}")
+        if self.shard_tokens < 1:
+            raise ValueError(f"--shard-tokens must be 1 or more, not {self.shard_tokens}")
 
 
 def prepare(args: list[str]) -> int:
@@ -77,27 +77,21 @@ def prepare(args: list[str]) -> int:
             separator=a.separator,
             split=a.split,
             val_fraction=a.val_fraction,
-            val_paths=tuple(a.val),
+            val_paths=a.val,
         )
         tokenizer = TokenizerConfig(a.tokenizer, a.vocab_size, a.pattern)
     except ValueError as error:
         raise UsageError(str(error)) from None
     console = Console(highlight=False, soft_wrap=True)
     progress = Progress(lambda line: console.print(line, markup=False), console)
+    out = Path(a.out)
     try:
-        made = prepare_text(
-            data,
-            tokenizer,
-            Path(a.out),
-            workers=a.workers,
-            shard_tokens=a.shard_tokens,
-            engine=a.engine,
-            progress=progress,
-        )
+        manifest = prepare_text(
+            data, tokenizer, out, workers=a.workers, shard_tokens=a.shard_tokens, engine=a.engine, progress=progress
+        ).manifest
     except Interrupted:
         again = shlex.join(["pretrain", "data", "prepare", *args])
         raise Interrupted(f"stopped; what is done so far stays in {a.out}. To go on: {again}") from None
-    manifest = made.manifest
     for split, name in (("train", "training"), ("val", "held out")):
         if manifest.documents(split):
             progress.say(f"{name:<9} {manifest.tokens(split):,} tokens in {manifest.documents(split):,} documents")
@@ -135,7 +129,7 @@ def verify(args: list[str]) -> int:
     if a.tokenizer in ("bpe", "char"):
         raise UsageError(f"--tokenizer {a.tokenizer} is made of a text; give the path of its tokenizer.json")
     tokenizer = build_tokenizer(a.tokenizer, 0, []) if a.tokenizer else None
-    faults = verify(Path(a.folder), tokenizer, Progress(live=Console()))
+    faults = verify(Path(a.folder), tokenizer, Progress(console=Console()))
     for fault in faults:
         print(f"pretrain: {fault}", file=sys.stderr)
     if faults:
@@ -160,9 +154,10 @@ class InspectArguments:
     """Fixes which these are."""
 
     def __post_init__(self):
-        for name in ("samples", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} must be 0 or more, not {getattr(self, name)}")
+        if self.samples < 0:
+            raise ValueError(f"--samples must be 0 or more, not {self.samples}")
+        if self.seed < 0:
+            raise ValueError(f"--seed must be 0 or more, not {self.seed}")
 
 
 def inspect(args: list[str]) -> int:

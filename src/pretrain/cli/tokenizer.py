@@ -128,7 +128,7 @@ class _TrainingText:
                 self.cut = True
                 break
             size = len(document.text.encode())
-            self._progress.add(0, size, 0)
+            self._progress.add(size)
             self.bytes += size
             self.documents += not document.continues
             if number % every == 0:

@@ -1,6 +1,6 @@
-"""Look into token shards: what there is, how long the documents are, and some of the text.
+"""Look into token shards: counts, how long the documents are, and some of the text.
 
-corpus  →  counts; of up to SCANNED tokens of a split: document lengths, frequent tokens; some documents decoded
+corpus  →  of up to SCANNED tokens of a split: document lengths, frequent tokens; some documents decoded
 """
 
 from __future__ import annotations
@@ -30,56 +30,54 @@ def inspect_split(corpus: Corpus, split: str, samples: int, seed: int) -> Iterat
     stream, tokenizer = corpus.stream(split), corpus.tokenizer
     if not len(stream):
         return
-    boundaries, counts = scan(stream, tokenizer)
+    bos_places, counts = scan(stream, tokenizer)
     seen = min(len(stream), SCANNED)
     title = "training" if split == "train" else "validation"
     yield ""
     yield f"{title}: {len(stream):,} tokens" + (f", the first {seen:,} of which are looked at" * (seen < len(stream)))
     if tokenizer.bos_id is not None:
-        lengths = document_lengths(boundaries, seen, whole=seen == len(stream))
+        lengths = document_lengths(bos_places, seen, whole=seen == len(stream))
         if len(lengths):
             yield from histogram(lengths)
     most = np.argsort(-counts, kind="stable")[:FREQUENT]
-    shown = [f"{_quoted(tokenizer, int(id))} {counts[id] / seen:.1%}" for id in most if counts[id]]
+    texts = {id: json.dumps(tokenizer.decode([id], show_special=True), ensure_ascii=False) for id in most.tolist()}
+    shown = [f"{text} {counts[id] / seen:.1%}" for id, text in texts.items() if counts[id]]
     yield "  frequent tokens   " + "   ".join(shown)
     draw = np.random.default_rng(seed)
     for number in range(samples):
         start = 0 if number == 0 else next_document(stream, int(draw.integers(len(stream))), tokenizer.bos_id)
-        yield f"  at token {start:<12,} {sample(stream, start, tokenizer)}"
+        yield f"  at token {start:<12,} {_sample(stream, start, tokenizer)}"
 
 
 def scan(stream: TokenStream, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Places of the boundary tokens among the first SCANNED tokens, and how often each id is there."""
+    """Places of the BOS tokens among the first SCANNED tokens, and how often each id is there."""
     found, counts = [np.empty(0, dtype=np.int64)], np.zeros(tokenizer.vocab_size, dtype=np.int64)
-    for first in range(0, min(len(stream), SCANNED), CHUNK):
-        size = min(CHUNK, min(len(stream), SCANNED) - first)
-        tokens = stream.windows(np.array([first]), size)[0]
+    end = min(len(stream), SCANNED)
+    for first in range(0, end, CHUNK):
+        tokens = stream.windows(np.array([first]), min(CHUNK, end - first))[0]
         counts += np.bincount(tokens, minlength=tokenizer.vocab_size)[: tokenizer.vocab_size]
         if tokenizer.bos_id is not None:
             found.append(np.flatnonzero(tokens == tokenizer.bos_id) + first)
     return np.concatenate(found), counts
 
 
-def document_lengths(boundaries: np.ndarray, seen: int, whole: bool) -> np.ndarray:
-    """Tokens of each document, boundary tokens not counted; it may stand before a document (ours) or after it.
+def document_lengths(bos_places: np.ndarray, seen: int, whole: bool) -> np.ndarray:
+    """Tokens of each document without BOS, which may stand before a document (ours) or after it.
 
-    Args:
-        boundaries: places of boundary tokens.
-        seen: tokens looked at.
-        whole: whether these are all: else the last document is cut off and does not count.
+    ``seen`` tokens were looked at; where these are not ``whole``, the last document is cut off and does not count.
     """
-    if not len(boundaries):
+    if not len(bos_places):
         return np.array([seen] if whole else [], dtype=np.int64)
-    inner = np.diff(boundaries) - 1
-    before, after = int(boundaries[0]), seen - int(boundaries[-1]) - 1
+    before, after = int(bos_places[0]), seen - int(bos_places[-1]) - 1
+    inner = np.diff(bos_places) - 1
     return np.concatenate(([before] if before else [], inner, [after] if whole and after else [])).astype(np.int64)
 
 
 def histogram(lengths: np.ndarray) -> Iterator[str]:
     """Lines that show how many documents are how long, in powers of two."""
-    middle, long = np.quantile(lengths, [0.5, 0.9])
+    median, long = np.quantile(lengths, [0.5, 0.9])
     yield (
-        f"  {len(lengths):,} documents of {lengths.mean():,.0f} tokens on average; half have {middle:,.0f} or fewer, "
+        f"  {len(lengths):,} documents of {lengths.mean():,.0f} tokens on average; half have {median:,.0f} or fewer, "
         f"one in ten more than {long:,.0f}, the longest {lengths.max():,}"
     )
     powers = np.ceil(np.log2(np.maximum(lengths, 1) + 1)).astype(int)  # 2 ** (p - 1) <= length < 2 ** p
@@ -89,16 +87,14 @@ def histogram(lengths: np.ndarray) -> Iterator[str]:
         yield f"  {2 ** (power - 1) if power > 1 else 0:>12,} to {2**power - 1:<12,} {bar:<{BAR}} {counts[power]:,}"
 
 
-def next_document(stream: TokenStream, place: int, boundary: int | None) -> int:
-    """The place of the first boundary token from ``place`` on, near enough; else the place itself."""
-    if boundary is None:
-        return place
+def next_document(stream: TokenStream, place: int, bos_id: int | None) -> int:
+    """The place of the first BOS token from ``place`` on, near enough; else the place itself."""
     tokens = stream.windows(np.array([place]), min(CHUNK, len(stream) - place))[0]
-    found = np.flatnonzero(tokens == boundary)
+    found = np.flatnonzero(tokens == (-1 if bos_id is None else bos_id))
     return place + int(found[0]) if len(found) else place
 
 
-def sample(stream: TokenStream, start: int, tokenizer: Tokenizer) -> str:
+def _sample(stream: TokenStream, start: int, tokenizer: Tokenizer) -> str:
     """The beginning of a document as text on one line, up to its end or SAMPLE_TOKENS."""
     tokens = stream.windows(np.array([start]), min(SAMPLE_TOKENS, len(stream) - start))[0].tolist()
     if tokens[0] == tokenizer.bos_id:
@@ -108,7 +104,3 @@ def sample(stream: TokenStream, start: int, tokenizer: Tokenizer) -> str:
         tokens = tokens[: tokens.index(tokenizer.bos_id)]
     text = tokenizer.decode([id for id in tokens if id < tokenizer.vocab_size])
     return f"“{' '.join(text.split())}{'' if ended else '…'}”"
-
-
-def _quoted(tokenizer: Tokenizer, id: int) -> str:
-    return json.dumps(tokenizer.decode([id], show_special=True), ensure_ascii=False)

@@ -5,8 +5,7 @@
 
 Which jobs there are and what each writes depends on the text and the plan alone: never on the number of processes, on
 their order, or on what was interrupted. A job is done again from its last commit: the text before that is read, not
-tokenized. Whatever a job writes, it writes beside its place and renames; a commit record follows when its shards are
-safe on the disk.
+tokenized. A commit record is written when its shards are safe on the disk.
 """
 
 from __future__ import annotations
@@ -25,10 +24,9 @@ from pretrain.text.pieces import Piece, read_piece
 from pretrain.text.split import TRAIN, Part, Survey, Tail, all_to, side_by_hash, split_hash, split_tail, survey
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokens.shards import Shard, ShardWriter, utf8_bytes
+from pretrain.tokens.workers import Report
 
 Read = Callable[[Piece, str, Counter[str]], Iterator[Document]]
-Report = Callable[[int, int], None]
-"""Told how many more bytes of text and tokens are done."""
 
 WORK = "unfinished"
 """The folder of commit records, inside that of the shards; it goes when the manifest is there."""
@@ -38,35 +36,41 @@ JOBS = 32
 """Jobs that the text is cut into, if each is then at least of JOB_BYTES and at most of a shard."""
 BYTES_PER_TOKEN = 4
 """About, to make a job's text fill one shard."""
-REPORTED_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
 class Job:
-    """Consecutive pieces of the text, and what is known of the text before them."""
+    """Consecutive pieces of the text, how they are split, and what is known of the text before them."""
 
     number: int
     pieces: tuple[Piece, ...]
     split: str  # train, val, tail or hash: one side for all of it, or how each document's is found
+    field: str = "text"  # that holds the text, in JSON lines and Parquet
+    val_fraction: float = 0.0  # (split hash)
     before: Piece | None = None  # the first piece of the file that the job's first piece is a later part of
-    position: int = 0  # characters before the job (split tail)
-    opened: int = 0  # where the document began that the job may go on with (split tail)
+    tail: Tail | None = None  # where validation begins (split tail, as the two that follow)
+    position: int = 0  # characters before the job
+    opened: int = 0  # where the document began that the job may go on with
 
     @property
     def size(self) -> int:
         """About how many bytes of text it has."""
         return sum(piece.size for piece in self.pieces)
 
-
-@dataclass(frozen=True)
-class Work:
-    """What all jobs of a plan have in common."""
-
-    folder: str
-    field: str
-    val_fraction: float
-    shard_tokens: int
-    tail: Tail | None = None
+    def parts(self, problems: Counter[str], read: Read = read_piece) -> Iterator[Part]:
+        """Its documents, each on its side of the split."""
+        return read_parts(
+            self.pieces,
+            self.field,
+            self.split,
+            problems,
+            val_fraction=self.val_fraction,
+            before=self.before,
+            tail=self.tail,
+            position=self.position,
+            opened=self.opened,
+            read=read,
+        )
 
 
 @dataclass(frozen=True)
@@ -79,26 +83,35 @@ class Commit:
     problems: dict[str, int]  # of the whole job; in its last commit only
 
 
-def plan_jobs(pieces: Sequence[Piece], split: str, shard_tokens: int, first: int = 0) -> list[Job]:
+def plan_jobs(
+    pieces: Sequence[Piece],
+    split: str,
+    shard_tokens: int,
+    *,
+    first: int = 0,
+    field: str = "text",
+    val_fraction: float = 0.0,
+) -> list[Job]:
     """Put consecutive pieces together to jobs, numbered from ``first``."""
     total = sum(piece.size for piece in pieces)
-    size = min(max(total // JOBS, JOB_BYTES), shard_tokens * BYTES_PER_TOKEN)
-    jobs: list[Job] = []
-    held: list[Piece] = []
-    held_size = 0
-    start_of_file = pieces[0]  # the first piece of the current file
-    before = None  # the same of the first piece held, unless that is it
+    most = min(max(total // JOBS, JOB_BYTES), shard_tokens * BYTES_PER_TOKEN)
+    groups: list[list[Piece]] = []
+    size = 0
+    first_of_file: dict[str, Piece] = {}
     for piece in pieces:
-        if held and held_size + piece.size > size:
-            jobs.append(Job(first + len(jobs), tuple(held), split, before))
-            held, held_size = [], 0
-        if piece.file != start_of_file.file:
-            start_of_file = piece
-        if not held:
-            before = None if piece is start_of_file else start_of_file
-        held.append(piece)
-        held_size += piece.size
-    return [*jobs, Job(first + len(jobs), tuple(held), split, before)]
+        first_of_file.setdefault(piece.file, piece)
+        if not groups or size + piece.size > most:
+            groups.append([])
+            size = 0
+        groups[-1].append(piece)
+        size += piece.size
+    jobs = []
+    for number, group in enumerate(groups, first):
+        before = first_of_file[group[0].file]
+        jobs.append(
+            Job(number, tuple(group), split, field, val_fraction, before=None if before == group[0] else before)
+        )
+    return jobs
 
 
 def read_parts(
@@ -132,22 +145,6 @@ def read_parts(
         yield from all_to(split, documents)
 
 
-def job_parts(work: Work, job: Job, problems: Counter[str], read: Read = read_piece) -> Iterator[Part]:
-    """The documents of a job, each on its side of the split."""
-    return read_parts(
-        job.pieces,
-        work.field,
-        job.split,
-        problems,
-        val_fraction=work.val_fraction,
-        before=job.before,
-        tail=work.tail,
-        position=job.position,
-        opened=job.opened,
-        read=read,
-    )
-
-
 def training_texts(
     sources: Iterable[tuple[Iterable[Part], float]], report: Report = lambda _size, _tokens: None
 ) -> Iterator[str]:
@@ -157,61 +154,57 @@ def training_texts(
         for part in parts:
             if part.split == TRAIN:
                 yield part.text
-            taken += utf8_bytes(part.text)
+            size = utf8_bytes(part.text)
+            report(size, 0)
+            taken += size
             if taken >= limit:
                 break
-        report(taken, 0)
 
 
-def survey_job(work: Work, job: Job, alphabet: bool, report: Report, read: Read = read_piece) -> Survey:
+def survey_job(folder: Path, job: Job, alphabet: bool, report: Report, read: Read = read_piece) -> Survey:
     """Count what a job's text holds, and keep it for :func:`read_survey`."""
-    counted = _Counted(report)
 
     def documents() -> Iterator[Document]:
         for piece in job.pieces:
-            for document in read(piece, work.field, Counter()):
-                counted.add(utf8_bytes(document.text), 0)
+            for document in read(piece, job.field, Counter()):
+                report(utf8_bytes(document.text), 0)
                 yield document
 
     found = survey(documents(), alphabet)
-    counted.flush()
-    write_atomically(_survey_file(work, job), json.dumps(asdict(found)))
+    write_atomically(_survey_file(folder, job), json.dumps(asdict(found)))
     return found
 
 
-def read_survey(work: Work, job: Job) -> Survey | None:
+def read_survey(folder: Path, job: Job) -> Survey | None:
     """What was counted of a job before; None if it was not."""
-    file = _survey_file(work, job)
+    file = _survey_file(folder, job)
     return Survey(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 
-def _survey_file(work: Work, job: Job) -> Path:
-    return Path(work.folder, WORK, f"survey-{job.number:05d}.json")
+def _survey_file(folder: Path, job: Job) -> Path:
+    return folder / WORK / f"survey-{job.number:05d}.json"
 
 
 def tokenize_job(
-    work: Work, job: Job, tokenizer: str | Tokenizer, threads: int, report: Report, read: Read = read_piece
+    folder: Path,
+    job: Job,
+    shard_tokens: int,
+    tokenizer: Path | Tokenizer,
+    threads: int,
+    report: Report,
+    read: Read = read_piece,
 ) -> list[Commit]:
     """Write the shards of a job that are not written yet; gives all its commits.
 
-    A shard is closed after the first document with which its tokens are ``work.shard_tokens`` or more; a document too
-    large to be held at once may go on in the next shard. Training and validation shards are closed together.
-
-    Args:
-        work: the plan's settings.
-        job: what to do.
-        tokenizer: one, or the path of its tokenizer.json.
-        threads: that it may use; 0: one for each core.
-        report: is told of progress.
-        read: reads a piece.
+    A shard is closed after the first document with which its tokens are ``shard_tokens`` or more; a document too large
+    to be held at once may go on in the next shard. Training and validation shards are closed together. ``threads`` 0 is
+    one for each core.
     """
-    folder = Path(work.folder)
     commits = read_commits(folder, job.number)
     if commits and commits[-1].last:
         return commits
-    if isinstance(tokenizer, str):
-        tokenizer = _load_tokenizer(tokenizer, Path(tokenizer).stat().st_mtime_ns)
-    counted = _Counted(report)
+    if isinstance(tokenizer, Path):
+        tokenizer = _load_tokenizer(tokenizer, tokenizer.stat().st_mtime_ns)
     problems: Counter[str] = Counter()
     done = commits[-1].parts if commits else 0
     writers: dict[str, ShardWriter] = {}
@@ -224,21 +217,20 @@ def tokenize_job(
 
     try:
         tokens = 0
-        parts = ((part, part.text) for part in islice(job_parts(work, job, problems, read), done, None))
+        parts = ((part, part.text) for part in islice(job.parts(problems, read), done, None))
         for part, ids in tokenizer.encode_documents(parts, threads, expected=job.size):
             size = utf8_bytes(part.text)
             if part.split not in writers:
                 file = f"{part.split}-{job.number:05d}-{len(commits):03d}.bin"
                 writers[part.split] = ShardWriter(folder, file, part.split, tokenizer)
             added = writers[part.split].write(ids, size, part.begins)
-            counted.add(size, added)
+            report(size, added)
             tokens += added
             done += 1
-            if tokens >= work.shard_tokens:
+            if tokens >= shard_tokens:
                 commit(last=False)
                 tokens = 0
         commit(last=True)
-        counted.flush()
     except BaseException:
         for writer in writers.values():
             writer.discard()
@@ -247,9 +239,9 @@ def tokenize_job(
 
 
 @lru_cache(maxsize=1)
-def _load_tokenizer(path: str, _time: int) -> Tokenizer:
+def _load_tokenizer(file: Path, _time: int) -> Tokenizer:
     """The tokenizer of all jobs of a process: loading a large vocabulary takes as long as a small job."""
-    return Tokenizer.load(path)
+    return Tokenizer.load(file)
 
 
 def read_commits(folder: Path, job: int) -> list[Commit]:
@@ -266,20 +258,3 @@ def read_commits(folder: Path, job: int) -> list[Commit]:
 
 def _record(folder: Path, job: int, number: int) -> Path:
     return folder / WORK / f"{job:05d}-{number:03d}.json"
-
-
-class _Counted:
-    """Report now and then what was added."""
-
-    def __init__(self, report: Report):
-        self.report, self.bytes, self.tokens = report, 0, 0
-
-    def add(self, size: int, tokens: int) -> None:
-        self.bytes += size
-        self.tokens += tokens
-        if self.bytes >= REPORTED_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        self.report(self.bytes, self.tokens)
-        self.bytes = self.tokens = 0

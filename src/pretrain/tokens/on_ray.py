@@ -13,21 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import PretrainError, UsageError
-from pretrain.tokens.workers import Function, Told
+from pretrain.tokens.workers import Function, Report
 
 RETRIES = 3
 """How often Ray may start a task again."""
 
 
-def run_on_ray(function: Function, arguments: Sequence[tuple], told: Told, shared: Path, workers: int) -> list[Any]:
+def run_on_ray(function: Function, arguments: Sequence[tuple], report: Report, shared: Path, workers: int) -> list[Any]:
     """The results of calls of ``function`` with each of ``arguments``, from tasks of one core each on a Ray cluster.
 
-    Args:
-        function: as for ``run_in_processes``.
-        arguments: of each call.
-        told: is told what a task did when it is done.
-        shared: a file that every machine must see.
-        workers: cores to use where no cluster is found and one is started here.
+    ``report`` is told of a task when it is done. Every machine must see the file ``shared``. Where no cluster is found,
+    one with ``workers`` cores is started here.
     """
     try:
         import ray  # type: ignore[import-not-found]
@@ -52,12 +48,11 @@ def run_on_ray(function: Function, arguments: Sequence[tuple], told: Told, share
             while len(running) < most and (task := next(todo, None)) is not None:
                 running[remote.remote(function, task[1], os.getcwd(), str(shared.absolute()))] = task[0]
             for ready in ray.wait(list(running))[0]:
-                kind, value, size, tokens = ray.get(ready)
-                if kind == "error":
-                    raise value
-                task_number = running.pop(ready)
-                told(task_number, size, tokens)
-                results[task_number] = value
+                outcome, size, tokens = ray.get(ready)
+                if isinstance(outcome, Exception):
+                    raise outcome
+                report(size, tokens)
+                results[running.pop(ready)] = outcome
         return [results[task] for task in range(len(arguments))]
     except RayError as error:
         reason = str(error).strip().splitlines()[0]
@@ -69,22 +64,19 @@ def run_on_ray(function: Function, arguments: Sequence[tuple], told: Told, share
             ray.shutdown()
 
 
-def _perform(function: Function, arguments: tuple, folder: str, shared: str) -> tuple[str, Any, int, int]:
-    """What a task does. Errors are its result, as Ray would wrap them into its own."""
-    size = tokens = 0
-
-    def report(more_size: int, more_tokens: int) -> None:
-        nonlocal size, tokens
-        size, tokens = size + more_size, tokens + more_tokens
-
+def _perform(function: Function, arguments: tuple, folder: str, shared: str) -> tuple[Any, int, int]:
+    """Do a task: its result or what it raised, which Ray would wrap into an error of its own; the bytes and tokens."""
+    reports: list[tuple[int, int]] = [(0, 0)]
     try:
         if not Path(shared).is_file():
-            node = socket.gethostname()
             raise UsageError(
-                f"{shared} is not on the machine {node}: with --engine ray, --out must be on shared storage"
+                f"{shared} is not on the machine {socket.gethostname()}: with --engine ray, --out must be on shared "
+                f"storage"
             )
         if Path(folder).is_dir():
             os.chdir(folder)  # paths may be relative to where the command was given
-        return "done", function(*arguments, report), size, tokens
+        outcome = function(*arguments, lambda *more: reports.append(more))
     except (PretrainError, OSError) as error:
-        return "error", error, size, tokens
+        outcome = error
+    size, tokens = map(sum, zip(*reports, strict=True))
+    return outcome, size, tokens

@@ -1,4 +1,4 @@
-"""Read every byte of a folder of token shards again and hold it against the manifest.
+"""Read every byte of a folder of token shards again and compare it with the manifest.
 
 manifest.json, tokenizer.json  →  each shard: there, size, ids, SHA-256  →  faults, a line each
 """
@@ -23,23 +23,16 @@ CHUNK = 8 * 2**20
 def verify(folder: Path, tokenizer: Tokenizer | None = None, progress: Progress | None = None) -> list[str]:
     """What is wrong with a folder that 'pretrain data prepare' made; nothing if all is as it was written.
 
-    Args:
-        folder: the folder.
-        tokenizer: one that the shards should have been made with; the folder's own is checked in any case.
-        progress: where to show it.
-
-    Raises DataError if there is no manifest that can be read.
+    ``tokenizer`` is one that the shards should have been made with; the folder's own is checked in any case. Raises
+    DataError if there is no manifest that can be read.
     """
     progress = progress or Progress()
     manifest = Manifest.load(folder)
     faults = _tokenizer_faults(folder, manifest, tokenizer)
     listed = {shard.file for shard in manifest.shards}
-    extra = sorted(file.name for file in folder.glob("*.bin") if file.name not in listed)
-    faults += [f"{folder / name} is not in {MANIFEST}" for name in extra]
-    with (
-        progress.stage("verifying", sum(shard.tokens for shard in manifest.shards) * np.dtype(manifest.dtype).itemsize),
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-    ):
+    faults += [f"{file} is not in {MANIFEST}" for file in sorted(folder.glob("*.bin")) if file.name not in listed]
+    total = sum(shard.tokens for shard in manifest.shards) * np.dtype(manifest.dtype).itemsize
+    with progress.stage("verifying", total), ThreadPoolExecutor(os.cpu_count()) as pool:
         for found in pool.map(lambda shard: _shard_faults(folder, manifest, shard, progress), manifest.shards):
             faults += found
     return faults
@@ -55,31 +48,25 @@ def _tokenizer_faults(folder: Path, manifest: Manifest, tokenizer: Tokenizer | N
         return [*faults, str(error)]
     if own.fingerprint != manifest.tokenizer:
         faults.append(f"{folder / MANIFEST} was made with another tokenizer than {folder / 'tokenizer.json'}")
-    elif (own.vocab_size, own.dtype.name, own.bos_id) != (
-        manifest.vocab_size,
-        manifest.dtype,
-        manifest.boundary,
-    ):
-        faults.append(f"{folder / MANIFEST} has another vocabulary size, dtype or boundary token than its tokenizer")
+    elif (own.vocab_size, own.dtype.name, own.bos_id) != (manifest.vocab_size, manifest.dtype, manifest.boundary):
+        faults.append(f"{folder / MANIFEST} has another vocabulary size, dtype or BOS token than its tokenizer")
     return faults
 
 
 def _shard_faults(folder: Path, manifest: Manifest, shard: Shard, progress: Progress) -> list[str]:
-    """What is wrong with one shard, told in the order in which it would be noticed."""
     file, dtype = folder / shard.file, np.dtype(manifest.dtype).newbyteorder("<")
-    wanted = shard.tokens * dtype.itemsize
+    expected = shard.tokens * dtype.itemsize
+    digest, largest = hashlib.sha256(), -1
     try:
         if not file.is_file():
             return [f"{file} is missing"]
-        size = file.stat().st_size
-        if size != wanted:
-            return [f"{file} has {size:,} bytes, not {wanted:,}"]
-        digest, largest = hashlib.sha256(), -1
+        if (size := file.stat().st_size) != expected:
+            return [f"{file} has {size:,} bytes, not {expected:,}"]
         with open(file, "rb") as data:
             while chunk := data.read(CHUNK):
                 digest.update(chunk)
                 largest = max(largest, int(np.frombuffer(chunk, dtype).max()))
-                progress.add(0, len(chunk), 0)
+                progress.add(len(chunk))
     except OSError as error:
         return [f"{file} cannot be read ({error.strerror})"]
     faults = []

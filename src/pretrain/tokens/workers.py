@@ -1,161 +1,111 @@
-"""Run tasks here, or in worker processes of this machine.
+"""Run tasks in worker processes of this machine: a process pool whose workers never outlive their parent.
 
-    run_in_processes ── a thread for each ──> python process: serve() ──> function(*arguments, report)
-
-A worker is a plain Python process that imports what its tasks need and nothing of the program that started it; tasks,
-progress and results go through its standard input and output. It ends when its standard input does, so that no worker
-outlives a parent that is killed. A worker that dies is replaced and its task tried once more.
+A worker is a new Python process that imports what its tasks need and nothing of the program that started it. A pool in
+which a worker dies is started once more for the tasks that are left.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import pickle
 import queue
 import signal
-import subprocess
 import sys
 import threading
-import traceback
-from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import wait
+from types import ModuleType
 from typing import Any
 
 from pretrain.errors import PretrainError
 
 Function = Callable[..., Any]
-"""A function at the top of a module; its last argument is a function to tell of progress: (bytes, tokens) more."""
-Told = Callable[[int, int, int], None]
-"""Is told of progress: the number of the task, and how many more of its bytes and tokens are done."""
+"""A function at the top of a module; its last argument is a Report."""
+Report = Callable[[int, int], None]
+"""Is told how many more bytes of text and tokens are done."""
 
 TRIES = 2
+POLL_SECONDS = 0.2  # between looks at the progress; on Windows a wait without end could not be interrupted
 
-KEEP_FREED = {f"MALLOC_{name}_THRESHOLD_": str(2**26) for name in ("MMAP", "TRIM")}
-"""For glibc: texts and tokens come and go by the megabyte, and to fetch their memory anew costs a tenth of the time."""
-
-
-def run_here(function: Function, arguments: Sequence[tuple], told: Told) -> list[Any]:
-    """The results of calls of ``function`` with each of ``arguments``, one after another in this process."""
-    return [
-        function(*each, lambda size, tokens, task=task: told(task, size, tokens)) for task, each in enumerate(arguments)
-    ]
+ENVIRONMENT = {
+    "PYTHONSAFEPATH": "1",  # a random.py in the working directory is not the standard library's
+    # For glibc: texts and tokens come and go by the megabyte; to fetch their memory anew costs a tenth of the time.
+    **{f"MALLOC_{name}_THRESHOLD_": str(2**26) for name in ("MMAP", "TRIM")},
+}
 
 
-def run_in_processes(function: Function, arguments: Sequence[tuple], told: Told, workers: int) -> list[Any]:
-    """The same results, from up to ``workers`` processes side by side.
+def run_in_processes(function: Function, arguments: Sequence[tuple], report: Report, workers: int) -> list[Any]:
+    """The results of calls of ``function`` with each of ``arguments``, from up to ``workers`` processes side by side.
 
-    Raises what a task raises, a PretrainError if a task's process dies twice. However it ends, no worker is left.
+    Raises what a task raises, and a PretrainError if workers die twice and no task is done in between. However it ends,
+    no worker is left.
     """
-    pool = _Pool(function, arguments, min(workers, len(arguments)))
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
     results: dict[int, Any] = {}
-    try:
-        while len(results) < len(arguments):
-            try:
-                task, kind, value = pool.events.get(timeout=1)  # on Windows a wait without end cannot be interrupted
-            except queue.Empty:
-                continue
-            if kind == "progress":
-                told(task, *value)
-            elif kind == "done":
-                results[task] = value
-            else:
-                raise value
-    finally:
-        pool.stop()
+    deaths = 0  # since a task was done
+    while todo := [task for task in range(len(arguments)) if task not in results]:
+        reports = context.SimpleQueue()
+        done: queue.SimpleQueue[Future] = queue.SimpleQueue()
+        pool = ProcessPoolExecutor(min(workers, len(todo)), context, _initialize, (reports,))
+        others, processes = set(multiprocessing.active_children()), set()
+        try:
+            with _starting_workers(min(workers, len(todo))):
+                try:
+                    tasks = {pool.submit(_perform, function, arguments[task]): task for task in todo}
+                finally:
+                    processes = set(multiprocessing.active_children()) - others
+            for future in tasks:
+                future.add_done_callback(done.put)
+            for _ in todo:
+                future = None
+                while future is None:
+                    with suppress(queue.Empty):
+                        future = done.get(timeout=POLL_SECONDS)
+                    while not reports.empty():
+                        report(*reports.get())
+                results[tasks[future]] = future.result()
+                deaths = 0
+        except BrokenProcessPool:
+            deaths += 1
+            if deaths == TRIES:
+                pool.shutdown()  # which ends the other workers, by SIGTERM
+                codes = [process.exitcode for process in processes]
+                code = next((each for each in codes if each not in (None, -signal.SIGTERM)), -signal.SIGTERM)
+                raise PretrainError(_died(code)) from None
+        finally:
+            for process in processes:
+                process.kill()
+            pool.shutdown(cancel_futures=True)
     return [results[task] for task in range(len(arguments))]
 
 
-class _Pool:
-    """Threads that each keep a worker busy; what happens is put into ``events`` as (task, kind, value)."""
-
-    def __init__(self, function: Function, arguments: Sequence[tuple], workers: int):
-        self.events: queue.Queue[tuple[int, str, Any]] = queue.Queue()
-        self._function, self._arguments = function, arguments
-        self._todo = deque(range(len(arguments)))
-        self._lock = threading.Lock()
-        self._stopping = False
-        self._processes: set[subprocess.Popen[bytes]] = set()
-        # The tokenizer's library has threads of its own; together they are as many as there are cores.
-        self._threads = max(1, (os.cpu_count() or 1) // workers)
-        self._drivers = [threading.Thread(target=self._drive, daemon=True) for _ in range(workers)]
-        for driver in self._drivers:
-            driver.start()
-
-    def stop(self) -> None:
-        with self._lock:
-            self._stopping = True
-            for process in self._processes:
-                process.kill()
-        for driver in self._drivers:
-            driver.join()
-
-    def _drive(self) -> None:
-        try:
-            self._work()
-        except BaseException as error:  # what is not raised here would leave the main thread waiting
-            self.events.put((0, "error", error))
-
-    def _work(self) -> None:
-        process = None
-        while True:
-            with self._lock:
-                if not self._todo:
-                    break
-                task = self._todo.popleft()
-            outcome: tuple[str, Any] | None = None
-            for attempt in range(TRIES):
-                process = process or self._start()
-                if process is None:
-                    return
-                outcome = self._talk(process, task)
-                if outcome is not None:
-                    break
-                self._retire(process)
-                if attempt + 1 == TRIES:
-                    outcome = "error", PretrainError(_died(process.returncode))
-                process = None
-            assert outcome is not None
-            self.events.put((task, outcome[0], outcome[1]))
-        if process is not None:
-            self._retire(process)
-
-    def _start(self) -> subprocess.Popen[bytes] | None:
-        path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
-        threads = {"RAYON_NUM_THREADS": str(self._threads), "TOKENIZERS_PARALLELISM": str(self._threads > 1).lower()}
-        command = [sys.executable, "-P", "-c", f"from {__name__} import serve; serve()"]
-        with self._lock:
-            if self._stopping:
-                return None
-            environment = {**KEEP_FREED, **os.environ, **threads, "PYTHONPATH": path}
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-            self._processes.add(process)
-            return process
-
-    def _talk(self, process: subprocess.Popen[bytes], task: int) -> tuple[str, Any] | None:
-        """Have a task done; gives how it ended, or None if the process did."""
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            pickle.dump((self._function, self._arguments[task]), process.stdin)
-            process.stdin.flush()
-            while True:
-                kind, value = pickle.load(process.stdout)
-                if kind != "progress":
-                    return kind, value
-                self.events.put((task, kind, value))
-        except (OSError, EOFError, pickle.UnpicklingError):
-            return None
-
-    def _retire(self, process: subprocess.Popen[bytes]) -> None:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        with self._lock:
-            self._processes.discard(process)
-        with suppress(BrokenPipeError):
-            process.stdin.close()  # at which it ends
-        process.wait()
-        process.stdout.close()
+@contextmanager
+def _starting_workers(workers: int) -> Iterator[None]:
+    """While entered, processes start with the environment of workers, deaf to Ctrl-C, and without our main module."""
+    # The tokenizer's library has threads of its own; together they are as many as there are cores.
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    before, main = dict(os.environ), sys.modules["__main__"]
+    # A spawned process imports the main module of its parent: a user's script without a main guard would run again.
+    sys.modules["__main__"] = ModuleType("__main__")
+    os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in before})
+    os.environ.update(RAYON_NUM_THREADS=str(threads), TOKENIZERS_PARALLELISM=str(threads > 1).lower())
+    # Ctrl-C goes to all processes of a terminal, and the parent decides; what is blocked here stays so in a child.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]) if hasattr(signal, "pthread_sigmask") else None
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+        for name in (*ENVIRONMENT, "RAYON_NUM_THREADS", "TOKENIZERS_PARALLELISM"):
+            if name in before:
+                os.environ[name] = before[name]
+            else:
+                del os.environ[name]
+        if mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _died(code: int) -> str:
@@ -169,31 +119,37 @@ def _died(code: int) -> str:
     )
 
 
-def serve() -> None:
-    """What a worker process does: the tasks that come, until no more can come."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal; the parent decides
-    out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library may print must not get between our messages
-    tasks: queue.SimpleQueue[tuple[Function, tuple]] = queue.SimpleQueue()
+# In a worker ------------------------------------------------------------------------------------------------------
 
-    def listen() -> None:
-        try:
-            while True:
-                tasks.put(pickle.load(sys.stdin.buffer))
-        except BaseException:  # the end, wherever it comes: the parent has closed it, or is dead
-            os._exit(0)
+_reports: Any = None
 
-    def send(kind: str, value: Any) -> None:
-        pickle.dump((kind, value), out)
-        out.flush()
 
-    threading.Thread(target=listen, daemon=True).start()
-    while True:
-        function, arguments = tasks.get()
-        try:
-            outcome = "done", function(*arguments, lambda *more: send("progress", more))
-        except (PretrainError, OSError) as error:
-            outcome = "error", error
-        except Exception:
-            outcome = "error", RuntimeError(f"in a worker process:\n{traceback.format_exc()}")
-        send(*outcome)
+def _initialize(reports: Any) -> None:
+    global _reports
+    _reports = reports
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def _perform(function: Function, arguments: tuple) -> Any:
+    size = tokens = 0
+    sent = 0.0
+
+    def report(more_size: int, more_tokens: int) -> None:
+        nonlocal size, tokens, sent
+        size, tokens = size + more_size, tokens + more_tokens
+        if time.monotonic() - sent >= POLL_SECONDS:
+            _reports.put((size, tokens))
+            size, tokens, sent = 0, 0, time.monotonic()
+
+    try:
+        return function(*arguments, report)
+    finally:
+        _reports.put((size, tokens))
