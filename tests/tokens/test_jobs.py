@@ -529,6 +529,16 @@ def test_a_bad_file_in_a_fresh_folder_leaves_nothing(library: Path, tmp_path: Pa
     assert [file.name for file in tmp_path.iterdir()] == ["bad.jsonl"]
 
 
+@pytest.mark.parametrize("split", ["tail", "last_file"])
+def test_a_folder_without_any_text_is_one_line(split: str, tmp_path: Path):
+    pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "in" / "a.parquet")
+    with pytest.raises(DataError, match="there is no text to train on"):
+        prepare_text(DataConfig(paths=(str(tmp_path / "in"),), split=split), BYTE, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_memory_is_bounded(tmp_path: Path):
     """A process that tokenizes 60 MB in one job grows by far less than that."""
     file = tmp_path / "big.jsonl"

@@ -59,18 +59,11 @@ class Job:
 
     def parts(self, problems: Counter[str], read: Read = read_piece) -> Iterator[Part]:
         """Its documents, each on its side of the split."""
-        return read_parts(
-            self.pieces,
-            self.field,
-            self.split,
-            problems,
-            val_fraction=self.val_fraction,
-            before=self.before,
-            tail=self.tail,
-            position=self.position,
-            opened=self.opened,
-            read=read,
-        )
+        if self.split != "tail":
+            return read_parts(self.pieces, self.field, self.split, problems, self.val_fraction, self.before, read)
+        assert self.tail is not None
+        documents = chain.from_iterable(read(piece, self.field, problems) for piece in self.pieces)
+        return split_tail(documents, self.tail, self.position, self.opened)
 
 
 @dataclass(frozen=True)
@@ -119,30 +112,20 @@ def read_parts(
     field: str,
     split: str,
     problems: Counter[str],
-    *,
     val_fraction: float = 0.0,
     before: Piece | None = None,
-    tail: Tail | None = None,
-    position: int = 0,
-    opened: int = 0,
     read: Read = read_piece,
 ) -> Iterator[Part]:
-    """The documents of consecutive pieces, each on its side of the split; see :class:`Job` for the arguments."""
+    """The documents of consecutive pieces, each on its side of the split: train, val, or hash (as for :class:`Job`)."""
     documents = chain.from_iterable(read(piece, field, problems) for piece in pieces)
-    if split == "tail":
-        assert tail is not None
-        yield from split_tail(documents, tail, position, opened)
-    elif split == "hash":
-        first = next(documents, None)
-        if first is None:
-            return
+    if split != "hash":
+        yield from all_to(split, documents)
+    elif first := next(documents, None):
         side = TRAIN
         if first.continues and before is not None:  # only a plain text goes on over pieces, and it is one document
             for document in islice(read(before, field, Counter()), 1):
                 side = side_by_hash(document.text, val_fraction)
         yield from split_hash(chain([first], documents), val_fraction, side)
-    else:
-        yield from all_to(split, documents)
 
 
 def training_texts(

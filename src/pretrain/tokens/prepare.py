@@ -40,7 +40,6 @@ from pretrain.tokens.datasets import prepared_dataset
 from pretrain.tokens.jobs import (
     JOB_BYTES,
     WORK,
-    Commit,
     Job,
     Read,
     plan_jobs,
@@ -141,7 +140,10 @@ def prepare_text(
         "shard_tokens": shard_tokens,
     }
     if (folder / MANIFEST).is_file():
-        prepared = _open_finished(folder, plan)
+        _check_plan(folder, plan)
+        dataset, prepared = prepared_dataset(folder), open_prepared(folder)  # checked cheaply
+        if dataset.tokenizer != prepared.tokenizer.fingerprint:
+            raise DataError(f"{folder / TOKENIZER} is not that of the shards; delete {folder} to begin anew")
         _check_length(prepared.manifest, data, jobs, needed)
         shutil.rmtree(folder / WORK, ignore_errors=True)
         progress.say(f"{folder} is complete; nothing left to prepare")
@@ -162,71 +164,61 @@ def prepare_text(
                 return run_on_ray(function, arguments, progress.add, folder / PLAN, workers)
             return run_in_processes(function, arguments, progress.add, workers)
 
-    made = _make(folder)
-    with _locked(folder):
-        _resume(folder, plan)
-        _remove_temporary_files(folder)
-        try:
-            with _terminable():
-                progress.say(_describe(data, jobs, read if small else None))
+    with _working_in(folder, plan, small):
+        progress.say(_describe(data, jobs, read if small else None))
 
-                # Count the characters before each job where the split needs them, the distinct ones for char.
-                counted = [job for job in jobs if kind == "char" or job.split == "tail"]
-                surveys = {job: found for job in counted if (found := read_survey(folder, job))}
-                left = [job for job in counted if job not in surveys]
-                new = run("counting", survey_job, [(folder, job, kind == "char") for job in left], _size(left))
-                surveys |= zip(left, new, strict=True)
-                if kind == "char":
-                    whole = join_surveys([surveys[job] for job in jobs])
-                    # The vocabulary is of the distinct characters, and of whether there is more than one document.
-                    built = build_tokenizer("char", 0, [whole.alphabet] * min(2, whole.documents))
-                if jobs[0].split == "tail":
-                    jobs = _place_tail(jobs, [surveys[job] for job in jobs], data.val_fraction)
-                if small:
-                    _check_bytes(jobs, read, needed)
+        # Count the characters before each job where the split needs them, the distinct ones for char.
+        counted = [job for job in jobs if kind == "char" or job.split == "tail"]
+        surveys = {job: found for job in counted if (found := read_survey(folder, job))}
+        left = [job for job in counted if job not in surveys]
+        new = run("counting", survey_job, [(folder, job, kind == "char") for job in left], _size(left))
+        surveys |= zip(left, new, strict=True)
+        if kind == "char":
+            whole = join_surveys([surveys[job] for job in jobs])
+            # The vocabulary is of the distinct characters, and of whether there is more than one document.
+            built = build_tokenizer("char", 0, [whole.alphabet] * min(2, whole.documents))
+        if jobs[0].split == "tail":
+            jobs = _place_tail(jobs, [surveys[job] for job in jobs], data.val_fraction)
+        if small:
+            _check_bytes(jobs, read, needed)
 
-                # The tokenizer that an earlier call made, or a new one.
-                file = folder / TOKENIZER
-                if not file.is_file() and built:
-                    write_atomically(file, built.to_json())
-                elif not file.is_file():
-                    training = [job for job in jobs if job.split != VAL]
-                    size = _size(training)
-                    if size > LEARN_BYTES:
-                        amount = f"{LEARN_BYTES / 1e6:,.0f} MB, taken evenly from all of the text"
-                        progress.say(f"tokenizer trained on {amount}")
-                    # In a process of its own, whose memory is free afterwards; on this machine also for Ray.
-                    arguments = (folder, training, tokenizer.vocab_size, tokenizer.pattern)
-                    run("learning", learn_bpe, [arguments], min(size, LEARN_BYTES), engine="local")
-                built = Tokenizer.load(file)
+        # The tokenizer that an earlier call made, or a new one.
+        file = folder / TOKENIZER
+        if not file.is_file() and built:
+            write_atomically(file, built.to_json())
+        elif not file.is_file():
+            training = [job for job in jobs if job.split != VAL]
+            size = _size(training)
+            if size > LEARN_BYTES:
+                amount = f"{LEARN_BYTES / 1e6:,.0f} MB, taken evenly from all of the text"
+                progress.say(f"tokenizer trained on {amount}")
+            # In a process of its own, whose memory is free afterwards; on this machine also for Ray.
+            arguments = (folder, training, tokenizer.vocab_size, tokenizer.pattern)
+            run("learning", learn_bpe, [arguments], min(size, LEARN_BYTES), engine="local")
+        built = Tokenizer.load(file)
 
-                commits = {job.number: read_commits(folder, job.number) for job in jobs}
-                left = [job for job in jobs if not (commits[job.number] and commits[job.number][-1].last)]
-                processes = min(workers, len(left)) if engine == "local" else cores
-                threads = 0 if small else max(1, cores // max(1, processes))
-                arguments = [(folder, job, shard_tokens, built if small else file, threads) for job in left]
-                new = run("tokenizing", tokenize_job, arguments, _size(left))
-                commits |= zip([job.number for job in left], new, strict=True)
+        commits = {job.number: read_commits(folder, job.number) for job in jobs}
+        left = [job for job in jobs if not (commits[job.number] and commits[job.number][-1].last)]
+        processes = min(workers, len(left)) if engine == "local" else cores
+        threads = 0 if small else max(1, cores // max(1, processes))
+        arguments = [(folder, job, shard_tokens, built if small else file, threads) for job in left]
+        new = run("tokenizing", tokenize_job, arguments, _size(left))
+        commits |= zip([job.number for job in left], new, strict=True)
 
-                manifest = _manifest(built, list(commits.values()))
-                _check_length(manifest, data, jobs, needed)
-                manifest.save(folder)
-                shutil.rmtree(folder / WORK)
-                return Prepared(folder, manifest, built)
-        except KeyboardInterrupt:
-            raise Interrupted(
-                f"stopped while preparing {folder}; what is done so far stays: give the same command again"
-            ) from None
-        except Exception as error:
-            # A mistake in a fresh run leaves nothing behind.
-            if small or not any((folder / WORK).glob("*.json")):
-                _clear(folder, made)
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                reason = (error.strerror or "no space left").lower()
-                raise PretrainError(f"{folder}: {reason}; make room and give the same command again") from None
-            raise
-        finally:
-            _remove_temporary_files(folder)
+        shards = [shard for job in jobs for commit in commits[job.number] for shard in commit.shards]
+        problems: Counter[str] = sum((Counter(commits[job.number][-1].problems) for job in jobs), Counter())
+        manifest = Manifest(
+            built.dtype.name,
+            built.vocab_size,
+            built.fingerprint,
+            tuple(sorted(shards, key=lambda shard: shard.split)),  # training first, else as they are
+            built.bos_id,
+            dict(sorted(problems.items())),
+        )
+        _check_length(manifest, data, jobs, needed)
+        manifest.save(folder)
+        shutil.rmtree(folder / WORK)
+        return Prepared(folder, manifest, built)
 
 
 # The stages ---------------------------------------------------------------------------------------------------------
@@ -234,6 +226,8 @@ def prepare_text(
 
 def _jobs(data: DataConfig, pieces: list[Piece], val_pieces: list[Piece], shard_tokens: int) -> list[Job]:
     """The jobs of all text, in order; their numbers are their places."""
+    if not pieces:  # a folder of Parquet files without rows
+        raise DataError("there is no text to train on; give files that hold some")
     split = data.split if data.val_fraction else TRAIN
     if val_pieces:
         split = TRAIN
@@ -300,19 +294,6 @@ def learn_bpe(
     write_atomically(folder / TOKENIZER, build_tokenizer("bpe", vocab_size, texts, pattern).to_json())
 
 
-def _manifest(tokenizer: Tokenizer, commits: list[list[Commit]]) -> Manifest:
-    shards = [shard for job in commits for commit in job for shard in commit.shards]
-    problems: Counter[str] = sum((Counter(job[-1].problems) for job in commits), Counter())
-    return Manifest(
-        tokenizer.dtype.name,
-        tokenizer.vocab_size,
-        tokenizer.fingerprint,
-        tuple(sorted(shards, key=lambda shard: shard.split)),  # training first; else as they are
-        tokenizer.bos_id,
-        dict(sorted(problems.items())),
-    )
-
-
 def _check_length(manifest: Manifest, data: DataConfig, jobs: Sequence[Job], needed: int) -> None:
     """A DataError if a side of the split is too short."""
     if manifest.documents(TRAIN) == 0:
@@ -366,15 +347,6 @@ def _cached(read: Read) -> Read:
 # The folder and its plan --------------------------------------------------------------------------------------------
 
 
-def _open_finished(folder: Path, plan: dict[str, Any]) -> Prepared:
-    """The folder as it is, checked cheaply."""
-    _check_plan(folder, plan)
-    dataset, prepared = prepared_dataset(folder), open_prepared(folder)
-    if dataset.tokenizer != prepared.tokenizer.fingerprint:
-        raise DataError(f"{folder / TOKENIZER} is not that of the shards; delete {folder} to begin anew")
-    return prepared
-
-
 def _sources(pieces: Sequence[Piece]) -> list[list[Any]]:
     """Name, size and time of change of each file, as a plan keeps them."""
     sources = []
@@ -418,6 +390,31 @@ def _changes(folder: Path, plan: dict[str, Any]) -> list[str]:
         return [f"it has no {PLAN}"]
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
         return [f"its {PLAN} is damaged"]
+
+
+@contextmanager
+def _working_in(folder: Path, plan: dict[str, Any], small: bool) -> Iterator[None]:
+    """While entered, the folder is ours alone; what goes wrong leaves only what helps to go on."""
+    made = _make(folder)
+    with _locked(folder):
+        _resume(folder, plan)
+        _remove_temporary_files(folder)
+        try:
+            with _terminable():
+                yield
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"stopped while preparing {folder}; what is done so far stays: give the same command again"
+            ) from None
+        except Exception as error:
+            if small or not any((folder / WORK).glob("*.json")):  # a mistake in a fresh run leaves nothing behind
+                _clear(folder, made)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                reason = (error.strerror or "no space left").lower()
+                raise PretrainError(f"{folder}: {reason}; make room and give the same command again") from None
+            raise
+        finally:
+            _remove_temporary_files(folder)
 
 
 def _make(folder: Path) -> list[Path]:

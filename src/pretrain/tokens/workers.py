@@ -111,7 +111,7 @@ def _starting_workers(workers: int) -> Iterator[None]:
 def _died(code: int) -> str:
     if code >= 0:
         return f"a worker process ended by itself, twice (exit code {code}); see its message above, if there is one"
-    name = signal.Signals(-code).name if -code in {each.value for each in signal.Signals} else f"signal {-code}"
+    name = next((each.name for each in signal.Signals if each == -code), f"signal {-code}")
     memory = " (the system does that when memory runs out)" if name == "SIGKILL" else ""
     return (
         f"a worker process was ended by {name}{memory}, and again when tried once more; what is committed stays: "
