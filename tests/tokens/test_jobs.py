@@ -83,7 +83,7 @@ def texts_of(library: Path) -> list[str]:
 # The same bytes ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_any_number_of_workers_writes_the_same_bytes(workers: int, library: Path, shards: Path, tmp_path: Path):
     made = prepare_text(data_of(library), BPE, tmp_path / "out", shard_tokens=2000, workers=workers)
     assert contents(tmp_path / "out") == contents(shards)
@@ -365,6 +365,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_what_is_committed_stays(library: Path, shards: Path, small_disk: Path):
     out = small_disk / "out"
     filler = small_disk / "filler"
@@ -443,6 +444,7 @@ def test_text_that_changed_meanwhile_is_refused(library: Path, tmp_path: Path):
         prepare_text(data_of(file), BYTE, out, shard_tokens=2000)
 
 
+@pytest.mark.slow
 def test_with_nothing_committed_another_plan_begins_anew(library: Path, tmp_path: Path):
     out = tmp_path / "out"
 
@@ -483,6 +485,7 @@ def test_two_at_once_are_refused(library: Path, tmp_path: Path):
 # Whatever the text holds -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_strange_documents_are_kept_or_counted(tmp_path: Path):
     kept = [
         " " * 1_000_000 + "x",
@@ -539,6 +542,7 @@ def test_a_folder_without_any_text_is_one_line(split: str, tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_memory_is_bounded(tmp_path: Path):
     """A process that tokenizes 60 MB in one job grows by far less than that."""
     file = tmp_path / "big.jsonl"
