@@ -55,11 +55,12 @@ def plan(args: list[str]) -> int:
     given = args[0] if args and not args[0].startswith("-") else ""
     a = parse(PlanArguments, args, "plan", PlanArguments(config=load_config(given or "quickstart")))
 
-    from pretrain.plan import describe, make_plan
+    from pretrain.plan import describe, make_plan, warnings
     from pretrain.training.init_from import resolve_init
 
     made = make_plan(
         resolve_init(a.config), a.gpu, a.gpus, a.parallel, not a.no_measure and not a.mfu, a.mfu, a.disk_gb * 1e9
     )
-    print(json.dumps(made.as_dict()) if a.json else describe(made))
+    found = warnings(made)
+    print(json.dumps({**made.as_dict(), "warnings": found}) if a.json else describe(made, found))
     return 0

@@ -1,9 +1,10 @@
-"""What a configuration comes to before anything runs.
+"""What a configuration needs, before anything runs.
 
-memory (a dry run), cluster (several processes) → speed (measured or assumed) → plan (all of it) → warn, words
+memory (a dry run), cluster (several processes), data, speed (measured or assumed) → plan → words → warn
 """
 
 from pretrain.plan.plan import Plan, make_plan
+from pretrain.plan.warn import warnings
 from pretrain.plan.words import describe
 
-__all__ = ["Plan", "describe", "make_plan"]
+__all__ = ["Plan", "describe", "make_plan", "warnings"]

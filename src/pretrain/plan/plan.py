@@ -1,6 +1,6 @@
-"""The plan: everything that is known of a run before it begins, as numbers, as words and as warnings.
+"""The plan: everything that is known of a run before it begins, as numbers.
 
-config → data's tokens → resolved config → parameters, FLOPs → micro-batch, memory → speed → time → warnings
+config → data's tokens → resolved config → parameters, FLOPs → micro-batch, memory → speed → time
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from pretrain.plan.cluster import Layout, layout, memory_parts, traffic, traffic
 from pretrain.plan.data import DataFacts, look_at_data
 from pretrain.plan.memory import rehearse
 from pretrain.plan.speed import Speed, assume_speed, assumed_utilisation, measure_speed
-from pretrain.plan.warn import warnings
 from pretrain.sizing import count_parameters, flops_per_token, kind_that_fits, resolve, rows_that_fit
 
 CPU_HEAP, GPU_CACHE = 0.4, 0.1
@@ -95,7 +94,6 @@ class Plan:
     """Operations per second of one device at most."""
     speed: str
     """How the speed is known, in words."""
-    warnings: list[str]
 
     @property
     def tokens(self) -> int:
@@ -152,7 +150,6 @@ class Plan:
             "traffic_seconds_per_step": self.traffic_seconds,
             "loader_bytes_per_second": self.loader_rate,
             "speed": self.speed,
-            "warnings": self.warnings,
         }
 
 
@@ -223,12 +220,11 @@ def make_plan(
     validated = (config.train.steps - 1) // config.eval.every if config.eval.every else 0
     each = min(config.eval.tokens or data.val_tokens, data.val_tokens)
     evaluation = speed.evaluation * (validated * each + data.val_tokens) / gpus
-    plan = Plan(
+    return Plan(
         config, data, derived, hardware, where, counts, flops, rows, micro_steps, memory, host, state,
         state / (disk_rate * where.machines), disk_rate, step_seconds,
-        config.train.steps * step_seconds + evaluation, sent, waiting, peak, how, [],
+        config.train.steps * step_seconds + evaluation, sent, waiting, peak, how,
     )  # fmt: skip
-    return dataclasses.replace(plan, warnings=warnings(plan))
 
 
 def choose_hardware(config: Config, gpu: str) -> Hardware:

@@ -1,15 +1,13 @@
-"""What in a plan is unusual, in words: each says what, why it matters, and what would mend it."""
+"""What in a plan is unusual, in words: each says what, why it matters, and what would fix it."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
+from pretrain.io import duration
 from pretrain.optim import find_optimizer
-from pretrain.plan.words import duration, rounded, size
-
-if TYPE_CHECKING:
-    from pretrain.plan.plan import Plan
+from pretrain.plan.plan import Plan
+from pretrain.plan.words import rounded, size
 
 EPOCHS = 4
 """Up to so many epochs, text seen again teaches nearly as much as new text (Muennighoff et al., arXiv 2305.16264)."""
@@ -31,20 +29,20 @@ def does_not_fit(plan: Plan) -> str:
     needed, there = sum(plan.memory.values()), plan.hardware.memory
     if needed <= 0.95 * there:
         return ""
-    train, mends = plan.config.train, []
+    train, fixes = plan.config.train, []
     if plan.micro_batch > 1:
-        mends.append("a smaller --train.micro_batch")
+        fixes.append("a smaller --train.micro_batch")
     if not train.activation_checkpointing and plan.memory["activations"] > 0.1 * needed:
-        mends.append("--train.activation_checkpointing")
+        fixes.append("--train.activation_checkpointing")
     if plan.layout.kind == "ddp":
-        mends.append("--parallel fsdp")
+        fixes.append("--parallel fsdp")
     if plan.layout.kind in ("fsdp", "hsdp") and plan.micro_steps > 1:
-        mends.append("more GPUs or a smaller batch, so that a step is one micro-batch and no whole gradients wait")
+        fixes.append("more GPUs or a smaller batch, so that a step is one micro-batch and no whole gradients wait")
     if plan.layout.kind == "none" and plan.hardware.device == "cuda":
-        mends.append("several GPUs with --parallel fsdp")
-    mends.append("a smaller model or context")
+        fixes.append("several GPUs with --parallel fsdp")
+    fixes.append("a smaller model or context")
     verb = "hardly fits" if needed <= there else "does not fit"
-    return f"It {verb} in memory: {size(needed)} of {size(there)}; what helps: {', '.join(mends)}."
+    return f"It {verb} in memory: {size(needed)} of {size(there)}; what helps: {', '.join(fixes)}."
 
 
 def text_too_small(plan: Plan) -> str:
@@ -69,10 +67,10 @@ def too_many_epochs(plan: Plan) -> str:
             f"No text is given; of the embedded corpus this would be {plan.epochs:,.0f} epochs. Give yours with --data."
         )
     steps = int(EPOCHS * plan.data.train_tokens / plan.config.train.batch_tokens)
-    mend = f"give more text, or stop after --train.steps {steps}" if steps else "give more text"
+    fix = f"give more text, or stop after --train.steps {steps}" if steps else "give more text"
     return (
         f"{plan.epochs:,.0f} epochs: beyond about {EPOCHS}, text seen again teaches less and less, and the model begins"
-        f" to learn it by heart (arXiv 2305.16264); {mend}."
+        f" to learn it by heart (arXiv 2305.16264); {fix}."
     )
 
 
@@ -138,7 +136,7 @@ def unusual_batch(plan: Plan) -> str:
 
 
 def usual_batch(tokens: float) -> float:
-    """Tokens in a batch that suit a horizon: 2**19 for 1.32 billion, growing with its power 0.383 (see dial.py)."""
+    """Tokens in a batch that suit a horizon: 2**19 for 1.32 billion, growing with its power 0.383 (see sizing.py)."""
     return 2**19 * (tokens / 1.32e9) ** 0.383
 
 

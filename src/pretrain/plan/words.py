@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import textwrap
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from pretrain.plan.plan import Plan
+from pretrain.io import duration
+from pretrain.plan.plan import Plan
 
 NAMES = {
     "value_embeddings": "value embeddings",
@@ -17,8 +16,8 @@ LINE = 100
 """Characters in a line of a warning."""
 
 
-def describe(plan: Plan) -> str:
-    """All of a plan, some twenty lines."""
+def describe(plan: Plan, warnings: list[str]) -> str:
+    """All of a plan, some twenty lines, and its warnings."""
     config, data, where = plan.config, plan.data, plan.layout
     train, total = config.train, sum(plan.parameters.values())
     lines = [f"for        {plan.hardware.title}, {plan.hardware.precision}"]
@@ -64,7 +63,7 @@ def describe(plan: Plan) -> str:
         f" {plan.utilisation:.0%} of {operations(plan.peak * where.processes)}/s"
     )
     lines += [f"derived    {line}" for line in plan.derived]
-    for text in plan.warnings:
+    for text in warnings:
         lines += textwrap.wrap(text, LINE, initial_indent="warning    ", subsequent_indent=" " * 11)
     return "\n".join(lines)
 
@@ -102,14 +101,3 @@ def rounded(count: float) -> str:
         if count >= scale:
             return f"{count / scale:.3g} {word}"
     return f"{float(f'{count:.2g}'):,.0f}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people."""
-    if seconds < 90:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1g} s"
-    if seconds < 90 * 60:
-        return f"{seconds / 60:.0f} minutes"
-    if seconds < 48 * 3600:
-        return f"{seconds / 3600:.1f} hours"
-    return f"{seconds / 86400:,.1f} days"
