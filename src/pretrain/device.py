@@ -82,21 +82,11 @@ def choose_precision(name: str, device: torch.device) -> Precision:
         if device.type == "cuda":
             name = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
         elif device.type == "cpu":
-            name = "bf16" if _matmul_seconds(torch.bfloat16) * 1.3 < _matmul_seconds(torch.float32) else "fp32"
+            bf16, fp32 = (matmul_flops(device, dtype, 0.03) for dtype in (torch.bfloat16, torch.float32))
+            name = "bf16" if bf16 > 1.3 * fp32 else "fp32"
         else:
             name = "fp32"
     return Precision(name, device)
-
-
-def _matmul_seconds(dtype: torch.dtype, size: int = 512) -> float:
-    """Best of a few products of two square matrices on the CPU."""
-    a = torch.ones(size, size, dtype=dtype)
-    times = []
-    for _ in range(6):
-        start = time.perf_counter()
-        torch.mm(a, a)
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 @dataclass(frozen=True)
@@ -146,8 +136,7 @@ def known_gpu(device_name: str) -> GPU | None:
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second that this device can do at most: from the table, or measured once and remembered.
 
-    Measuring takes less than a second; what was found is kept in the user's cache folder for this machine, its number
-    of threads and version of torch.
+    What was measured is kept in the user's cache folder for this machine, its number of threads and version of torch.
     """
     if device.type == "cuda" and (gpu := known_gpu(torch.cuda.get_device_name(device))):
         return gpu.tflops * 1e12
@@ -176,7 +165,7 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3)
         for _ in range(3):
             begin = time.perf_counter()
             torch.mm(a, a)
-            _synchronize(device)
+            synchronize(device)
             took = time.perf_counter() - begin
             best = max(best, 2 * size**3 / took)
         if took < seconds / 50:  # larger products come closer to the peak, where there is time for them
@@ -184,7 +173,8 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3)
     return best
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

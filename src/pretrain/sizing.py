@@ -14,7 +14,7 @@ import torch
 from pretrain.config import Config, ModelConfig
 from pretrain.errors import UsageError
 from pretrain.model import GPT
-from pretrain.model.transformer import Linear, layer_kinds, window_length
+from pretrain.model.transformer import Linear, head_dim, layer_kinds, window_length
 
 PARTS: tuple[str, ...] = ("embedding", "value_embeddings", "attention", "mlp", "head", "other")
 WIDTH_PER_LAYER, HEAD_DIMENSION = 64, 128
@@ -25,10 +25,10 @@ ACTIVATIONS_PER_CHANNEL = 36
 """Values that a block keeps for its backward pass, for each token and channel: 17 to 34 measured, 47 with dropout."""
 
 
-def meta_model(config: ModelConfig, vocab_size: int) -> GPT:
+def meta_model(config: ModelConfig, vocab_size: int, bos_id: int | None = None) -> GPT:
     """The model without memory for its parameters."""
     with torch.device("meta"):
-        return GPT(config, vocab_size)
+        return GPT(config, vocab_size, bos_id)
 
 
 def count_parameters(config: ModelConfig, vocab_size: int) -> dict[str, int]:
@@ -40,15 +40,10 @@ def count_parameters(config: ModelConfig, vocab_size: int) -> dict[str, int]:
     model = meta_model(config, vocab_size)
     counts: dict[str, int] = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():  # a tied head appears once, as the embedding
-        counts[_part(name, parameter)] += parameter.numel()
+        first, *rest = name.split(".")
+        part = rest[1] if first == "blocks" and parameter.ndim >= 2 else first  # blocks.3.mlp.up.weight
+        counts[part if part in PARTS else "other"] += parameter.numel()
     return counts
-
-
-def _part(name: str, parameter: torch.Tensor) -> str:
-    first, *rest = name.split(".")
-    if first == "blocks":
-        return "other" if parameter.ndim < 2 else rest[1]  # blocks.3.mlp.up.weight
-    return first if first in PARTS else "other"
 
 
 def matrices(counts: dict[str, int]) -> int:
@@ -63,7 +58,7 @@ def flops_per_token(config: ModelConfig, vocab_size: int) -> int:
     """
     model = meta_model(config, vocab_size)
     products = sum(module.weight.numel() for module in model.modules() if isinstance(module, Linear))
-    channels = config.heads * (config.head_width or config.width // config.heads)
+    channels = config.heads * head_dim(config)
     seen = sum(
         min(window_length(config), config.context_length) if kind == "S" else config.context_length
         for kind in layer_kinds(config)

@@ -14,16 +14,17 @@ from pretrain.errors import UsageError
 from pretrain.model import GPT
 from pretrain.optim import build_optimizers, find_optimizer
 from pretrain.plan import Plan, describe, make_plan, warnings
-from pretrain.plan.cluster import Layout, layout, memory_parts, sizes, traffic, traffic_seconds
+from pretrain.plan.cluster import Layout, group_sizes, memory_parts, traffic, traffic_seconds
 from pretrain.plan.data import look_at_data
-from pretrain.plan.memory import Working, rehearse
-from pretrain.plan.speed import Speed, measure_speed
+from pretrain.plan.memory import dry_run
+from pretrain.plan.speed import measure_speed
 from pretrain.plan.words import rounded, size
 from pretrain.sizing import (
     activation_bytes,
     count_parameters,
     flops_per_token,
     matrices,
+    meta_model,
     resolve,
     rows_that_fit,
 )
@@ -160,6 +161,7 @@ def test_moments_are_those_of_real_optimizers(kind: str):
     assert find_optimizer(config.optim).state_bytes(count_parameters(config.model, 300)) == held + 8 * single
 
 
+FP32, BF16 = (Precision(name, torch.device("cpu")) for name in ("fp32", "bf16"))
 SMALL = {"model.layers": 2, "model.width": 64, "model.heads": 2, "train.batch_tokens": 1024}
 
 
@@ -192,56 +194,71 @@ def real_peak(config: Config, rows: int, dtype: torch.dtype) -> int:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "fields"),
+    ("precision", "fields"),
     [
-        (torch.float32, {}),
-        (torch.bfloat16, {"model.context_length": 512}),  # another attention than for short contexts
-        (torch.float32, {"optim.kind": "adamw", "model.dropout": 0.1}),
+        (FP32, {}),
+        (BF16, {"model.context_length": 512}),  # another attention than for short contexts
+        (FP32, {"optim.kind": "adamw", "model.dropout": 0.1}),
     ],
 )
-def test_a_rehearsal_holds_what_a_real_step_holds(dtype: torch.dtype, fields: dict[str, Any]):
+def test_a_dry_run_holds_what_a_real_step_holds(precision: Precision, fields: dict[str, Any]):
     config = load_config("quickstart", **{**SMALL, **fields})
     rows = config.batch_rows
-    assert rehearse(config, 300, rows, 1, dtype, "cpu").peak == pytest.approx(real_peak(config, rows, dtype), rel=1e-3)
+    _, peak = dry_run(config, 300, rows, 1, precision)
+    assert peak == pytest.approx(real_peak(config, rows, precision.dtype), rel=1e-3)
 
 
-def test_what_a_rehearsal_tells_apart():
+def test_what_a_dry_run_tells_apart():
     config = load_config("quickstart", **SMALL)
     counts = count_parameters(config.model, 300)
-    small, large = (rehearse(config, 300, rows, 1, torch.bfloat16, "cpu") for rows in (4, 8))
-    assert small.weights == small.gradients == 4 * sum(counts.values())
-    assert small.moments == pytest.approx(find_optimizer(config.optim).state_bytes(counts), rel=1e-2)
-    assert small.casts == 2 * matrices(counts)
-    assert large.activations == pytest.approx(2 * small.activations, rel=0.05)
-    again = rehearse(config, 300, 8, 2, torch.bfloat16, "cpu")  # its gradients lie beside the next activations
-    assert large.peak + 0.9 * large.gradients < again.peak
+    (small, _), (large, peak) = (dry_run(config, 300, rows, 1, BF16) for rows in (4, 8))
+    assert small["weights"] == small["gradients"] == 4 * sum(counts.values())
+    assert small["moments"] == pytest.approx(find_optimizer(config.optim).state_bytes(counts), rel=1e-2)
+    assert small["weight copies"] == 2 * matrices(counts)
+    assert large["activations"] == pytest.approx(2 * small["activations"], rel=0.05)
+    _, peak_again = dry_run(config, 300, 8, 2, BF16)  # its gradients lie beside the next activations
+    assert peak + 0.9 * large["gradients"] < peak_again
     checkpointed = dataclasses.replace(config, train=dataclasses.replace(config.train, activation_checkpointing=True))
-    assert rehearse(checkpointed, 300, 8, 1, torch.bfloat16, "cpu").activations < 0.5 * large.activations
-    on_gpu = rehearse(config, 300, 8, 1, torch.bfloat16, "cuda")  # never holds the scores of attention
-    assert on_gpu.activations < large.activations
+    recomputed, _ = dry_run(checkpointed, 300, 8, 1, BF16)
+    assert recomputed["activations"] < 0.5 * large["activations"]
+    on_gpu, _ = dry_run(config, 300, 8, 1, Precision("bf16", torch.device("cuda")))  # never holds attention's scores
+    assert on_gpu["activations"] < large["activations"]
 
 
-WORKING = Working(
-    rows=1, weights=4000, moments=8000, gradients=4000, casts=1000, activations=500, chunk=100, peak=18000
-)  # fmt: skip
+def test_a_dry_run_needs_neither_a_compiler_nor_fp8():
+    config = load_config("quickstart", **SMALL, **{"train.compile": "on", "train.fp8": True})
+    without = load_config("quickstart", **SMALL)
+    on_gpu = Precision("bf16", torch.device("cuda"))
+    assert dry_run(config, 300, 4, 1, on_gpu) == dry_run(without, 300, 4, 1, on_gpu)
+
+
+ALONE = {
+    "weights": 4000,
+    "gradients": 4000,
+    "moments": 8000,
+    "weight copies": 1000,
+    "activations": 500,
+    "logits chunk": 100,
+    "temporary": 400,
+}
+"""What one process holds."""
 
 
 def test_memory_of_processes():
     config = load_config("quickstart", **{"optim.kind": "adamw", "model.layers": 3})
-    alone = memory_parts(WORKING, config, 300, layout("none", 1), 1, torch.bfloat16)
-    assert sum(alone.values()) == 18000
-    assert memory_parts(WORKING, config, 300, layout("ddp", 8), 1, torch.bfloat16) == alone
-    fsdp = memory_parts(WORKING, config, 300, layout("fsdp", 16), 1, torch.bfloat16)
-    hsdp = memory_parts(WORKING, config, 300, layout("hsdp", 16), 1, torch.bfloat16)
+    assert memory_parts(ALONE, config, 300, Layout("none", 1), 1, torch.bfloat16) == ALONE
+    assert memory_parts(ALONE, config, 300, Layout("ddp", 8), 1, torch.bfloat16) == ALONE
+    fsdp = memory_parts(ALONE, config, 300, Layout("fsdp", 16), 1, torch.bfloat16)
+    hsdp = memory_parts(ALONE, config, 300, Layout("hsdp", 16), 1, torch.bfloat16)
     assert fsdp["moments"] == pytest.approx(8000 / 16, rel=0.01)
     assert hsdp["moments"] == pytest.approx(8000 / 8, rel=0.01)
-    size = sizes(config, 300)
-    assert 3 * size.largest_block == size.blocks
-    assert size.root == 2 * 300 * 256 + 256 * 0 + config.model.smear * (1 + 24) + 2 * 3  # embedding, head, gates
-    assert memory_parts(WORKING, config, 300, layout("fsdp", 16), 2, torch.bfloat16) == fsdp
+    blocks, largest, root = group_sizes(meta_model(config.model, 300))
+    assert 3 * largest == blocks
+    assert root == 2 * 300 * 256 + 256 * 0 + config.model.smear * (1 + 24) + 2 * 3  # embedding, head, gates
+    assert memory_parts(ALONE, config, 300, Layout("fsdp", 16), 2, torch.bfloat16) == fsdp
     config = load_config("quickstart", **{"optim.kind": "adamw", "model.layers": 3, "parallel.reshard": False})
-    waiting = memory_parts(WORKING, config, 300, layout("fsdp", 16), 2, torch.bfloat16)
-    assert waiting["whole gradients"] == 4 * (size.blocks + size.root) > fsdp["whole gradients"]
+    waiting = memory_parts(ALONE, config, 300, Layout("fsdp", 16), 2, torch.bfloat16)
+    assert waiting["whole gradients"] == 4 * (blocks + root) > fsdp["whole gradients"]
 
 
 def test_shards_are_those_of_a_dry_run_on_many_processes():
@@ -264,36 +281,36 @@ def test_shards_are_those_of_a_dry_run_on_many_processes():
     finally:
         dist.destroy_process_group()
     whole = 4 * sum(count_parameters(config.model, 32000).values())
-    working = Working(1, whole, 2 * whole, whole, 0, 0, 0, 4 * whole)
-    planned = memory_parts(working, config, 32000, layout("fsdp", 512), 1, torch.bfloat16)
+    alone = {"weights": whole, "gradients": whole, "moments": 2 * whole, "temporary": 0}
+    planned = memory_parts(alone, config, 32000, Layout("fsdp", 512), 1, torch.bfloat16)
     assert planned["weights"] == planned["gradients"] == local
     assert planned["moments"] == pytest.approx(2 * local, abs=1)
 
 
 def test_traffic_of_a_step():
     config = load_config("quickstart", **{"optim.kind": "adamw"})
-    size = sizes(config, 4096)
-    P = size.blocks + size.root
-    assert traffic(config, 4096, layout("none", 1), 1, torch.bfloat16) == {"inside": 0, "between": 0}
-    ddp = traffic(config, 4096, layout("ddp", 8), 4, torch.bfloat16)
+    blocks, _, root = group_sizes(meta_model(config.model, 4096))
+    P = blocks + root
+    assert traffic(config, 4096, Layout("none", 1), 1, torch.bfloat16) == {"inside": 0, "between": 0}
+    ddp = traffic(config, 4096, Layout("ddp", 8), 4, torch.bfloat16)
     assert ddp == {"inside": 2 * round(P * 4 * 7 / 8), "between": 0}  # once a step, however many micro-batches
-    fsdp = traffic(config, 4096, layout("fsdp", 16), 3, torch.bfloat16)
-    gathers, scatter = 3 * 2 * (size.root + 2 * size.blocks) * 15 / 16, 3 * 4 * P * 15 / 16
+    fsdp = traffic(config, 4096, Layout("fsdp", 16), 3, torch.bfloat16)
+    gathers, scatter = 3 * 2 * (root + 2 * blocks) * 15 / 16, 3 * 4 * P * 15 / 16
     assert fsdp["inside"] == pytest.approx(gathers + scatter, abs=4)
     assert fsdp["between"] == fsdp["inside"] // 8  # eight rings, each with its own network
-    hsdp = traffic(config, 4096, layout("hsdp", 16), 3, torch.bfloat16)
+    hsdp = traffic(config, 4096, Layout("hsdp", 16), 3, torch.bfloat16)
     assert hsdp["between"] == pytest.approx(2 * 4 * P / 8 / 2, abs=4)
     assert hsdp["inside"] == pytest.approx((gathers + scatter) / (15 / 16) * 7 / 8, abs=4)
-    muon = traffic(load_config("quickstart"), 4096, layout("ddp", 8), 1, torch.bfloat16)
-    assert muon["inside"] - ddp["inside"] == 2 * size.blocks * 7 / 8
-    muon = traffic(load_config("quickstart"), 4096, layout("hsdp", 16), 3, torch.bfloat16)
-    assert muon["inside"] - hsdp["inside"] == pytest.approx(2 * 2 * size.blocks / 8 / 2 * 7 / 8, abs=4)
-    assert muon["between"] - hsdp["between"] == pytest.approx(2 * size.blocks / 8 / 2, abs=4)
+    muon = traffic(load_config("quickstart"), 4096, Layout("ddp", 8), 1, torch.bfloat16)
+    assert muon["inside"] - ddp["inside"] == 2 * blocks * 7 / 8
+    muon = traffic(load_config("quickstart"), 4096, Layout("hsdp", 16), 3, torch.bfloat16)
+    assert muon["inside"] - hsdp["inside"] == pytest.approx(2 * 2 * blocks / 8 / 2 * 7 / 8, abs=4)
+    assert muon["between"] - hsdp["between"] == pytest.approx(2 * blocks / 8 / 2, abs=4)
 
     h100 = GPUS["h100"]
-    assert traffic_seconds({"inside": 450e9, "between": 0}, layout("ddp", 8), h100) == 1.0
-    assert traffic_seconds({"inside": 50e9, "between": 50e9}, layout("fsdp", 16), h100) == 1.0
-    assert traffic_seconds({"inside": 450e9, "between": 50e9}, layout("hsdp", 16), h100) == 2.0
+    assert traffic_seconds({"inside": 450e9, "between": 0}, Layout("ddp", 8), h100) == 1.0
+    assert traffic_seconds({"inside": 50e9, "between": 50e9}, Layout("fsdp", 16), h100) == 1.0
+    assert traffic_seconds({"inside": 450e9, "between": 50e9}, Layout("hsdp", 16), h100) == 2.0
 
 
 def test_data_is_counted_or_estimated(tmp_path: Path):
@@ -358,7 +375,7 @@ def test_a_plan_adds_up(text_file: Path):
 def test_a_plan_of_many_gpus(text_file: Path):
     one = tiny_plan(text_file, **{"train.batch_tokens": 128 * 64})
     many = tiny_plan(text_file, gpus=16, parallel="fsdp", **{"train.batch_tokens": 128 * 64})
-    assert (many.layout, many.micro_batch) == (Layout("fsdp", 16, 8), 4)
+    assert (many.layout, many.micro_batch) == (Layout("fsdp", 16), 4)
     assert many.memory["weights"] == pytest.approx(one.memory["weights"] / 16, rel=0.02)
     assert many.step_seconds == max(one.step_seconds / 16, many.traffic_seconds)
     assert tiny_plan(text_file, gpus=16).layout.kind == "ddp"  # so small a model fits everywhere
@@ -421,13 +438,18 @@ def test_a_recipe_without_its_text_is_told_once():
 def test_speed_is_measured_with_real_steps():
     config = load_config("quickstart", **SMALL)
     random_state = torch.get_rng_state()
-    speed = measure_speed(config, 300, 4, Precision("fp32", torch.device("cpu")), 0, seconds=0.05)
-    assert isinstance(speed, Speed)
+    speed = measure_speed(config, 300, 4, FP32, seconds=0.05)
     assert min(speed.micro_step, speed.update, speed.evaluation) > 0
     assert speed.step(3) == 3 * speed.micro_step + speed.update
     assert torch.equal(torch.get_rng_state(), random_state)
-    too_much = measure_speed(config, 300, 4, Precision("fp32", torch.device("cpu")), 2**60)
-    assert too_much == "the model does not fit in this device's memory"
+
+
+def test_a_model_that_does_not_fit_is_not_measured(text_file: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("pretrain.plan.plan.free_memory", lambda device: 1_000_000)
+    config = load_config("quickstart", **SMALL, **{"data.paths": [str(text_file)], "tokenizer.kind": "byte"})
+    plan = make_plan(config, gpu="none")
+    assert plan.speed == "assumed 35% of the peak (the model does not fit in this device's memory)"
+    assert any("does not fit in memory" in warning for warning in warnings(plan))
 
 
 def test_the_command(capsys, text_file: Path):

@@ -11,7 +11,7 @@ from pretrain.config import Config, load_config
 from pretrain.device import Precision
 from pretrain.model import GPT
 from pretrain.optim import Optimizer, build_optimizers
-from pretrain.plan.cluster import layout
+from pretrain.plan.cluster import Layout
 from pretrain.sizing import count_parameters
 from pretrain.training.parallel import Parameters, build_model
 from pretrain.training.world import World
@@ -60,7 +60,7 @@ def test_seven_billion_parameters_on_512_processes(join: Callable[[int], World],
     assert 6.7e9 < total < 6.8e9
     parameters, optimizers = hold(config, kind, join(rank))
     held = sum(p.numel() for p in parameters.local.values())
-    shards = layout(kind, PROCESSES).shards
+    shards = Layout(kind, PROCESSES).shards
     # Rows are dealt in equal parts, so the first processes hold up to one row of each matrix more than the mean, and
     # the last ones less: 11008 rows are 22 for each of 500 processes, 8 for the next, and none for the others.
     assert held <= total / shards * 1.02

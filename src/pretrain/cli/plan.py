@@ -1,4 +1,4 @@
-"""``pretrain plan``: what a training comes to, before it begins."""
+"""``pretrain plan``: what a run will need, before it starts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pretrain.config import Config, load_config
 
 @dataclass
 class PlanArguments:
-    """What a training comes to, before it begins: parameters, memory, time, and what is unusual about it.
+    """What a run will need, before it starts: parameters, memory, time; and what is unusual about it.
 
     Takes the recipe and the fields that 'pretrain train' takes. The speed is measured here for some seconds, or with
     --gpu taken from published peaks (docs/plan.md).
@@ -51,7 +51,7 @@ class PlanArguments:
 
 
 def plan(args: list[str]) -> int:
-    """What a training comes to: parameters, memory, time, and what is unusual."""
+    """What a run will need: parameters, memory, time; and what is unusual about it."""
     given = args[0] if args and not args[0].startswith("-") else ""
     a = parse(PlanArguments, args, "plan", PlanArguments(config=load_config(given or "quickstart")))
 

@@ -9,7 +9,7 @@ from pretrain.config import Config
 from pretrain.errors import DataError
 from pretrain.text import embedded_name, find_pieces, read_piece
 from pretrain.text.pieces import Piece
-from pretrain.tokenizer import Tokenizer, build_tokenizer
+from pretrain.tokenizer import build_tokenizer
 from pretrain.tokens.datasets import is_tokens, open_corpus
 
 SAMPLE_BYTES = 2_000_000
@@ -34,9 +34,9 @@ class DataFacts:
 
 def look_at_data(config: Config) -> DataFacts:
     """Tokens of ``config.data``. A DataError or UsageError where training would raise it too."""
-    data, paths = config.data, config.data.paths
+    data, paths, kind, problem = config.data, config.data.paths, config.tokenizer.kind, ""
     if paths and is_tokens(paths):
-        corpus = open_corpus(paths, config.tokenizer.kind)
+        corpus = open_corpus(paths, kind)
         size = int(corpus.bytes_per_token * corpus.tokens("train"))
         vocabulary = corpus.tokenizer.vocab_size
         return DataFacts(vocabulary, corpus.tokens("train"), corpus.tokens("val"), size, True, ", ".join(paths))
@@ -44,17 +44,30 @@ def look_at_data(config: Config) -> DataFacts:
     size = sum(piece.size for piece in pieces)
     sample = read_sample(pieces, data.field)
     sampled = sum(len(text.encode()) for text in sample)
-    if not sample or not sampled:
+    if not sampled:
         raise DataError(f"{', '.join(paths)}: there is nothing but white space in the text")
-    vocabulary, per_token, how, problem = measure_tokens(config, sample, sampled >= size)
+    try:
+        tokenizer = build_tokenizer(kind, config.tokenizer.vocab_size, sample, config.tokenizer.pattern)
+    except DataError as error:
+        if kind != "bpe":
+            raise
+        # Too little text for such a vocabulary: the ratio for English, by our measurements.
+        vocabulary = config.tokenizer.vocab_size
+        per_token = min(4.7, max(1.0, 0.43 * math.log2(vocabulary) - 1.6))
+        how = f"at about {per_token:.1f} bytes a token"
+        problem = str(error) if sampled >= size else ""
+    else:
+        vocabulary = tokenizer.vocab_size
+        count = sum(len(ids) for _, ids in tokenizer.encode_documents(enumerate(sample)))
+        count += len(sample) if tokenizer.bos_id is not None else 0
+        per_token = sampled / max(1, count)
+        how = f"at {per_token:.2f} bytes a token in a sample"
     tokens = round(size / per_token)
-    held_out = 0.0 if data.val_paths else data.val_fraction
-    val = round(tokens * held_out)
+    val = held_out = 0 if data.val_paths else round(tokens * data.val_fraction)
     if data.val_paths:
         val = round(sum(piece.size for piece in find_pieces(data.val_paths, data.field, data.separator)) / per_token)
     name = ", ".join(paths) if paths else embedded_name()
-    train = tokens - round(tokens * held_out)
-    return DataFacts(vocabulary, train, val, size, False, f"{name}, {how}", problem)
+    return DataFacts(vocabulary, tokens - held_out, val, size, False, f"{name}, {how}", problem)
 
 
 def read_sample(pieces: list[Piece], field: str) -> list[str]:
@@ -70,27 +83,3 @@ def read_sample(pieces: list[Piece], field: str) -> list[str]:
             if read >= limit:
                 break
     return [text for text in texts if text.strip()]
-
-
-def measure_tokens(config: Config, sample: list[str], whole: bool) -> tuple[int, float, str, str]:
-    """The vocabulary, bytes of text a token, how these are known, and why training would refuse; from a sample.
-
-    ``whole`` says that the sample is all the text.
-    """
-    kind, wanted = config.tokenizer.kind, config.tokenizer.vocab_size
-    try:
-        tokenizer = build_tokenizer(kind, wanted, sample, config.tokenizer.pattern)
-    except DataError as error:
-        if kind != "bpe":
-            raise
-        per_token = min(4.7, max(1.0, 0.43 * math.log2(wanted) - 1.6))  # of English, by our measurements
-        return wanted, per_token, f"at about {per_token:.1f} bytes a token", str(error) if whole else ""
-    per_token = bytes_per_token(tokenizer, sample)
-    return tokenizer.vocab_size, per_token, f"at {per_token:.2f} bytes a token in a sample", ""
-
-
-def bytes_per_token(tokenizer: Tokenizer, sample: list[str]) -> float:
-    """Bytes of text that a token stands for, the boundaries between documents counted as tokens."""
-    tokens = sum(len(ids) for _, ids in tokenizer.encode_documents(enumerate(sample)))
-    tokens += len(sample) if tokenizer.bos_id is not None else 0
-    return sum(len(text.encode()) for text in sample) / max(1, tokens)

@@ -1,15 +1,15 @@
-"""Memory: what a training step holds, from a rehearsal of it on tensors without memory, and which micro-batch fits.
+"""Memory: what a training step holds, from a dry run of it on tensors without memory.
 
-    model, optimizers, two steps under FakeTensorMode  ──Holding──>  bytes alive at every moment  ──>  Working
+    model, optimizers, two steps under FakeTensorMode  ──Holding──>  bytes alive at every moment  ──>  bytes by part
 
-The rehearsal runs the real model, loss and optimizers, so it counts whatever they hold; only what torch.compile saves
-by fusing, and what an allocator loses between blocks, it does not know.
+The model, loss and optimizers are training's own, so whatever they hold is counted; only what torch.compile saves by
+fusing, and what an allocator loses between blocks, the dry run does not know.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,97 +18,82 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pretrain.config import Config
-from pretrain.model import GPT
+from pretrain.device import Precision
 from pretrain.model.loss import chunk_rows
 from pretrain.model.transformer import Linear
-from pretrain.optim import Optimizer, build_optimizers
-from pretrain.training.parallel import recompute_blocks
+from pretrain.optim import build_optimizers
+from pretrain.sizing import meta_model
+from pretrain.training.parallel import build_model
+from pretrain.training.state import update
+from pretrain.training.world import World
 
 LOGIT_BYTES = 12
 """Bytes that the loss holds for each logit of a chunk: the products, their fp32 copy, and the gradient of both."""
 
 
-@dataclass(frozen=True)
-class Working:
-    """Bytes of one process in a training step of ``rows`` rows at once, as a rehearsal of it counted them."""
+def dry_run(
+    config: Config, vocab_size: int, rows: int, micro_steps: int, precision: Precision
+) -> tuple[dict[str, int], int]:
+    """Bytes by part that one process holds in a training step, and the most that is alive at once.
 
-    rows: int
-    weights: int
-    moments: int
-    gradients: int
-    casts: int
-    """Copies of the blocks' weights in the activations' dtype, held from the forward to the backward pass."""
-    activations: int
-    """What else the forward pass keeps for the backward pass."""
-    chunk: int
-    """The logits that the loss holds at once, with their gradients."""
-    peak: int
-    """The most that was alive at once, weights and moments included."""
-
-    @property
-    def temporary(self) -> int:
-        """What the peak has beyond weights, moments, gradients, activations and the chunk of logits."""
-        known = self.weights + self.moments + self.gradients + self.casts + self.activations + self.chunk
-        return max(0, self.peak - known)
-
-
-def rehearse(config: Config, vocab_size: int, rows: int, micro_steps: int, dtype: torch.dtype, device: str) -> Working:
-    """Run a training step on tensors without memory, and count what it holds.
+    The peak may be less than the sum of the parts, which need not all be there at the same time.
 
     Args:
         config: with its derived fields filled in.
         vocab_size: V.
         rows: rows in a forward and backward pass.
         micro_steps: such passes in an optimizer step; from the second on, gradients lie beside activations.
-        dtype: of activations.
-        device: the type of the device for which to count; the rehearsal itself runs on the CPU.
+        precision: of activations, and the device whose memory is counted; the dry run itself takes place on the CPU.
     """
-    holding = Holding()
-    with FakeTensorMode(), holding:
-        model = GPT(config.model, vocab_size, 0)
-        model.compute_as_on(device)
-        model.activation_dtype = dtype
-        weights = holding.live
-        if config.train.activation_checkpointing:
-            recompute_blocks(model)
+    # Neither the compiler nor fp8 runs on tensors without memory.
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, compile="off", fp8=False))
+    device, dtype = precision.device.type, precision.dtype
+    model = meta_model(config.model, vocab_size, bos_id=0)
+    model.activation_dtype = dtype
+    model.compute_as_on(device)
+    with FakeTensorMode(allow_non_fake_inputs=True), Holding() as holding:
+        build_model(model, "none", config, World(torch.device("cpu")), precision, say=lambda _: None)
         optimizers = build_optimizers(model, config.optim)
+        weights = holding.live
+
+        def optimizer_step() -> None:
+            update(optimizers, 0, config, skip=torch.zeros(()))
+            model.zero_grad(set_to_none=True)
+
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        _update(model, optimizers)
+        optimizer_step()
         moments = holding.live - weights
         tokens = torch.zeros(rows, config.model.context_length, dtype=torch.long)
-        before, kept, forward, rest = holding.live, 0, 0, 0
+        before, kept, peak = holding.live, 0, 0
         for _ in range(min(2, micro_steps)):
             holding.peak = already = holding.live
             loss = model(tokens, tokens)
             kept = holding.live - already
-            forward = max(forward, holding.peak)
-            holding.peak = holding.live
             loss.backward()
             del loss
-            rest = max(rest, holding.peak)
+            peak = max(peak, holding.peak)
         gradients = holding.live - before
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        _update(model, optimizers)
-        rest = max(rest, holding.peak)
+        optimizer_step()
+        peak = max(peak, holding.peak)
 
-    # The loss has already taken the head's gradient when the forward pass ends; it is counted with the gradients.
-    head_gradient = 4 * model.head.weight.numel()
-    casts = 0
+    # Copies of the blocks' weights in the activations' dtype, kept from the forward to the backward pass.
+    copies = 0
     if dtype != torch.float32 and not config.train.activation_checkpointing:
         cast = [module.weight for module in model.blocks.modules() if isinstance(module, Linear)]
-        casts = dtype.itemsize * sum(weight.numel() for weight in cast)
-    at_once = chunk_rows(device, model.head.weight.shape[0])
-    chunk = LOGIT_BYTES * model.head.weight.shape[0] * min(at_once, rows * config.model.context_length)
-    activations = max(0, kept - head_gradient - casts)
-    return Working(rows, weights, moments, gradients, casts, activations, chunk, max(forward, rest))
-
-
-def _update(model: GPT, optimizers: list[Optimizer]) -> None:
-    for optimizer in optimizers:
-        optimizer.found_inf = torch.zeros(())  # as in training, where a step may be skipped
-        optimizer.step()
-    model.zero_grad(set_to_none=True)
+        copies = dtype.itemsize * sum(weight.numel() for weight in cast)
+    # The loss already has the head's gradient when the forward pass ends; it is counted with the gradients.
+    head_rows, head_gradient = model.head.weight.shape[0], 4 * model.head.weight.numel()
+    parts = {
+        "weights": weights,
+        "gradients": gradients,
+        "moments": moments,
+        "weight copies": copies,
+        "activations": max(0, kept - head_gradient - copies),
+        "logits chunk": LOGIT_BYTES * head_rows * min(chunk_rows(device, head_rows), tokens.numel()),
+    }
+    return {**parts, "temporary": max(0, peak - sum(parts.values()))}, peak
 
 
 class Holding(TorchDispatchMode):

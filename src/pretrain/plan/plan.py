@@ -14,9 +14,9 @@ import torch
 
 from pretrain.config import Config
 from pretrain.device import (
-    DTYPES,
     GPU,
     GPUS,
+    Precision,
     choose_device,
     choose_precision,
     cpu_name,
@@ -27,10 +27,10 @@ from pretrain.device import (
 )
 from pretrain.errors import UsageError
 from pretrain.optim import find_optimizer
-from pretrain.plan.cluster import Layout, layout, memory_parts, traffic, traffic_seconds
+from pretrain.plan.cluster import Layout, memory_parts, traffic, traffic_seconds
 from pretrain.plan.data import DataFacts, look_at_data
-from pretrain.plan.memory import rehearse
-from pretrain.plan.speed import Speed, assume_speed, assumed_utilisation, measure_speed
+from pretrain.plan.memory import dry_run
+from pretrain.plan.speed import assume_speed, assumed_utilisation, measure_speed
 from pretrain.sizing import count_parameters, flops_per_token, kind_that_fits, resolve, rows_that_fit
 
 CPU_HEAP, GPU_CACHE = 0.4, 0.1
@@ -49,24 +49,19 @@ class Hardware:
     """Where a plan is for: this machine, or a GPU by name."""
 
     title: str
-    device: str
-    """cpu, cuda or mps."""
-    precision: str
+    precision: Precision
+    """Of activations, and the device."""
     memory: int
     """Bytes of one device."""
-    here: torch.device | None
-    """This machine's device; None for a GPU by name."""
     gpu: GPU | None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of activations."""
-        return DTYPES[self.precision]
+    """The published numbers of a GPU that is known."""
+    here: bool
+    """Whether it is this machine."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a configuration comes to. Bytes, seconds and tokens are plain numbers; ``memory`` is of each process."""
+    """What a configuration needs. Bytes, seconds and tokens are plain numbers; ``memory`` is of each process."""
 
     config: Config
     data: DataFacts
@@ -125,7 +120,7 @@ class Plan:
         config, data = self.config, dataclasses.asdict(self.data)
         return {
             "hardware": self.hardware.title,
-            "precision": self.hardware.precision,
+            "precision": self.hardware.precision.name,
             "processes": self.layout.processes,
             "parallel": self.layout.kind,
             "data": {**data, "epochs": self.epochs},
@@ -166,9 +161,9 @@ def make_plan(
 
     Args:
         config: from :func:`pretrain.load_config`.
-        gpu: a name in ``hardware.GPUS``; ``none`` for this machine's CPU; empty for this machine's device.
+        gpu: a name in ``device.GPUS``; ``none`` for this machine's CPU; empty for this machine's device.
         gpus: processes, each with a device of its own.
-        parallel: ddp, fsdp, hsdp, or auto: as ``parallel.kind`` says, or ddp where the model fits so.
+        parallel: ddp, fsdp, hsdp, or auto: as ``parallel.kind`` says, or ddp where the whole model fits.
         measure: time a few steps on this machine.
         utilisation: the share of the peak to assume where nothing is measured; 0: ``speed.assumed_utilisation``.
         disk_rate: bytes per second that a machine can write.
@@ -178,43 +173,39 @@ def make_plan(
         DataError: the data cannot be used.
     """
     optimizer, hardware = find_optimizer(config.optim), choose_hardware(config, gpu)
+    precision, device = hardware.precision, hardware.precision.device
     data = look_at_data(config)
     config, derived = resolve(config, data.vocab_size)
     counts, flops = count_parameters(config.model, data.vocab_size), flops_per_token(config.model, data.vocab_size)
     kind = config.parallel.kind if parallel == "auto" else parallel
     if kind == "auto":
         kind = kind_that_fits(sum(counts.values()), hardware.memory)
-    where = layout(kind, gpus)
+    where = Layout(kind if gpus > 1 else "none", gpus)
     state = 4 * sum(counts.values()) + optimizer.state_bytes(counts)
 
     mine = math.ceil(config.batch_rows / gpus)
     free = hardware.memory - state // where.shards
-    rows = min(config.train.micro_batch or rows_that_fit(config, hardware.dtype.itemsize, max(0, free)), mine)
+    rows = min(config.train.micro_batch or rows_that_fit(config, precision.dtype.itemsize, max(0, free)), mine)
     while True:
         micro_steps = math.ceil(mine / rows)
-        working = rehearse(config, data.vocab_size, rows, micro_steps, hardware.dtype, hardware.device)
-        parts = memory_parts(working, config, data.vocab_size, where, micro_steps, hardware.dtype)
+        alone, _ = dry_run(config, data.vocab_size, rows, micro_steps, precision)
+        parts = memory_parts(alone, config, data.vocab_size, where, micro_steps, precision.dtype)
         memory, host = with_surroundings(parts, hardware, state // where.shards)
         if rows == 1 or sum(memory.values()) <= hardware.memory:
             break
         rows //= 2  # as training does when memory runs out
 
-    gpu_like = hardware.device != "cpu"
-    peak = (
-        hardware.gpu.tflops * 1e12 if hardware.gpu else peak_flops(hardware.here or torch.device("cpu"), hardware.dtype)
-    )
-    speed: Speed | str = "not measured"
-    if measure and hardware.here and gpus == 1:
-        precision = choose_precision(hardware.precision, hardware.here)
-        speed = measure_speed(config, data.vocab_size, rows, precision, sum(memory.values()) - PROCESS_BYTES)
-    if isinstance(speed, str):
-        share = utilisation or assumed_utilisation(config.model, gpu_like)
-        how = f"assumed {share:.0%} of the peak" + (f" ({speed})" if measure and hardware.here else "")
-        again = config.train.activation_checkpointing
-        speed = assume_speed(flops, rows * config.model.context_length, share * peak, again)
+    peak = hardware.gpu.tflops * 1e12 if hardware.gpu else peak_flops(device, precision.dtype)
+    measure = measure and hardware.here and gpus == 1
+    too_large = measure and sum(memory.values()) - PROCESS_BYTES > free_memory(device)
+    if measure and not too_large:
+        speed, how = measure_speed(config, data.vocab_size, rows, precision), "measured here"
     else:
-        how = "measured here"
-    sent = traffic(config, data.vocab_size, where, micro_steps, hardware.dtype)
+        share = utilisation or assumed_utilisation(config.model, device.type != "cpu")
+        speed = assume_speed(config, flops / (share * peak), rows)
+        how = f"assumed {share:.0%} of the peak"
+        how += " (the model does not fit in this device's memory)" if too_large else ""
+    sent = traffic(config, data.vocab_size, where, micro_steps, precision.dtype)
     waiting = traffic_seconds(sent, where, hardware.gpu) if hardware.gpu else 0.0
     step_seconds = max(speed.step(micro_steps) * mine / (rows * micro_steps), waiting)
     validated = (config.train.steps - 1) // config.eval.every if config.eval.every else 0
@@ -232,29 +223,25 @@ def choose_hardware(config: Config, gpu: str) -> Hardware:
     wanted = config.train.precision
     if gpu not in ("", "none"):
         if gpu not in GPUS:
-            raise UsageError(f"--gpu {gpu} is not known; there are none, {', '.join(GPUS)}")
+            raise UsageError(f"--gpu {gpu} is not known; there are none (this machine's CPU), {', '.join(GPUS)}")
         known = GPUS[gpu]
-        precision = ("fp16" if gpu in ("v100", "t4") else "bf16") if wanted == "auto" else wanted
-        return Hardware(known.title, "cuda", precision, round(known.memory_gb * 1e9), None, known)
+        name = wanted if wanted != "auto" else "fp16" if gpu in ("v100", "t4") else "bf16"
+        return Hardware(known.title, Precision(name, torch.device("cuda")), round(known.memory_gb * 1e9), known, False)
     device = choose_device("cpu" if gpu == "none" else config.train.device)
-    precision = choose_precision(wanted, device).name
+    precision = choose_precision(wanted, device)
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        return Hardware(name, "cuda", precision, total_memory(device), device, known_gpu(name))
-    title = f"this machine's {device.type}" + (
-        f" ({cpu_name()}, {torch.get_num_threads()} threads)" if device.type == "cpu" else ""
-    )
-    return Hardware(title, device.type, precision, min(total_memory(device), free_memory(device)), device, None)
+        return Hardware(name, precision, total_memory(device), known_gpu(name), True)
+    title = f"this machine's {device.type}"
+    if device.type == "cpu":
+        title += f" ({cpu_name()}, {torch.get_num_threads()} threads)"
+    return Hardware(title, precision, min(total_memory(device), free_memory(device)), None, True)
 
 
 def with_surroundings(parts: dict[str, int], hardware: Hardware, state: int) -> tuple[dict[str, int], dict[str, int]]:
     """Add what the allocator, the process and saving take; gives the memory of the device and of the machine beside."""
     churned = sum(parts.values()) - parts["weights"] - parts["moments"]
-    saving = {"checkpoint being saved": WRITING * state}
-    if hardware.device == "cuda":
-        return (
-            {**parts, "allocator": round(GPU_CACHE * churned), "CUDA itself": CUDA_BYTES},
-            {"process": PROCESS_BYTES, **saving},
-        )
-    memory = {**parts, "allocator": round(CPU_HEAP * churned), "process": PROCESS_BYTES, **saving}
-    return memory, {}
+    around = {"process": PROCESS_BYTES, "checkpoint being saved": WRITING * state}
+    if hardware.precision.device.type == "cuda":
+        return {**parts, "allocator": round(GPU_CACHE * churned), "CUDA itself": CUDA_BYTES}, around
+    return {**parts, "allocator": round(CPU_HEAP * churned), **around}, {}

@@ -20,12 +20,11 @@ def describe(plan: Plan, warnings: list[str]) -> str:
     """All of a plan, some twenty lines, and its warnings."""
     config, data, where = plan.config, plan.data, plan.layout
     train, total = config.train, sum(plan.parameters.values())
-    lines = [f"for        {plan.hardware.title}, {plan.hardware.precision}"]
+    hardware = plan.hardware.title
     if where.processes > 1:
         per = f", {where.per_machine} a machine" if where.machines > 1 else ""
-        lines[0] = (
-            f"for        {where.processes:,} x {plan.hardware.title}{per}, {where.kind}, {plan.hardware.precision}"
-        )
+        hardware = f"{where.processes:,} x {hardware}{per}, {where.kind}"
+    lines = [f"for        {hardware}, {plan.hardware.precision.name}"]
     about = "" if data.exact else "about "
     known = "" if data.exact else " (an estimate)"
     lines.append(f"data       {data.source}: {about}{rounded(data.train_tokens)} tokens to train on{known}")
@@ -46,10 +45,9 @@ def describe(plan: Plan, warnings: list[str]) -> str:
     lines += table([(name, size(value), "") for name, value in plan.memory.items() if value])
     if plan.host_memory:
         lines.append(f"           and {size(sum(plan.host_memory.values()))} of the machine's own{each}")
-    rate = f"{plan.disk_rate / 1e9:g} GB/s a machine" if where.machines > 1 else f"{plan.disk_rate / 1e9:g} GB/s"
     lines.append(
-        f"checkpoint {size(plan.checkpoint_bytes)}, written beside training in"
-        f" {duration(plan.checkpoint_seconds)} at {rate}"
+        f"checkpoint {size(plan.checkpoint_bytes)}, written beside training in {duration(plan.checkpoint_seconds)} at"
+        f" {plan.disk_rate / 1e9:g} GB/s{' a machine' if where.machines > 1 else ''}"
     )
     if where.processes > 1:
         lines.append(
