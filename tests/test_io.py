@@ -45,6 +45,8 @@ def test_durations():
         ("cannot read (https://u:pw@h/x): gone", "cannot read (https://h/x): gone"),
         ("skipped 'https://u:pw@h/x', broken", "skipped 'https://h/x', broken"),
         ("https://u:pw@h/x,https://u:pw@h/y", "https://h/x,https://h/y"),
+        ("s3://u:p(w,@h/x, http://h/b@c", "s3://h/x, http://h/b@c"),
+        ("https://h?sig=a@b", "https://h"),
         ("no URL: a@b", "no URL: a@b"),
     ],
 )

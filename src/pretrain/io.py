@@ -121,6 +121,7 @@ def without_secrets(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [without_secrets(item) for item in value]
     if isinstance(value, str) and "://" in value:
+        value = re.sub(r"://[^/?#\s'\"<>@]+@", "://", value)  # first: a password may hold what ends a URL in a text
         return re.sub(r"[A-Za-z][\w+.-]*://[^\s'\"<>(),]+", lambda url: _bare_url(url[0]), value)
     return value
 
