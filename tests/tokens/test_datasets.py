@@ -19,7 +19,7 @@ def prepared(folder: Path, train: list[str], val: list[str], kind: str = "byte")
     tokenizer = build_tokenizer(kind, 0, train)
     shards = [write_shard(folder, "train", i, [text], tokenizer) for i, text in enumerate(train)]
     shards += [write_shard(folder, "val", i, [text], tokenizer) for i, text in enumerate(val)]
-    Manifest(tokenizer.dtype.name, tokenizer.vocab_size, tokenizer.fingerprint, tuple(shards)).save(folder)
+    Manifest.of(tokenizer, shards).save(folder)
     tokenizer.save(folder / "tokenizer.json")
     return str(folder)
 

@@ -21,7 +21,7 @@ def folder(tmp_path: Path) -> Path:
         write_shard(tmp_path, "train", 1, TEXTS[2:], tokenizer),
         write_shard(tmp_path, "val", 0, TEXTS[:1], tokenizer),
     )
-    Manifest(tokenizer.dtype.name, tokenizer.vocab_size, tokenizer.fingerprint, shards).save(tmp_path)
+    Manifest.of(tokenizer, shards).save(tmp_path)
     return tmp_path
 
 

@@ -173,7 +173,7 @@ def _on_text(model: nn.Module, tokenizer: Tokenizer, paths: Sequence[str], lengt
         shard = write_shard(folder, "val", 0, (document.text for document in read_documents(paths)), tokenizer)
         if shard.tokens < 2:
             raise DataError(f"{', '.join(paths)}: too little text to measure on; give more than one token")
-        Manifest(tokenizer.dtype.name, tokenizer.vocab_size, tokenizer.fingerprint, (shard,)).save(folder)
+        Manifest.of(tokenizer, [shard]).save(folder)
         batches = validation_batches(prepared_dataset(folder).stream("val"), length, rows)
         return _numbers("data", evaluate_loss(model, batches, tokenizer.token_bytes()))
 

@@ -25,16 +25,13 @@ from pretrain.tokens.order import DataOrder, MixedOrder, key, mixture_shares
 from pretrain.tokens.shards import MANIFEST, PLAN, Manifest
 from pretrain.tokens.windows import TokenFile, TokenStream
 
-SPLITS = ("train", "val")
-
 
 @dataclass(frozen=True)
 class Dataset:
     """Token files that belong together: one of ``data.paths``."""
 
     name: str  # the path as it was given
-    files: Mapping[str, tuple[TokenFile, ...]]  # of each split, in order
-    vocab_size: int
+    files: Mapping[str, Sequence[TokenFile]]  # of each split, in order
     tokenizer: str  # its fingerprint; empty if unknown, as in files of other programs
     bytes_per_token: float  # UTF-8 bytes of text to a training token, on average; 0 if unknown
     fingerprint: str  # a hash of all contents for our own shards, of sizes and samples for foreign ones
@@ -145,19 +142,12 @@ def prepared_dataset(folder: Path) -> Dataset:
     if not (folder / MANIFEST).is_file() and (folder / PLAN).is_file():
         raise DataError(f"{folder} is not finished; go on with the 'pretrain data prepare' that began it")
     manifest = Manifest.load(folder)
-    files: dict[str, list[TokenFile]] = {split: [] for split in SPLITS}
+    files: dict[str, list[TokenFile]] = {"train": [], "val": []}
     for shard in manifest.shards:
         file = TokenFile(folder / shard.file, shard.tokens, manifest.dtype)
         file.check()
         files[shard.split].append(file)
-    return Dataset(
-        str(folder),
-        {split: tuple(files[split]) for split in SPLITS},
-        manifest.vocab_size,
-        manifest.tokenizer,
-        manifest.bytes_per_token,
-        manifest.fingerprint,
-    )
+    return Dataset(str(folder), files, manifest.tokenizer, manifest.bytes_per_token, manifest.fingerprint)
 
 
 def foreign_dataset(path: str, tokenizer: Tokenizer) -> Dataset:
@@ -176,15 +166,14 @@ def foreign_dataset(path: str, tokenizer: Tokenizer) -> Dataset:
         raise DataError(
             f"{path}: there are no such files; name token shards ({', '.join(SUFFIXES)}) or a folder of them"
         )
-    files: dict[str, list[TokenFile]] = {split: [] for split in SPLITS}
+    files: dict[str, list[TokenFile]] = {"train": [], "val": []}
     digest = hashlib.sha256()
     for each in found:
         split = split_of(each)
         file, hashed = open_foreign(each, tokenizer.vocab_size)
         files[split].append(file)
         digest.update(f"{split} {hashed} ".encode())
-    splits = {split: tuple(files[split]) for split in SPLITS}
-    return Dataset(path, splits, tokenizer.vocab_size, "", 0.0, digest.hexdigest())
+    return Dataset(path, files, "", 0.0, digest.hexdigest())
 
 
 def training_order(corpus: Corpus, config: Config) -> DataOrder | MixedOrder:

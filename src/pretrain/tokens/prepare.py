@@ -207,14 +207,8 @@ def prepare_text(
 
         shards = [shard for job in jobs for commit in commits[job.number] for shard in commit.shards]
         problems: Counter[str] = sum((Counter(commits[job.number][-1].problems) for job in jobs), Counter())
-        manifest = Manifest(
-            built.dtype.name,
-            built.vocab_size,
-            built.fingerprint,
-            tuple(sorted(shards, key=lambda shard: shard.split)),  # training first, else as they are
-            built.bos_id,
-            dict(sorted(problems.items())),
-        )
+        training_first = sorted(shards, key=lambda shard: shard.split)
+        manifest = Manifest.of(built, training_first, problems)
         _check_length(manifest, data, jobs, needed)
         manifest.save(folder)
         shutil.rmtree(folder / WORK)

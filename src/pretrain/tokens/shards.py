@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -56,6 +56,18 @@ class Manifest:
     shards: tuple[Shard, ...]
     boundary: Count | None = None  # the BOS token with which each document begins, if the vocabulary has one
     problems: dict[str, int] = field(default_factory=dict)  # what of the text was fixed or left out, and how often
+
+    @staticmethod
+    def of(tokenizer: Tokenizer, shards: Iterable[Shard], problems: Mapping[str, int] | None = None) -> Manifest:
+        """The manifest of shards made with a tokenizer."""
+        return Manifest(
+            tokenizer.dtype.name,
+            tokenizer.vocab_size,
+            tokenizer.fingerprint,
+            tuple(shards),
+            tokenizer.bos_id,
+            dict(sorted((problems or {}).items())),
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -147,7 +159,7 @@ class ShardWriter:
         return Shard(self.path.name, self.split, self.tokens, self.documents, self.text_bytes, digest)
 
     def discard(self) -> None:
-        """Remove an unfinished file."""
+        """Remove the file if it is unfinished."""
         self._out.close()
         self._temporary.unlink(missing_ok=True)
 
@@ -159,9 +171,8 @@ def write_shard(folder: Path, split: str, index: int, texts: Iterable[str], toke
         for text, ids in tokenizer.encode_documents((text, text) for text in texts):
             writer.write(ids, utf8_bytes(text))
         return writer.close()
-    except BaseException:
+    finally:
         writer.discard()
-        raise
 
 
 def utf8_bytes(text: str) -> int:

@@ -58,8 +58,10 @@ SEARCHED_BYTES = 512_000_000  # read for them, once there are some: a small shar
 MEASURED_BYTES = 2**18  # of text, to know the bytes of a token
 SAMPLED_BYTES = 64 * 1024  # hashed at the beginning and at the end of each file, to know it again
 
-# best_fit packs so many tokens at once, or of so many rows. More would cut fewer documents (docs/data.md).
-PACKED_TOKENS, PACKED_ROWS = 2**20, 256
+PACKED_TOKENS, PACKED_ROWS = (
+    2**20,
+    256,
+)  # that best_fit packs at once, at least; more cuts fewer documents (docs/data.md)
 AHEAD_TOKENS, MOST_AHEAD = 2**21, 64  # tokens and batches made ahead, at most, but at least 2 batches
 KEPT = 3  # batches that can be asked for again, as after running out of memory
 KEPT_EPOCHS = 8  # whose assignments are kept; others are computed again
@@ -81,15 +83,10 @@ class LiveText:
     def parts(self, piece: Piece, problems: Counter[str] | None = None) -> Iterator[Part]:
         """The documents of a piece, each on its side of the split, in bounded memory."""
         split = "hash" if self.val_fraction else VAL if piece in self._held_out else TRAIN
+        problems = Counter() if problems is None else problems
         first = self._first_pieces[piece.file]
-        return read_parts(
-            [piece],
-            self.field,
-            split,
-            Counter() if problems is None else problems,
-            val_fraction=self.val_fraction,
-            before=None if first == piece else first,
-        )
+        before = None if first == piece else first
+        return read_parts([piece], self.field, split, problems, val_fraction=self.val_fraction, before=before)
 
     @property
     def size(self) -> int:
@@ -210,14 +207,7 @@ def prepare_stream(
                 )
             say(f"held out  {shard.tokens:,} tokens of {shard.documents:,} documents are kept for validation")
         tokenizer.save(temporary / TOKENIZER)
-        manifest = Manifest(
-            tokenizer.dtype.name,
-            tokenizer.vocab_size,
-            tokenizer.fingerprint,
-            tuple(shards),
-            tokenizer.bos_id,
-            dict(sorted(problems.items())),
-        )
+        manifest = Manifest.of(tokenizer, shards, problems)
         manifest.save(temporary)
         temporary.rename(folder)
     except BaseException:
@@ -258,9 +248,8 @@ def _write_validation(folder: Path, text: LiveText, tokenizer: Tokenizer, proble
             if writer.tokens >= VALIDATION_TOKENS:
                 break
         return writer.close()
-    except BaseException:
+    finally:
         writer.discard()
-        raise
 
 
 def _sample(file: str) -> bytes:
@@ -280,10 +269,12 @@ def _sample(file: str) -> bytes:
 def _measure(text: LiveText, tokenizer: Tokenizer) -> float:
     """UTF-8 bytes that a token of the training text stands for, at its beginning. Raises DataError if it is empty."""
     texts: list[str] = []
+    size = 0
     parts = (part for piece in text.train for part in text.parts(piece) if part.split == TRAIN and part.text)
     for part in parts:
         texts.append(part.text[:MEASURED_BYTES])
-        if sum(map(utf8_bytes, texts)) >= MEASURED_BYTES:
+        size += utf8_bytes(texts[-1])
+        if size >= MEASURED_BYTES:
             break
     if not texts:
         raise _no_text()
@@ -334,12 +325,10 @@ class Assignment:
 
 
 def reader_count(text: LiveText, most: int, rows: int) -> int:
-    """How many readers to have: the largest number that divides the rows of a batch and is at most
+    """How many readers to have: the largest number that divides the rows of a batch, at most ``most`` and one a piece.
 
-    - ``most``;
-    - the number of pieces;
-    - so many that the largest piece is at most half as large again as an even share, since otherwise several readers
-      would read it at the same time, in different epochs.
+    The largest piece is at most half as large again as an even share, or several readers would read it at the same
+    time, in different epochs.
     """
     sizes = [max(1, piece.size) for piece in text.train]
     limit = min(most, len(sizes), max(1, 3 * sum(sizes) // (2 * max(sizes))))
@@ -359,30 +348,28 @@ class _Reading:
     packing: str
     assignment: Assignment
     rows: int
+    mine: range  # the rows of this rank
     length: int
     seed: int
-    rank: int
-    world: int
     empty: set[int] = field(default_factory=set)  # pieces known to have no training text
     stop: threading.Event = field(default_factory=threading.Event)
 
     def readers(self) -> list[int]:
         """Those that feed this rank's rows."""
-        return sorted({row % self.assignment.readers for row in range(self.rank, self.rows, self.world)})
+        return sorted({row % self.assignment.readers for row in self.mine})
 
     def batches(self, cursors: Mapping[int, Cursor]) -> Iterator[tuple[np.ndarray, dict[int, Cursor]]]:
         """Batches (rows of this rank, T + 1), each with the cursors of the next one. Endless."""
         cursors = {reader: cursors[reader] for reader in self.readers()}
         streams = {reader: self.packed(reader, cursor) for reader, cursor in cursors.items()}
-        mine = {row: place for place, row in enumerate(range(self.rank, self.rows, self.world))}
         while True:
-            batch = np.empty((len(mine), self.length + 1), dtype=self.tokenizer.dtype)
+            batch = np.empty((len(self.mine), self.length + 1), dtype=self.tokenizer.dtype)
             for row in range(self.rows):
                 reader = row % self.assignment.readers
                 if reader in streams:  # its rows are all made, those of other ranks too
                     tokens, cursors[reader] = next(streams[reader])
-                    if row in mine:
-                        batch[mine[row]] = tokens
+                    if row in self.mine:
+                        batch[self.mine.index(row)] = tokens
             yield batch, dict(cursors)
 
     def packed(self, reader: int, start: Cursor) -> Iterator[tuple[np.ndarray, Cursor]]:
@@ -458,28 +445,20 @@ class LiveBatches:
         rank: int = 0,
         world: int = 1,
     ):
-        """Prepare to read; the thread begins with the first batch.
+        """Prepare to read; the thread starts with the first batch.
 
-        Args:
-            text: from :func:`find_text`.
-            tokenizer: of any kind but char.
-            data: its ``order``, ``packing`` and ``readers``.
-            rows: rows in the global batch of one step.
-            length: T.
-            seed: of the order.
-            rank: which of the processes this is; it takes rows ``rank::world`` of every global batch.
-            world: the number of processes. Each reads what feeds its rows, so that if ``world`` does not divide the
-                number of readers, some text is read and tokenized by several.
+        ``rows`` are those of the global batch of a step, of which this process takes ``rank::world``. It reads all that
+        feeds them, so that if ``world`` does not divide the number of readers, some text is tokenized by several.
 
-        Raises:
-            DataError: there is no text to train on.
+        Raises DataError if there is no text to train on.
         """
         self.text, self.rows, self.length = text, rows, length
         self.readers = reader_count(text, data.readers, rows)
         self.bytes_per_token = _measure(text, tokenizer)
         sizes = [piece.size for piece in text.train]
         assignment = Assignment(sizes, self.readers, data.order == "shuffled", seed)
-        self._reading = _Reading(text, tokenizer, data.packing, assignment, rows, length, seed, rank, world)
+        mine = range(rank, rows, world)
+        self._reading = _Reading(text, tokenizer, data.packing, assignment, rows, mine, length, seed)
         self._thread: threading.Thread | None = None
         self._begin(0, dict.fromkeys(self._reading.readers(), Cursor()))
 
@@ -492,8 +471,7 @@ class LiveBatches:
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of this process of a step, both int64 (rows / world, T); waits until they are made.
 
-        Raises:
-            DataError: the text cannot be read, is not what it was, or there is none.
+        Raises DataError if the text cannot be read, is not what it was, or there is none.
         """
         import torch
 
