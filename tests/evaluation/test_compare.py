@@ -16,7 +16,7 @@ from pretrain.cli import main
 from pretrain.config import load_config
 from pretrain.errors import DataError, UsageError
 from pretrain.evaluation import read_tasks
-from pretrain.evaluation.compare import What, measure
+from pretrain.evaluation.compare import EvalRequest, measure
 from pretrain.runs import Run
 from pretrain.runs.run import stored_core
 from pretrain.tokenizer import build_tokenizer
@@ -100,10 +100,10 @@ def test_a_mixture_has_a_table_of_its_data_sets(two_folders: list[str], tmp_path
 
 def test_one_data_set_has_no_table(two_folders: list[str], tmp_path: Path):
     run = train_on(tmp_path / "run", two_folders[1])
-    measured = measure(str(run.folder), What())
+    measured = measure(str(run.folder), EvalRequest())
     assert measured.sources == {}
     check(measured.numbers, "val", plain_sums(run, sorted(Path(two_folders[1]).glob("val-*.bin"))))
-    estimate = measure(str(run.folder), What(batches=30)).numbers
+    estimate = measure(str(run.folder), EvalRequest(batches=30)).numbers
     assert estimate["val_loss_estimate"] == pytest.approx(measured.numbers["val_loss"], rel=0.1)
 
 
@@ -125,19 +125,21 @@ def test_files_of_nanogpt(kind: str, tmp_path: Path):
         np.array(ids, dtype="<u2").tofile(folder / f"{split}.bin")
     run = train_on(tmp_path / "run", str(folder), **settings)
     for split in ("val", "train"):
-        numbers = measure(str(run.folder), What(split=split)).numbers
+        numbers = measure(str(run.folder), EvalRequest(split=split)).numbers
         check(numbers, split, plain_sums(run, [folder / f"{split}.bin"]))
-    assert {"train_loss_estimate", "val_bpb_estimate"} <= measure(str(run.folder), What(batches=2)).numbers.keys()
+    assert {"train_loss_estimate", "val_bpb_estimate"} <= measure(
+        str(run.folder), EvalRequest(batches=2)
+    ).numbers.keys()
 
 
 def test_a_stream_is_measured_on_what_it_holds_out(tmp_path: Path):
     text = write_text(tmp_path / "text.jsonl", 3, 200)
     run = train_on(tmp_path / "run", str(text), **{"data.stream": True, "data.split": "hash", "data.val_fraction": 0.2})
-    measured = measure(str(run.folder), What())
+    measured = measure(str(run.folder), EvalRequest())
     check(measured.numbers, "val", plain_sums(run, sorted(run.data.glob("val-*.bin"))))
-    assert measure(str(run.folder), What(batches=2)).numbers.keys() == {"val_loss_estimate", "val_bpb_estimate"}
+    assert measure(str(run.folder), EvalRequest(batches=2)).numbers.keys() == {"val_loss_estimate", "val_bpb_estimate"}
     with pytest.raises(UsageError, match="was trained on a stream, which keeps no tokens; measure on other text"):
-        measure(str(run.folder), What(split="train"))
+        measure(str(run.folder), EvalRequest(split="train"))
 
 
 def test_what_cannot_be_measured_is_said_first(tmp_path: Path, text_file: Path, capsys):
@@ -160,10 +162,10 @@ def test_core_needs_no_data_of_the_run(two_folders: list[str], tmp_path: Path):
     run = train_on(tmp_path / "run", two_folders[0])
     Path(two_folders[0]).rename(tmp_path / "moved")
     with pytest.raises(DataError, match=r"/a, on which .*/run was trained, is no longer there"):
-        measure(str(run.folder), What())
+        measure(str(run.folder), EvalRequest())
     said: list[str] = []
     tasks = read_tasks(write_bundle(tmp_path / "bundle"))
-    measured = measure(str(run.folder), What(core=tasks, max_per_task=2), say=said.append)
+    measured = measure(str(run.folder), EvalRequest(core=tasks, max_per_task=2), say=said.append)
     assert measured.numbers == {}
     assert measured.core is not None
     assert said[0].startswith("no loss: ")
@@ -174,8 +176,8 @@ def test_core_is_kept_with_the_checkpoint_that_it_is_of(tmp_path: Path, text_fil
     tasks = read_tasks(write_bundle(tmp_path / "bundle"))
     newest = run.newest_checkpoint()
     assert stored_core(run, newest) is None
-    many = measure(str(run.folder), What(core=tasks, max_per_task=5)).core
-    measure(str(run.folder), What(core=tasks, max_per_task=2))
+    many = measure(str(run.folder), EvalRequest(core=tasks, max_per_task=5)).core
+    measure(str(run.folder), EvalRequest(core=tasks, max_per_task=2))
     stored = stored_core(run, newest)
     assert stored is not None
     assert many is not None

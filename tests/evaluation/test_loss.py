@@ -10,7 +10,7 @@ from tests.conftest import TINY
 
 from pretrain.config import Config, load_config
 from pretrain.evaluation import evaluate_loss
-from pretrain.evaluation.compare import What, measure
+from pretrain.evaluation.compare import EvalRequest, measure
 from pretrain.runs.run import empty_model
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokens import prepare, prepared_dataset, validation_batches
@@ -117,7 +117,7 @@ def test_bits_per_byte_of_every_tokenizer(kind: str, tmp_path: Path):
             nats -= scores[position, target].item()
             text_nats -= scores[position, target].item() * (target != tokenizer.bos_id)
     size = len((texts[0][5:77] + "🙂é").encode())
-    numbers = measure(str(run.folder), What(data=[str(other)])).numbers
+    numbers = measure(str(run.folder), EvalRequest(data=[str(other)])).numbers
     assert numbers["bytes"] == size
     assert numbers["tokens"] == len(ids) - 1
     assert numbers["data_loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-6)
@@ -127,11 +127,11 @@ def test_bits_per_byte_of_every_tokenizer(kind: str, tmp_path: Path):
 def test_both_splits_and_estimates(tiny: Config, tmp_path: Path):
     run = train(tiny, tmp_path / "run")
     place = str(run.folder)
-    whole = measure(place, What(split="train")).numbers
-    estimate = measure(place, What(batches=40)).numbers
-    assert estimate == measure(place, What(batches=40)).numbers
+    whole = measure(place, EvalRequest(split="train")).numbers
+    estimate = measure(place, EvalRequest(batches=40)).numbers
+    assert estimate == measure(place, EvalRequest(batches=40)).numbers
     assert whole["tokens"] == prepared_dataset(run.data).tokens("train") - 1
     assert estimate["train_loss_estimate"] == pytest.approx(whole["train_loss"], rel=0.02)
     assert estimate["val_loss_estimate"] != estimate["train_loss_estimate"]
     assert run.summary is not None
-    assert measure(place, What()).numbers["val_loss"] == json.loads(json.dumps(run.summary["val_loss"]))
+    assert measure(place, EvalRequest()).numbers["val_loss"] == json.loads(json.dumps(run.summary["val_loss"]))

@@ -14,7 +14,7 @@ from tests.hf.test_convert import PLAIN
 from pretrain.cli import main
 from pretrain.errors import PretrainError
 from pretrain.evaluation import read_tasks
-from pretrain.evaluation.compare import What, measure
+from pretrain.evaluation.compare import EvalRequest, measure
 from pretrain.hf.export import model_card
 from pretrain.io import read_jsonl
 from pretrain.runs import Run
@@ -50,7 +50,7 @@ def test_the_card_of_a_text(tmp_path: Path, text_file: Path):
     settings = json.loads(card.split("```json\n")[1].split("```")[0])
     assert settings["model"]["width"] == TINY["model.width"]
 
-    measured = measure(str(run.folder), What(core=read_tasks(bundle), max_per_task=4)).core
+    measured = measure(str(run.folder), EvalRequest(core=read_tasks(bundle), max_per_task=4)).core
     assert measured is not None
     card = card_of(run)
     assert table(card, "copa") == [
@@ -139,7 +139,7 @@ def test_a_damaged_export_says_so(tmp_path: Path, text_file: Path):
     assert main(["export", str(run.folder), "--out", str(out)]) == 0
     (out / "model.safetensors").unlink()
     with pytest.raises(PretrainError, match=r"no \*\.safetensors file"):
-        measure(f"hf:{out}", What(data=[str(text_file)]))
+        measure(f"hf:{out}", EvalRequest(data=[str(text_file)]))
 
 
 def test_what_our_model_cannot_be_transformers_loads(tmp_path: Path, text_file: Path):
@@ -151,7 +151,7 @@ def test_what_our_model_cannot_be_transformers_loads(tmp_path: Path, text_file: 
     ).eval()
     model.save_pretrained(tmp_path / "neox")
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.hf).save_pretrained(tmp_path / "neox")
-    numbers = measure(f"hf:{tmp_path / 'neox'}", What(data=[str(text_file)])).numbers
+    numbers = measure(f"hf:{tmp_path / 'neox'}", EvalRequest(data=[str(text_file)])).numbers
     text = text_file.read_text(encoding="utf-8")
     ids = [tokenizer.bos_id, *tokenizer.encode(text)]
     nats = 0.0

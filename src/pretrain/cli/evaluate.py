@@ -61,14 +61,14 @@ def evaluate(args: list[str]) -> int:
     a = parse(EvalArguments, args, "eval")
 
     from pretrain.evaluation import open_bundle, read_tasks
-    from pretrain.evaluation.compare import What, check_places, json_line, measure, tables, write_csv
+    from pretrain.evaluation.compare import EvalRequest, check_places, json_line, measure, tables, write_csv
 
     tasks = read_tasks(open_bundle("" if a.core == DEFAULT else a.core)) if a.core else []
-    what = What(a.split, a.data, a.batches, tasks, a.max_per_task)
-    check_places(a.runs, what)  # before the first of them takes its time
+    request = EvalRequest(a.split, a.data, a.batches, tasks, a.max_per_task)
+    check_places(a.runs, request)  # before the first of them takes its time
     measured = []
     for run in a.runs:
-        measured.append(measure(run, what, a.device, lambda line: print(line, file=sys.stderr, flush=True)))
+        measured.append(measure(run, request, a.device, lambda line: print(line, file=sys.stderr, flush=True)))
         if a.json:
             print(json_line(measured[-1]), flush=True)
     if not a.json:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
 import random
-import shutil
 import stat
 import tempfile
 import urllib.parse
@@ -24,6 +24,7 @@ from typing import Any
 import yaml
 
 from pretrain.errors import DataError
+from pretrain.io import cache_folder, sha256_of
 
 DEFAULT_BUNDLE = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 
@@ -111,42 +112,39 @@ def read_tasks(folder: Path) -> list[Task]:
         DataError: a file is missing or malformed (it names file and line), or a task has too few examples for its
             solved ones.
     """
-    baselines = _read_baselines(folder / "eval_meta_data.csv")
-    tasks = [_read_task(folder, entry, baselines) for entry in _read_yaml(folder / "core.yaml")]
-    if not tasks:
-        raise DataError(f"{folder / 'core.yaml'}: icl_tasks is empty; nothing to measure")
-    return tasks
-
-
-def _read_yaml(file: Path) -> list[Any]:
+    file = folder / "core.yaml"
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        tree = yaml.safe_load(_read(file))
+    except yaml.YAMLError as error:
         raise DataError(f"{file} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict) or not isinstance(tree.get("icl_tasks"), list):
         raise DataError(f"{file}: it must be a mapping with a list 'icl_tasks'")
-    return tree["icl_tasks"]
+    if not tree["icl_tasks"]:
+        raise DataError(f"{file}: icl_tasks is empty; nothing to measure")
+    baselines = _read_baselines(folder / "eval_meta_data.csv")
+    return [_read_task(folder, entry, baselines) for entry in tree["icl_tasks"]]
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else f"not UTF-8: {error}"
+        raise DataError(f"{file} cannot be read ({why}); is the bundle complete?") from None
 
 
 def _read_baselines(file: Path) -> dict[str, float]:
     baselines = {}
+    reader = csv.DictReader(io.StringIO(_read(file)))
     try:
-        with open(file, encoding="utf-8", newline="") as lines:
-            reader = csv.DictReader(lines)
-            for row in reader:
-                try:
-                    percent = float(row["Random baseline"])
-                    baselines[row["Eval Task"]] = percent / 100
-                except (KeyError, TypeError, ValueError):
-                    raise DataError(
-                        f"{file}, line {reader.line_num}: it needs 'Eval Task' and 'Random baseline', a number"
-                    ) from None
-                if not 0 <= percent < 100:
-                    raise DataError(
-                        f"{file}, line {reader.line_num}: a random baseline of {percent} % is not in [0, 100)"
-                    )
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{file} cannot be read: {error}") from None
+        for row in reader:
+            percent = float(row["Random baseline"])
+            if not 0 <= percent < 100:
+                raise DataError(f"{file}, line {reader.line_num}: a random baseline of {percent} % is not in [0, 100)")
+            baselines[row["Eval Task"]] = percent / 100
+    except (KeyError, TypeError, ValueError, csv.Error):
+        where = f"{file}, line {reader.line_num}"
+        raise DataError(f"{where}: it needs 'Eval Task' and 'Random baseline', a number") from None
     return baselines
 
 
@@ -160,7 +158,7 @@ def _read_task(folder: Path, entry: Any, baselines: dict[str, float]) -> Task:
         raise DataError(f"{where}: the task {entry!r} must have {wanted}") from None
     if kind not in _FIELDS:
         raise DataError(f"{where}: task '{label}' is of the unknown kind {kind!r}; there are {', '.join(_FIELDS)}")
-    if not isinstance(shots, int) or isinstance(shots, bool) or shots < 0 or not isinstance(delimiter, str):
+    if type(shots) is not int or shots < 0 or not isinstance(delimiter, str):
         raise DataError(f"{where}: task '{label}' needs num_fewshot of 0 or more and a text as continuation_delimiter")
     if label not in baselines:
         raise DataError(f"{folder / 'eval_meta_data.csv'}: there is no random baseline for task '{label}'")
@@ -168,8 +166,14 @@ def _read_task(folder: Path, entry: Any, baselines: dict[str, float]) -> Task:
     file = data / uri
     if not file.resolve().is_relative_to(data.resolve()):
         raise DataError(f"{where}: task '{label}' reads {uri}, which is outside of the bundle")
-    examples = _read_examples(file, kind)
-    if not shots < len(examples):
+    examples = []
+    for number, line in enumerate(_read(file).split("\n"), start=1):
+        try:
+            if line.strip():
+                examples.append(_example(json.loads(line), kind))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{file}, line {number}: {error}") from None
+    if len(examples) <= shots:
         raise DataError(
             f"{file}: task '{label}' shows {shots} solved examples before each question, but there are only"
             f" {len(examples)} examples in all; give more, or fewer shots in core.yaml"
@@ -186,22 +190,6 @@ _FIELDS = {
 }
 
 
-def _read_examples(file: Path, kind: str) -> list[Example]:
-    examples = []
-    try:
-        with open(file, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    try:
-                        examples.append(_example(json.loads(line), kind))
-                    except (ValueError, RecursionError) as error:
-                        raise DataError(f"{file}, line {number}: {error}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else f"not UTF-8: {error}"
-        raise DataError(f"{file} cannot be read ({why}); is the bundle complete?") from None
-    return examples
-
-
 def _example(item: Any, kind: str) -> Example:
     """One line of a task's file. A ValueError says what is wrong with it."""
     if not isinstance(item, dict):
@@ -213,7 +201,7 @@ def _example(item: Any, kind: str) -> Example:
         # Some tasks have blanks around the context, which would become tokens of their own.
         return Example((contexts[0].strip(),), continuations, 0)
     gold, options = item.get("gold"), len(contexts) * len(continuations)
-    if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < options:
+    if type(gold) is not int or not 0 <= gold < options:
         raise ValueError(f"'gold' must be the index of one of the {options} options, not {gold!r}")
     return Example(contexts, continuations, gold)
 
@@ -230,19 +218,15 @@ def _texts(item: dict[str, Any], name: str) -> tuple[str, ...]:
 # Fetching and unpacking ------------------------------------------------------------------------------------------
 
 
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "pretrain", "core")
-
-
 def _download(url: str) -> Path:
     """The file behind a URL, from the cache if it was fetched before."""
     parts = urllib.parse.urlsplit(url)
     local = parts.hostname in ("127.0.0.1", "::1", "localhost")
     if parts.scheme != "https" and not (parts.scheme == "http" and local):
         raise DataError(f"{url}: only https:// is fetched; download it and give the file")
-    file = _cache_folder() / "downloads" / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}.zip"
     from pretrain.text.download import download  # not above: most commands fetch nothing
 
+    file = cache_folder() / "core/downloads" / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}.zip"
     try:
         return download(url, file, limit=MAX_BYTES)
     except DataError as error:
@@ -252,23 +236,19 @@ def _download(url: str) -> Path:
 def _unpack(file: Path, name: str) -> Path:
     """Unpack a zip file into the cache, once for each content. ``name`` is what the user calls it."""
     try:
-        with open(file, "rb") as data:
-            digest = hashlib.file_digest(data, "sha256").hexdigest()
-        folder = _cache_folder() / digest[:16]
+        folder = cache_folder() / "core" / sha256_of(file)[:16]
         if folder.is_dir():
             return folder
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix="unpacking-"))
-        try:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="unpacking-") as temporary:
             with zipfile.ZipFile(file) as archive:
                 _check(archive, name)
-                for entry in archive.infolist():
-                    archive.extract(entry, temporary)
-            os.replace(temporary, folder)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            if not folder.is_dir():  # else another process was faster
-                raise
+                archive.extractall(unpacked := Path(temporary, "bundle"))
+            try:
+                os.replace(unpacked, folder)
+            except OSError:
+                if not folder.is_dir():  # else another process was faster
+                    raise
         return folder
     except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
         raise DataError(f"{name} is not a zip file that can be read ({error}); fetch it again") from None

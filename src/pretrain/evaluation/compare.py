@@ -1,6 +1,6 @@
 """Runs and other models measured, side by side: loss and bits per byte, CORE; as a table, JSON or CSV.
 
-RUN or hf:DIR → measure → Measured → tables, json_line, write_csv
+RUN or hf:DIR → measure → EvalResult → tables, json_line, write_csv
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pretrain.device import choose_device, choose_precision, keep_freed_memory
 from pretrain.errors import DataError, UsageError
@@ -26,7 +26,6 @@ from pretrain.evaluation import CoreResult, GPTScorer, LossResult, Scorer, Task,
 from pretrain.evaluation.huggingface import PREFIX, HFScorer, check_folder, read_as_ours
 from pretrain.io import append_jsonl
 from pretrain.runs import Run
-from pretrain.runs.checkpoint import Checkpoint
 from pretrain.runs.run import CORE_FILE, weights_id
 from pretrain.text import read_documents
 from pretrain.tokenizer import Tokenizer
@@ -36,17 +35,20 @@ from pretrain.tokens.shards import write_shard
 HF_CONTEXT = 2048
 """Tokens in a row where a Hugging Face model sets no limit, or a higher one."""
 
+Numbers = dict[str, float]
+"""Losses in nats per token, bits per byte, counts, by name."""
+
 
 @dataclass(frozen=True)
-class What:
-    """What is measured."""
+class EvalRequest:
+    """What to measure."""
 
     split: str = "val"
-    """Which of the run's own splits is passed over, whole."""
+    """Which of the run's own splits to measure, whole."""
     data: Sequence[str] = ()
-    """Text to pass over instead: files, folders, patterns."""
+    """Text to measure on instead: files, folders, patterns."""
     batches: int = 0
-    """Estimate on so many random batches of both splits instead. 0: no."""
+    """Estimate on this many random batches of both splits instead. 0: no."""
     core: Sequence[Task] = ()
     """Tasks of CORE; none for no CORE."""
     max_per_task: int = 0
@@ -54,36 +56,37 @@ class What:
 
 
 @dataclass(frozen=True)
-class Measured:
+class EvalResult:
     """A model and its numbers."""
 
     model: str
     step: int | None
-    """After which step; None for a model that is not a run."""
-    numbers: dict[str, float]
-    """Losses in nats per token, bits per byte, counts, by name."""
+    """The step of the checkpoint; None for a model that is not a run."""
+    numbers: Numbers
     core: CoreResult | None
-    sources: dict[str, dict[str, float]] = field(default_factory=dict)
-    """The same numbers of each data set, where the run has several."""
+    sources: dict[str, Numbers] = field(default_factory=dict)
+    """The same numbers for each data set, where the run has several."""
 
 
-def check_places(places: Sequence[str], what: What) -> None:
+def check_places(places: Sequence[str], request: EvalRequest) -> None:
     """A PretrainError if there is no run or model at one of ``places``, or nothing that it can be measured on."""
     for place in places:
         if not place.startswith(PREFIX):
             Run.open(place)
-        elif what.batches or not (what.data or what.core):
+        elif request.batches or not (request.data or request.core):
             raise UsageError(f"{place} has no text of its own to measure on; give --data or --core, and no --batches")
         else:
             check_folder(place)
 
 
-def measure(place: str, what: What, device_name: str = "auto", say: Callable[[str], None] = lambda _: None) -> Measured:
+def measure(
+    place: str, request: EvalRequest, device_name: str = "auto", say: Callable[[str], None] = lambda _: None
+) -> EvalResult:
     """Measure a run directory, or a transformers model as ``hf:DIR``.
 
     Args:
         place: the run or model.
-        what: to measure.
+        request: what to measure.
         device_name: as in ``train.device``.
         say: told of each task of CORE.
 
@@ -93,35 +96,38 @@ def measure(place: str, what: What, device_name: str = "auto", say: Callable[[st
     device = choose_device(device_name)
     if device.type == "cpu":
         keep_freed_memory()
-    check_places([place], what)
-    if place.startswith(PREFIX):
-        return _measure_hf(place, what, device, say)
-    sources: dict[str, dict[str, float]] = {}
+    check_places([place], request)
+    return (_measure_hf if place.startswith(PREFIX) else _measure_run)(place, request, device, say)
+
+
+def _measure_run(place: str, request: EvalRequest, device: torch.device, say: Callable[[str], None]) -> EvalResult:
     run = Run.open(place)
     checkpoint = run.newest_checkpoint()
     gpt, tokenizer = run.load_model(device, checkpoint), run.tokenizer()
     precision = checkpoint.state["precision"] if device.type == "cpu" else "auto"
     gpt.activation_dtype = choose_precision(precision, device).dtype
-    length, rows = run.config.model.context_length, run.config.batch_rows
-    if what.data:
-        numbers = _on_text(gpt, tokenizer, what.data, length, rows)
-    elif what.batches:
-        numbers = _estimates(gpt, tokenizer, run, what.batches)
+    numbers: Numbers = {}
+    sources: dict[str, Numbers] = {}
+    if request.data:
+        numbers = _on_text(gpt, tokenizer, request.data, run.config.model.context_length, run.config.batch_rows)
+    elif request.batches:
+        numbers = _estimates(gpt, tokenizer, run, request.batches)
     else:
         try:
-            numbers, sources = _on_split(gpt, tokenizer, run, what.split)
+            numbers, sources = _on_split(gpt, tokenizer, run, request.split)
         except (DataError, UsageError) as error:
-            if not what.core:
+            if not request.core:
                 raise
             say(f"no loss: {error}")  # CORE needs no text of the run
-            numbers = {}
-    core = _core(lambda: GPTScorer(gpt, tokenizer), what, say)
+    core = _core(lambda: GPTScorer(gpt, tokenizer), request, say)
     if core is not None:
-        _store_core(run, checkpoint, core, what.max_per_task)
-    return Measured(str(run.folder), checkpoint.step, numbers, core, sources)
+        record = {"step": checkpoint.step, "weights": weights_id(checkpoint), "max_per_task": request.max_per_task}
+        with suppress(OSError):  # a run that may only be read is measured all the same
+            append_jsonl(run.folder / CORE_FILE, {**record, "name": core.name, **_core_tree(core)})
+    return EvalResult(str(run.folder), checkpoint.step, numbers, core, sources)
 
 
-def _measure_hf(place: str, what: What, device: torch.device, say: Callable[[str], None]) -> Measured:
+def _measure_hf(place: str, request: EvalRequest, device: torch.device, say: Callable[[str], None]) -> EvalResult:
     """A Hugging Face model: by our own code where that can be it, and else by transformers."""
     on_cpu = device.type == "cpu"
     if ours := read_as_ours(place):
@@ -131,27 +137,25 @@ def _measure_hf(place: str, what: What, device: torch.device, say: Callable[[str
     else:
         model = theirs = HFScorer(place, device, torch.float32 if on_cpu else torch.bfloat16)
         length, scorer = theirs.context_length or HF_CONTEXT, lambda: theirs
-        tokenizer = theirs.tokenizer() if what.data else None
-    numbers: dict[str, float] = {}
-    if what.data and tokenizer:
-        numbers = _on_text(model, tokenizer, what.data, min(length, HF_CONTEXT), rows=4)
-    return Measured(place, None, numbers, _core(scorer, what, say))
+        tokenizer = theirs.tokenizer() if request.data else None
+    numbers: Numbers = {}
+    if request.data and tokenizer:
+        numbers = _on_text(model, tokenizer, request.data, min(length, HF_CONTEXT), rows=4)
+    return EvalResult(place, None, numbers, _core(scorer, request, say))
 
 
-def _core(scorer: Callable[[], Scorer], what: What, say: Callable[[str], None]) -> CoreResult | None:
-    if not what.core:
+def _core(scorer: Callable[[], Scorer], request: EvalRequest, say: Callable[[str], None]) -> CoreResult | None:
+    if not request.core:
         return None
     return evaluate_core(
         scorer(),
-        what.core,
-        what.max_per_task,
+        request.core,
+        request.max_per_task,
         lambda task: say(f"{task.label}: accuracy {task.accuracy:.4f} of {task.examples:,} in {task.seconds:.1f} s"),
     )
 
 
-def _on_split(
-    model: nn.Module, tokenizer: Tokenizer, run: Run, split: str
-) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+def _on_split(model: nn.Module, tokenizer: Tokenizer, run: Run, split: str) -> tuple[Numbers, dict[str, Numbers]]:
     """A pass over a split of the run's own text: its numbers, and those of each data set where there are several."""
     datasets = [dataset for dataset in run.corpus().datasets if dataset.tokens(split) > 1]
     if not datasets:
@@ -166,8 +170,8 @@ def _on_split(
     return _numbers(split, whole), sources
 
 
-def _on_text(model: nn.Module, tokenizer: Tokenizer, paths: Sequence[str], length: int, rows: int) -> dict[str, float]:
-    """A pass over other text, as it would be held out: each document begins with the boundary token."""
+def _on_text(model: nn.Module, tokenizer: Tokenizer, paths: Sequence[str], length: int, rows: int) -> Numbers:
+    """A pass over other text, as it would be held out: each document begins with the BOS token."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         shard = write_shard(folder, "val", 0, (document.text for document in read_documents(paths)), tokenizer)
@@ -178,7 +182,7 @@ def _on_text(model: nn.Module, tokenizer: Tokenizer, paths: Sequence[str], lengt
         return _numbers("data", evaluate_loss(model, batches, tokenizer.token_bytes()))
 
 
-def _numbers(prefix: str, result: LossResult) -> dict[str, float]:
+def _numbers(prefix: str, result: LossResult) -> Numbers:
     return {
         f"{prefix}_loss": result.loss,
         "perplexity": result.perplexity,
@@ -188,7 +192,7 @@ def _numbers(prefix: str, result: LossResult) -> dict[str, float]:
     }
 
 
-def _estimates(model: nn.Module, tokenizer: Tokenizer, run: Run, batches: int) -> dict[str, float]:
+def _estimates(model: nn.Module, tokenizer: Tokenizer, run: Run, batches: int) -> Numbers:
     """Mean losses over random batches of both splits, the same ones each time."""
     numbers, config = {}, run.config
     for split in ("train", "val"):
@@ -196,37 +200,28 @@ def _estimates(model: nn.Module, tokenizer: Tokenizer, run: Run, batches: int) -
         if not len(stream):
             continue
         order = DataOrder(len(stream), config.model.context_length, "random", 0, config.train.seed)
-        random = TrainingBatches(stream, order, config.batch_rows)
-
-        def some(random: TrainingBatches = random) -> Iterator[tuple[Tensor, Tensor]]:
-            return (random.batch(step) for step in range(batches))
-
-        result = evaluate_loss(model, some(), tokenizer.token_bytes())
+        random_batches = map(TrainingBatches(stream, order, config.batch_rows).batch, range(batches))
+        result = evaluate_loss(model, random_batches, tokenizer.token_bytes())
         numbers[f"{split}_loss_estimate"] = result.loss
         numbers[f"{split}_bpb_estimate"] = result.bits_per_byte
     return numbers
 
 
-# Keeping CORE with the run, for its model card -----------------------------------------------------------------------
-
-
-def _store_core(run: Run, checkpoint: Checkpoint, core: CoreResult, max_per_task: int) -> None:
-    record = {"step": checkpoint.step, "weights": weights_id(checkpoint), "max_per_task": max_per_task}
-    with suppress(OSError):  # a run that may only be read is measured all the same
-        append_jsonl(run.folder / CORE_FILE, {**record, "name": core.name, **_core_tree(core)})
-
-
 # Showing ---------------------------------------------------------------------------------------------------------
 
 
-def json_line(measured: Measured) -> str:
+def json_line(result: EvalResult) -> str:
     """One JSON object; NaN, which JSON has not, is null."""
-    tree: dict[str, Any] = {"model": measured.model, "step": measured.step, **_without_nan(measured.numbers)}
-    if measured.sources:
-        tree["sources"] = {source: _without_nan(numbers) for source, numbers in measured.sources.items()}
-    if measured.core is not None:
-        tree["core"] = _core_tree(measured.core)
+    tree: dict[str, Any] = {"model": result.model, "step": result.step, **_without_nan(result.numbers)}
+    if result.sources:
+        tree["sources"] = {source: _without_nan(numbers) for source, numbers in result.sources.items()}
+    if result.core is not None:
+        tree["core"] = _core_tree(result.core)
     return json.dumps(tree)
+
+
+def _without_nan(numbers: Numbers) -> dict[str, float | None]:
+    return {name: None if math.isnan(value) else value for name, value in numbers.items()}
 
 
 def _core_tree(core: CoreResult) -> dict[str, Any]:
@@ -234,43 +229,37 @@ def _core_tree(core: CoreResult) -> dict[str, Any]:
     return {"core": core.core, "missing": core.missing, "tasks": tasks}
 
 
-def _without_nan(numbers: dict[str, float]) -> dict[str, float | None]:
-    return {name: None if math.isnan(value) else value for name, value in numbers.items()}
+CORE_COLUMNS = ("accuracy", "centered", "examples", "seconds")
 
 
-def tables(every: Sequence[Measured]) -> str:
+def _core_rows(core: CoreResult) -> Iterator[list[Any]]:
+    """A row for each task, its label and ``CORE_COLUMNS``, and one for all of them."""
+    for task in core.tasks:
+        yield [task.label, task.accuracy, task.centered, task.examples, round(task.seconds, 3)]
+    yield [core.name, "", core.core, "", round(sum(task.seconds for task in core.tasks), 3)]
+
+
+def tables(results: Sequence[EvalResult]) -> str:
     """All numbers as text tables, a line for each model; then CORE, a line for each task."""
     parts = []
-    names = list(dict.fromkeys(name for measured in every for name in measured.numbers))
-    if names:
-        rows = [["", "step", *(name.replace("_", " ").replace(" estimate", " (est.)") for name in names)]]
-        for measured in every:
-            step = "" if measured.step is None else f"{measured.step:,}"
-            rows.append([measured.model, step, *(_shown(measured.numbers.get(name)) for name in names)])
-        parts.append(_aligned(rows))
-    for measured in every:
-        if measured.sources:
-            names = list(next(iter(measured.sources.values())))
-            rows = [["data set", *(name.replace("_", " ") for name in names)]]
-            for source, numbers in measured.sources.items():
-                rows.append([source, *(_shown(numbers[name]) for name in names)])
-            parts.append(f"{measured.model}\n{_aligned(rows)}")
-        if measured.core is not None:
-            rows = [["task", "accuracy", "centered", "examples", "seconds"]]
-            for task in measured.core.tasks:
-                numbers = (f"{task.accuracy:.4f}", f"{task.centered:.4f}", f"{task.examples:,}", f"{task.seconds:.1f}")
-                rows.append([task.label, *numbers])
-            seconds = sum(task.seconds for task in measured.core.tasks)
-            rows.append([measured.core.name, "", f"{measured.core.core:.4f}", "", f"{seconds:.1f}"])
-            parts.append(f"{measured.model}\n{_aligned(rows)}")
-    with_core = [(measured.model, measured.core) for measured in every if measured.core is not None]
-    if len(with_core) > 1:
-        rows = [["centered", *(model for model, _ in with_core)]]
-        for i, task in enumerate(with_core[0][1].tasks):
-            rows.append([task.label, *(f"{core.tasks[i].centered:.4f}" for _, core in with_core)])
-        rows.append([with_core[0][1].name, *(f"{core.core:.4f}" for _, core in with_core)])
-        parts.append(_aligned(rows))
-    if with_core and (missing := with_core[0][1].missing):
+    if names := list(dict.fromkeys(name for result in results for name in result.numbers)):
+        rows = [[result.model, result.step, *map(result.numbers.get, names)] for result in results]
+        parts.append(_table(["", "step", *map(_title, names)], rows))
+    for result in results:
+        if result.sources:
+            rows = [[source, *numbers.values()] for source, numbers in result.sources.items()]
+            columns = map(_title, next(iter(result.sources.values())))
+            parts.append(f"{result.model}\n{_table(['data set', *columns], rows)}")
+        if result.core is not None:
+            rows = [[*row, f"{seconds:.1f}"] for *row, seconds in _core_rows(result.core)]
+            parts.append(f"{result.model}\n{_table(['task', *CORE_COLUMNS], rows)}")
+    cores = [(result.model, result.core) for result in results if result.core is not None]
+    if len(cores) > 1:
+        first = cores[0][1]
+        rows = [[task.label, *(core.tasks[i].centered for _, core in cores)] for i, task in enumerate(first.tasks)]
+        rows.append([first.name, *(core.core for _, core in cores)])
+        parts.append(_table(["centered", *(model for model, _ in cores)], rows))
+    if cores and (missing := cores[0][1].missing):
         parts.append(
             f"This is not CORE but a part of it, and compares only with the same part: the bundle lacks"
             f" {', '.join(missing)}."
@@ -278,38 +267,38 @@ def tables(every: Sequence[Measured]) -> str:
     return "\n\n".join(parts)
 
 
-def _shown(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:,}" if isinstance(value, int) else f"{value:.2f}" if value >= 100 else f"{value:.4f}"
+def _title(name: str) -> str:
+    return name.replace("_", " ").replace(" estimate", " (est.)")
 
 
-def _aligned(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    cells = [header, *([_shown(value) for value in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
-    for first, *others in rows:
-        cells = (f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))
-        lines.append("  ".join((f"{first:<{widths[0]}}", *cells)).rstrip())
+    for first, *others in cells:
+        aligned = (f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))
+        lines.append("  ".join((f"{first:<{widths[0]}}", *aligned)).rstrip())
     return "\n".join(lines)
 
 
-def write_csv(file: Path, every: Sequence[Measured]) -> None:
+def _shown(value: str | float | None) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.2f}" if value >= 100 else f"{value:.4f}"
+
+
+def write_csv(file: Path, results: Sequence[EvalResult]) -> None:
     """One line for each number: model, step, measure, value; for tasks of CORE also centered, examples, seconds.
 
     The measure of a single data set is named as ``val_loss/DATA``.
     """
     with open(file, "w", encoding="utf-8", newline="") as out:
         writer = csv.writer(out)
-        writer.writerow(["model", "step", "measure", "value", "centered", "examples", "seconds"])
-        for measured in every:
-            first = [measured.model, "" if measured.step is None else measured.step]
-            for name, value in measured.numbers.items():
-                writer.writerow([*first, name, value, "", "", ""])
-            for source, numbers in measured.sources.items():
-                for name, value in numbers.items():
-                    writer.writerow([*first, f"{name}/{source}", value, "", "", ""])
-            if measured.core is not None:
-                for task in measured.core.tasks:
-                    numbers = [task.accuracy, task.centered, task.examples, round(task.seconds, 3)]
-                    writer.writerow([*first, task.label, *numbers])
-                writer.writerow([*first, measured.core.name, "", measured.core.core, "", ""])
+        writer.writerow(["model", "step", "measure", "value", *CORE_COLUMNS[1:]])
+        for result in results:
+            rows = [[name, value, "", "", ""] for name, value in result.numbers.items()]
+            for source, numbers in result.sources.items():
+                rows += [[f"{name}/{source}", value, "", "", ""] for name, value in numbers.items()]
+            if result.core is not None:
+                rows += _core_rows(result.core)
+            writer.writerows([result.model, result.step, *row] for row in rows)

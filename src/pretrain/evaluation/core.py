@@ -5,9 +5,9 @@
 A question is asked after a few solved ones. Multiple choice and schema are answered by the option whose counted tokens
 have the lowest mean loss, language modeling by taking the likeliest token each time, which must give the continuation.
 
-Fast because little is computed twice or for nothing: what the options of a question have in common is run once and
-its keys and values continued by each option; options that differ only in their last token need no continuing at all;
-questions of like length run together; logits exist only where a token counts. docs/evaluation.md has the numbers.
+Fast because little is computed twice or for nothing: the prefix that the options of a question share is run once, and
+each option continues its keys and values; options that differ only in their last token need no continuing at all;
+questions of similar length run together; logits exist only where a token counts. docs/evaluation.md has the numbers.
 """
 
 from __future__ import annotations
@@ -17,35 +17,33 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from pretrain.evaluation.bundle import CORE_TASKS, Task
 from pretrain.evaluation.scorer import Scorer, evaluating
+
+T = TypeVar("T")
 
 FEWSHOT_SEED = 1234
 """Question i is shown the examples that ``random.Random(1234 + i)`` draws."""
 
 BLOCK = 512
-"""Questions prepared at once: enough to find others of the same length, few enough to hold."""
+"""Questions prepared at once: enough to find others of the same length, few enough to hold in memory."""
 
-BATCH_TOKENS = {"cpu": 1024}
-"""Tokens in one forward pass, by device: a CPU is fastest while they stay in its cache."""
+CPU_BATCH_TOKENS = 1024
+"""Tokens in one forward pass: a CPU is fastest while they stay in its cache, ..."""
 
 GPU_BATCH_TOKENS = 16384
-"""The same for every other device, which wants to be filled."""
+"""... and every other device when it is filled."""
 
 SPARE_BATCHES = 16
-"""One forward pass more costs about as much as this part of a full one; padding may cost as much, and no more."""
+"""One more forward pass costs about as much as this fraction of a full one; padding may cost as much, and no more."""
 
-MEMORY_BATCHES = 4
-"""How many batches of tokens may be remembered at once, in keys and values, while options are continued."""
-
-
-def batch_tokens(scorer: Scorer) -> int:
-    """Tokens in one forward pass on the scorer's device."""
-    return BATCH_TOKENS.get(next(scorer.model.parameters()).device.type, GPU_BATCH_TOKENS)
+CACHED_BATCHES = 4
+"""How many batches of tokens may be in the KV cache at once while options continue their prefixes."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """How a task went."""
+    """The result of one task."""
 
     label: str
     accuracy: float
@@ -71,7 +69,7 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class CoreResult:
-    """How all tasks of a bundle went."""
+    """The results of all tasks of a bundle."""
 
     tasks: tuple[TaskResult, ...]
 
@@ -99,7 +97,7 @@ def evaluate_core(
     Args:
         scorer: the model and its tokenizer.
         tasks: of :func:`pretrain.evaluation.read_tasks`.
-        max_per_task: questions of each task; 0 for all. Fewer are the first of them, asked as among all.
+        max_per_task: questions of each task; 0 for all. Fewer are the first of them, with the same solved examples.
         done: called after each task.
     """
     results = []
@@ -115,14 +113,14 @@ def evaluate_core(
 
 def answer_task(scorer: Scorer, task: Task, max_per_task: int = 0) -> list[Answer]:
     """The model's answers to the questions of a task, in order."""
-    count = min(max_per_task or len(task.examples), len(task.examples))
+    indices = range(len(task.examples))[: max_per_task or None]
     answers = []
     with evaluating(scorer.model):
-        for first in range(0, count, BLOCK):
-            indices = range(first, min(first + BLOCK, count))
-            questions = prepare_questions(scorer, task, indices)
+        for start in range(0, len(indices), BLOCK):
+            block = indices[start : start + BLOCK]
+            questions = prepare_questions(scorer, task, block)
             score_options(scorer, questions)
-            for index, options in zip(indices, questions, strict=True):
+            for index, options in zip(block, questions, strict=True):
                 answers.append(_answer(task.kind, task.examples[index].gold, options))
     return answers
 
@@ -134,16 +132,13 @@ class Option:
     tokens: list[int]
     start: int
     whole: bool
-    """Whether all that should count is there: it is not where the context is shorter than the answer."""
+    """False where the context is shorter than the answer, so that not all of it counts."""
     losses: list[float] = field(default_factory=list)
     hits: list[bool] = field(default_factory=list)
 
 
 def prompts(task: Task, index: int) -> list[str]:
-    """The text of each option of a question, with the solved examples before it.
-
-    The examples are drawn from the whole task, the question itself left out.
-    """
+    """The text of each option of a question, after the solved examples; these are any of the task but itself."""
     example, shown = task.examples[index], ""
     if task.shots:
         others = [i for i in range(len(task.examples)) if i != index]
@@ -155,7 +150,7 @@ def prompts(task: Task, index: int) -> list[str]:
 def prepare_questions(scorer: Scorer, task: Task, indices: Sequence[int]) -> list[list[Option]]:
     """The options of these questions as tokens that fit the context: what is too long loses its beginning."""
     texts = [prompts(task, index) for index in indices]
-    if task.kind == "language_modeling":  # where the continuation begins shows in the tokens of all before it
+    if task.kind == "language_modeling":  # the tokens of the text before it show where the continuation begins
         for index, options in zip(indices, texts, strict=True):
             before = options[0].removesuffix(task.examples[index].continuations[0])
             options.insert(0, before.strip())
@@ -164,19 +159,19 @@ def prepare_questions(scorer: Scorer, task: Task, indices: Sequence[int]) -> lis
     for options in texts:
         rows = [next(encoded) for _ in options]
         if task.kind == "schema":  # the contexts differ, and what follows them counts
-            common = _common([row[::-1] for row in rows])
+            common = _common_length([row[::-1] for row in rows])
             starts = [len(row) - common for row in rows]
         else:  # what differs counts
-            starts = [_common(rows)] * len(rows)
+            starts = [_common_length(rows)] * len(rows)
         if task.kind == "language_modeling":
             rows, starts = rows[1:], starts[1:]
         questions.append([_crop(row, start, scorer.context_length) for row, start in zip(rows, starts, strict=True)])
     return questions
 
 
-def _common(rows: list[list[int]] | list[tuple[int, ...]]) -> int:
-    """Length of the longest common beginning."""
-    first, last = min(rows), max(rows)  # in the order of a dictionary: what these share, all between them share
+def _common_length(rows: list[list[int]]) -> int:
+    """Length of the longest common prefix."""
+    first, last = min(rows), max(rows)  # in lexicographic order: what these share, all between them share
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
 
 
@@ -190,7 +185,7 @@ def _answer(kind: str, gold: int, options: list[Option]) -> Answer:
     losses = tuple(sum(o.losses) / len(o.losses) if o.losses else math.nan for o in options)
     if kind == "language_modeling":
         return Answer(options[0].whole and bool(options[0].hits) and all(options[0].hits), losses)
-    # Where an option is the beginning of all others, its loss is NaN: index(min()) then answers as nanochat does.
+    # Where an option is a prefix of all others, its loss is NaN: index(min()) then answers as nanochat does.
     return Answer(losses.index(min(losses)) == gold, losses)
 
 
@@ -201,92 +196,80 @@ def _answer(kind: str, gold: int, options: list[Option]) -> Answer:
 class _Line:
     """Tokens that the model reads, and the options whose counted tokens it is to predict from them."""
 
-    tokens: tuple[int, ...]
+    tokens: list[int]
     options: list[Option]
+    prefix: int = 0
+    """Which row of the KV cache it continues."""
 
-    def wanted(self, row: int, skipped: int) -> Iterator[tuple[int, int, int]]:
-        for option in self.options:
-            for position in range(option.start - 1, len(option.tokens) - 1):
-                yield row, position - skipped, option.tokens[position + 1]
+    def __len__(self) -> int:
+        return len(self.tokens)
 
 
 def score_options(scorer: Scorer, questions: Iterable[list[Option]]) -> None:
     """Give every option its losses and hits, with as little computed as that takes."""
     alone: list[_Line] = []
-    shared: list[tuple[int, list[_Line]]] = []  # length of the shared beginning, and the lines of a question
+    shared: list[tuple[int, list[_Line]]] = []  # length of the shared prefix, and the lines of a question
     for options in questions:
-        lines: dict[tuple[int, ...], _Line] = {}
+        by_tokens: dict[tuple[int, ...], _Line] = {}
         for option in options:
             if option.start < len(option.tokens):
-                read = tuple(option.tokens[:-1])
-                lines.setdefault(read, _Line(read, [])).options.append(option)
-        first = min((option.start for option in options), default=1) - 1
-        common = min(first, _common(list(lines))) if len(lines) > 1 else 0
+                read = option.tokens[:-1]
+                by_tokens.setdefault(tuple(read), _Line(read, [])).options.append(option)
+        lines = list(by_tokens.values())
+        first = min(option.start for option in options) - 1
+        common = min(first, _common_length([line.tokens for line in lines])) if len(lines) > 1 else 0
         if common:
-            shared.append((common, list(lines.values())))
+            shared.append((common, lines))
         else:
-            alone += lines.values()
-    tokens = batch_tokens(scorer)
-    for batch in _batches(alone, tokens, tokens // SPARE_BATCHES):
-        _score(scorer, batch)
-    for cut, groups in _alike(shared, tokens, tokens // SPARE_BATCHES):
-        _score_shared(scorer, cut, groups, tokens)
+            alone += lines
+
+    on_cpu = next(scorer.model.parameters()).device.type == "cpu"
+    tokens = CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS
+    spare = tokens // SPARE_BATCHES
+    for lines in _batches(alone, len, tokens, spare):
+        _score(scorer, lines)
+    # What a prefix is longer than the shortest of its batch is run again by each option but one.
+    again = max((len(lines) - 1 for _, lines in shared), default=1)
+    for group in _batches(shared, itemgetter(0), tokens, spare // again, longest_first=True):
+        cut = group[-1][0]
+        for row, (_, lines) in enumerate(group):
+            for line in lines:
+                line.prefix = row
+        prefixes = torch.tensor([lines[0].tokens[:cut] for _, lines in group])
+        lines = [line for _, lines in group for line in lines]
+        cache = scorer.prefill(prefixes, limit=max(map(len, lines)))
+        for batch in _batches(lines, len, CACHED_BATCHES * tokens, spare):  # its tokens in the cache count too
+            _score(scorer, batch, cut, cache)
 
 
-def _alike(shared: list[tuple[int, list[_Line]]], tokens: int, spare: int) -> Iterator[tuple[int, list[list[_Line]]]]:
-    """Put questions with beginnings of about one length together: how much of them is run once, and their lines.
-
-    What a beginning is longer than the shortest of its group is run by each option, ``spare`` tokens at most in all;
-    those that are run once are about ``tokens`` at most.
-    """
-    cut, again, groups = 0, 0, []
-    for common, lines in sorted(shared, key=lambda each: each[0]):
-        again += (common - cut) * (len(lines) - 1)
-        if groups and (again > spare or (len(groups) + 1) * cut > tokens):
-            yield cut, groups
-            groups = []
-        if not groups:
-            cut, again = common, 0
-        groups.append(lines)
-    if groups:
-        yield cut, groups
-
-
-def _score_shared(scorer: Scorer, cut: int, groups: list[list[_Line]], tokens: int) -> None:
-    """Score questions, each a list of lines that have their first ``cut`` tokens in common."""
-    beginnings = torch.tensor([lines[0].tokens[:cut] for lines in groups])
-    room = max(len(line.tokens) for lines in groups for line in lines) - cut
-    memory = scorer.remember(beginnings, room)
-    owner = {id(line): row for row, lines in enumerate(groups) for line in lines}
-    every = [line for lines in groups for line in lines]
-    for batch in _batches(every, MEMORY_BATCHES * tokens, tokens // SPARE_BATCHES):  # remembered tokens count in it
-        _score(scorer, batch, cut, memory, [owner[id(line)] for line in batch])
-
-
-def _batches(lines: list[_Line], tokens: int, spare: int) -> Iterator[list[_Line]]:
-    """Put lines of about one length together: at most about ``tokens`` in a batch, and ``spare`` of padding."""
-    batch: list[_Line] = []
-    padding = 0
-    for line in sorted(lines, key=lambda line: len(line.tokens)):
-        longer = len(line.tokens) - len(batch[-1].tokens) if batch else 0
-        padding += longer * len(batch)
-        if batch and (padding > spare or (len(batch) + 1) * len(line.tokens) > tokens):
+def _batches(
+    items: Iterable[T], length: Callable[[T], int], tokens: int, spare: int, longest_first: bool = False
+) -> Iterator[list[T]]:
+    """Batches of items of similar length: at most about ``tokens`` in each, and ``spare`` by which lengths differ."""
+    batch: list[T] = []
+    different = 0
+    for item in sorted(items, key=length, reverse=longest_first):
+        size = length(item)
+        different += abs(size - length(batch[-1])) * len(batch) if batch else 0
+        if batch and (different > spare or (len(batch) + 1) * size > tokens):
             yield batch
-            batch, padding = [], 0
-        batch.append(line)
+            batch, different = [], 0
+        batch.append(item)
     if batch:
         yield batch
 
 
-def _score(
-    scorer: Scorer, batch: list[_Line], cut: int = 0, memory: object = None, rows: list[int] | None = None
-) -> None:
-    tokens: Tensor = torch.zeros(len(batch), max(len(line.tokens) for line in batch) - cut, dtype=torch.long)
-    for row, line in zip(tokens, batch, strict=True):  # padding stands behind, where no token before it can see it
-        row[: len(line.tokens) - cut] = torch.tensor(line.tokens[cut:])
-    wanted = torch.tensor([want for row, line in enumerate(batch) for want in line.wanted(row, cut)])
-    losses, hits = (iter(values.tolist()) for values in scorer.score(tokens, wanted, memory, rows))
-    for option in (option for line in batch for option in line.options):
+def _score(scorer: Scorer, lines: list[_Line], cut: int = 0, cache: Any = None) -> None:
+    """Score the options of lines whose first ``cut`` tokens are in the cache."""
+    tokens = torch.zeros(len(lines), max(map(len, lines)) - cut, dtype=torch.long)
+    wanted = []
+    for row, line in enumerate(lines):  # padded on the right, where no token before it can see it
+        tokens[row, : len(line) - cut] = torch.tensor(line.tokens[cut:])
+        for option in line.options:
+            wanted += [(row, at - 1 - cut, option.tokens[at]) for at in range(option.start, len(option.tokens))]
+    scores = scorer.score(tokens, torch.tensor(wanted), cache, [line.prefix for line in lines])
+    losses, hits = (iter(values.tolist()) for values in scores)
+    for option in (option for line in lines for option in line.options):
         count = len(option.tokens) - option.start
         option.losses = [next(losses) for _ in range(count)]
         option.hits = [next(hits) for _ in range(count)]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.errors import CheckpointError, DataError, PretrainError, UsageError
-from pretrain.evaluation.scorer import CHUNK_ELEMENTS, compare
+from pretrain.evaluation.scorer import CHUNK_ELEMENTS, losses_and_hits
 from pretrain.hf.convert import OWN, load_hf, read_config
 from pretrain.model import GPT
 from pretrain.model.loss import IGNORE
@@ -35,7 +35,7 @@ def check_folder(place: str) -> Path:
 
 
 def read_as_ours(place: str) -> tuple[GPT, Tokenizer] | None:
-    """The model of ``hf:DIR`` as one of ours, fp32 on the CPU, and its tokenizer; None where it must be transformers'.
+    """The model of ``hf:DIR`` as a GPT, fp32 on the CPU, and its tokenizer; None where only transformers can run it.
 
     Raises:
         CheckpointError: there is no model.
@@ -45,7 +45,7 @@ def read_as_ours(place: str) -> tuple[GPT, Tokenizer] | None:
     try:
         model, tokenizer = load_hf(folder), Tokenizer.load(folder / "tokenizer.json")
         if tokenizer.vocab_size > model.vocab_size:
-            raise DataError(f"{place}: tokenizer.json has more tokens than the model ({model.vocab_size:,}); mend one")
+            raise DataError(f"{place}: tokenizer.json has more tokens than the model ({model.vocab_size:,}); fix one")
     except PretrainError:
         if read_config(folder).get("model_type") == OWN:
             raise
@@ -59,7 +59,7 @@ class HFScorer(nn.Module):
     Args:
         place: ``hf:DIR`` or the directory, with config.json, weights and tokenizer.
         device: where to compute.
-        dtype: of its weights and arithmetic.
+        dtype: its precision, of weights and activations.
 
     Raises:
         UsageError: transformers is not installed.
@@ -101,46 +101,39 @@ class HFScorer(nn.Module):
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """See :class:`pretrain.evaluation.Scorer`."""
-        first = self.hf_tokenizer.bos_token_id
-        boundary = [] if first is None else [first]
-        return [boundary + ids for ids in self.hf_tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+        bos = [] if self.hf_tokenizer.bos_token_id is None else [self.hf_tokenizer.bos_token_id]
+        return [bos + ids for ids in self.hf_tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
 
-    def remember(self, tokens: Tensor, room: int) -> Any:
+    def prefill(self, tokens: Tensor, limit: int) -> Any:
         """See :class:`pretrain.evaluation.Scorer`."""
         return self.hf(tokens.to(self.device), use_cache=True, logits_to_keep=1).past_key_values
 
     def score(
-        self, tokens: Tensor, wanted: Tensor, memory: Any = None, rows: list[int] | None = None
+        self, tokens: Tensor, wanted: Tensor, cache: Any = None, rows: list[int] | None = None
     ) -> tuple[Tensor, Tensor]:
         """See :class:`pretrain.evaluation.Scorer`."""
         if len(tokens) > 1 and len(wanted) * self.vocab_size > 16 * CHUNK_ELEMENTS:
-            return self._score_halves(tokens, wanted, memory, rows)
-        cache = None
-        if memory is not None:
-            cache = copy.deepcopy(memory)
+            half = len(tokens) // 2
+            first = wanted[:, 0] < half
+            parts = [
+                self.score(tokens[:half], wanted[first], cache, rows and rows[:half]),
+                self.score(tokens[half:], wanted[~first] - torch.tensor([half, 0, 0]), cache, rows and rows[half:]),
+            ]
+            losses, hits = (torch.cat(values) for values in zip(*parts, strict=True))
+            return losses, hits
+        if cache is not None:
+            cache = copy.deepcopy(cache)
             cache.batch_select_indices(torch.tensor(rows, device=self.device))
-        places, which = torch.unique(wanted[:, 0] * tokens.shape[1] + wanted[:, 1], return_inverse=True)
-        places = places.to(self.device)
+        positions, which = torch.unique(wanted[:, 0] * tokens.shape[1] + wanted[:, 1], return_inverse=True)
+        positions = positions.to(self.device)
 
         # Whatever a model does around its head, the head itself need only see the positions that count.
         def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (inputs[0].flatten(0, 1)[places][None], *inputs[1:])
+            return (inputs[0].flatten(0, 1)[positions][None], *inputs[1:])
 
         hook = self.hf.get_output_embeddings().register_forward_pre_hook(keep)
         try:
             output = self.hf(tokens.to(self.device), past_key_values=cache, use_cache=cache is not None)
         finally:
             hook.remove()
-        return compare(output.logits[0].float(), which, wanted[:, 2])
-
-    def _score_halves(
-        self, tokens: Tensor, wanted: Tensor, memory: Any, rows: list[int] | None
-    ) -> tuple[Tensor, Tensor]:
-        half = len(tokens) // 2
-        losses, hits = torch.empty(len(wanted)), torch.empty(len(wanted), dtype=torch.bool)
-        for begin, end in ((0, half), (half, len(tokens))):
-            mine = (wanted[:, 0] >= begin) & (wanted[:, 0] < end)
-            part = wanted[mine] - torch.tensor([begin, 0, 0])
-            if len(part):
-                losses[mine], hits[mine] = self.score(tokens[begin:end], part, memory, rows and rows[begin:end])
-        return losses, hits
+        return losses_and_hits(output.logits[0].float(), which, wanted[:, 2])

@@ -19,7 +19,7 @@ CHUNK_ELEMENTS = 2**22
 
 
 class Scorer(Protocol):
-    """A model and its tokenizer, as the evaluation sees them. Tokens are int64 on the CPU and may be padded behind."""
+    """A model and its tokenizer, as CORE sees them. Tokens are int64 on the CPU and may be padded on the right."""
 
     @property
     def model(self) -> nn.Module:
@@ -32,23 +32,24 @@ class Scorer(Protocol):
         ...
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """The tokens of each text, after the boundary token if the vocabulary has one."""
+        """The tokens of each text, after the BOS token if the vocabulary has one."""
         ...
 
-    def remember(self, tokens: Tensor, room: int) -> Any:
-        """A memory of ``tokens`` (B, T), which up to ``room`` tokens can follow."""
+    def prefill(self, tokens: Tensor, limit: int) -> Any:
+        """A KV cache of ``tokens`` (B, T) that others can follow, up to ``limit`` tokens a row in all."""
         ...
 
     def score(
-        self, tokens: Tensor, wanted: Tensor, memory: Any = None, rows: list[int] | None = None
+        self, tokens: Tensor, wanted: Tensor, cache: Any = None, rows: list[int] | None = None
     ) -> tuple[Tensor, Tensor]:
         """How well the model predicts some tokens.
 
         Args:
             tokens: (B, T) what the model reads.
-            wanted: (K, 3) row, position and target: after reading the row up to the position, the target is next.
-            memory: of :meth:`remember`, what the model has read before ``tokens``; it stays as it is.
-            rows: (B) which row of the memory each row of ``tokens`` continues.
+            wanted: (K, 3) row, position and target: after reading the row up to the position, the target is next. In
+                the order of rows, of which each has at least one.
+            cache: of :meth:`prefill`, what the model has read before ``tokens``; it is not changed.
+            rows: (B) which row of the cache each row of ``tokens`` continues.
 
         Gives, on the CPU, the cross-entropy of each target in nats, fp32 (K), and whether it is the likeliest (K).
         """
@@ -56,7 +57,7 @@ class Scorer(Protocol):
 
 
 class GPTScorer:
-    """Scores with a GPT of ours: on a CPU in fp32, in which a loss is the same in any batch, elsewhere as it is set.
+    """Scores with a GPT of ours: on a CPU in fp32, in which a loss is the same in any batch; else in its precision.
 
     Args:
         model: on any device; its weights as they are now count, and what it learns later does not.
@@ -73,35 +74,34 @@ class GPTScorer:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """See :class:`Scorer`."""
-        boundary = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
-        return [boundary + ids.tolist() for _, ids in self.tokenizer.encode_documents(enumerate(texts))]
+        bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
+        return [bos + ids.tolist() for _, ids in self.tokenizer.encode_documents(enumerate(texts))]
 
-    def remember(self, tokens: Tensor, room: int) -> KVCache:
+    def prefill(self, tokens: Tensor, limit: int) -> KVCache:
         """See :class:`Scorer`."""
-        cache = KVCache(tokens.shape[1] + room)
+        cache = KVCache(limit)
         self._stream(tokens, cache)
         return cache
 
     def score(
-        self, tokens: Tensor, wanted: Tensor, memory: Any = None, rows: list[int] | None = None
+        self, tokens: Tensor, wanted: Tensor, cache: Any = None, rows: list[int] | None = None
     ) -> tuple[Tensor, Tensor]:
         """See :class:`Scorer`."""
         self.on_batch()
-        cache = None if memory is None else memory.select(rows)
-        stream = self._stream(tokens, cache)
-        # Choices of one token each share their position, so its logits are made once.
-        places, which = torch.unique(wanted[:, 0] * tokens.shape[1] + wanted[:, 1], return_inverse=True)
-        needed = stream.flatten(0, 1)[places.to(self.device)]
+        stream = self._stream(tokens, cache and cache.select(rows))
+        # Choices of one token each share their position, so its logits are computed once.
+        positions, which = torch.unique(wanted[:, 0] * tokens.shape[1] + wanted[:, 1], return_inverse=True)
+        needed = stream.flatten(0, 1)[positions.to(self.device)]
         losses, hits = torch.empty(len(wanted)), torch.empty(len(wanted), dtype=torch.bool)
         size = max(1, CHUNK_ELEMENTS // self.model.vocab_size)
-        for start in range(0, len(places), size):
+        for start in range(0, len(positions), size):
             mine = ((which >= start) & (which < start + size)).nonzero()[:, 0]
             logits = self._ready.logits(needed[start : start + size])
-            losses[mine], hits[mine] = compare(logits, which[mine] - start, wanted[mine, 2])
+            losses[mine], hits[mine] = losses_and_hits(logits, which[mine] - start, wanted[mine, 2])
         return losses, hits
 
     def _stream(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
-        with _fp32_on_cpu(self._ready):
+        with _fp32_on_cpu(self._ready):  # which is the model itself where it is spread over processes
             return self._ready.stream(tokens.to(self.device), cache)
 
 
@@ -117,7 +117,7 @@ def _fp32_on_cpu(model: GPT) -> Iterator[None]:
         model.activation_dtype = dtype
 
 
-def compare(logits: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def losses_and_hits(logits: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy and whether it is the likeliest, for each of ``targets`` (K) by the row of ``logits`` (N, V)."""
     rows, targets = rows.to(logits.device), targets.to(logits.device)
     losses = logits.logsumexp(1)[rows] - logits[rows, targets]
@@ -126,7 +126,7 @@ def compare(logits: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tens
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without gradients and dropout while entered; the model is left in the mode in which it was."""
+    """Without gradients and dropout while entered; afterwards the model is in the mode in which it was."""
     was_training = model.training
     model.eval()
     try:
