@@ -1,4 +1,4 @@
-"""The evaluation room: how good a model is, in numbers that others can compare."""
+"""How good a model is, in numbers that others can compare."""
 
 from pretrain.evaluation.bundle import DEFAULT_BUNDLE, Task, open_bundle, read_tasks
 from pretrain.evaluation.core import CoreResult, TaskResult, answer_task, evaluate_core

@@ -1,6 +1,6 @@
-"""The generation room: text from a model.
+"""Text from a model.
 
-    prompts → decode.generate (one cache for all rows) → sampling.choose → text.TextWriter → sample.sample_text
+    prompts → decode.generate (one KV cache for all rows) → sampling.choose → text.TextWriter → sample.sample_text
 
 Names are imported when first used: ``options`` alone, which the command line shows, needs no torch.
 """

@@ -44,62 +44,48 @@ def generate(
     Args:
         model: left as it is; it computes in its ``activation_dtype``, without dropout.
         prompts: one for each row.
-        options: ``stop`` is not looked at: it is text, see :func:`pretrain.generation.sample_text`.
-        end: a token that ends a row, such as the tokenizer's boundary; it is not yielded.
+        options: all but ``stop``, which is text: see :func:`pretrain.generation.sample_text`.
+        end: a token that ends a row, such as BOS; it is not yielded.
         seeds: of each row's draws; ``options.seed`` + row if not given. The global random state is not touched.
         ended: rows that the caller adds to this set give no more tokens.
     """
     assert all(prompts), "a prompt needs at least one token"
-    model = for_inference(model)
-    was_training = model.training  # where it is no copy
-    model.eval()
-    try:
-        yield from _generate(model, prompts, options, end, seeds, set() if ended is None else ended)
-    finally:
-        model.train(was_training)
-
-
-def _generate(
-    model: GPT,
-    prompts: Sequence[Sequence[int]],
-    options: SamplingOptions,
-    end: int | None,
-    seeds: Sequence[int] | None,
-    ended: set[int],
-) -> Iterator[tuple[int, int]]:
-    """:func:`generate` with a model that is ready for it."""
-    context = model.config.context_length
     texts = [list(prompt) for prompt in prompts]
-    seeds = range(options.seed, options.seed + len(texts)) if seeds is None else seeds
-    draws = [random.Random(seed) for seed in seeds]
     rows = list(range(len(texts)))
     if not rows or not options.max_tokens:
         return
-    starts = [text[-context:] for text in texts]
-    cache, logits = prefill(model, starts, min(context, max(map(len, starts)) + options.max_tokens))
-    seen = _seen(texts, logits, end) if options.repetition_penalty != 1 else None
-    for left in range(options.max_tokens - 1, -1, -1):
-        if seen is not None:
-            logits = penalize_repetition(logits, seen, options.repetition_penalty)
-        uniform = torch.tensor([[draws[row].getrandbits(24) / 2**24] for row in rows])  # exact in fp32, below 1
-        tokens = choose(logits, options, uniform.to(logits.device))
-        for row, token in zip(rows, tokens.flatten().tolist(), strict=True):
-            if token == end:
-                ended.add(row)
-            elif row not in ended:
-                texts[row].append(token)
-                yield row, token
-        if not left:
-            return
-        kept = [index for index, row in enumerate(rows) if row not in ended]
-        if not kept:
-            return
-        if len(kept) < len(rows):
-            rows, cache, tokens = [rows[index] for index in kept], cache.select(kept), tokens[kept]
-            seen = None if seen is None else seen[kept]
-        if seen is not None:
-            seen.scatter_(1, tokens, True)
-        cache, logits = _step(model, cache, tokens, [texts[row] for row in rows])
+    draws = [random.Random(options.seed + row if seeds is None else seeds[row]) for row in rows]
+    ended = set() if ended is None else ended
+    model = for_inference(model)
+    was_training = model.training  # only where for_inference cannot copy it
+    model.eval()
+    try:
+        context = model.config.context_length
+        starts = [text[-context:] for text in texts]
+        cache, logits = prefill(model, starts, min(context, max(map(len, starts)) + options.max_tokens))
+        seen = _seen(texts, logits, end) if options.repetition_penalty != 1 else None
+        for left in range(options.max_tokens - 1, -1, -1):
+            if seen is not None:
+                logits = penalize_repetition(logits, seen, options.repetition_penalty)
+            uniform = torch.tensor([[draws[row].getrandbits(24) / 2**24] for row in rows])  # exact in fp32, below 1
+            tokens = choose(logits, options, uniform.to(logits.device))
+            for row, token in zip(rows, tokens.flatten().tolist(), strict=True):
+                if token == end:
+                    ended.add(row)
+                elif row not in ended:
+                    texts[row].append(token)
+                    yield row, token
+            kept = [index for index, row in enumerate(rows) if row not in ended]
+            if not kept or not left:
+                return
+            if len(kept) < len(rows):
+                rows, cache, tokens = [rows[index] for index in kept], cache.select(kept), tokens[kept]
+                seen = None if seen is None else seen[kept]
+            if seen is not None:
+                seen.scatter_(1, tokens, True)
+            cache, logits = _step(model, cache, tokens, [texts[row] for row in rows])
+    finally:
+        model.train(was_training)
 
 
 def _step(model: GPT, cache: KVCache, tokens: Tensor, texts: list[list[int]]) -> tuple[KVCache, Tensor]:
@@ -131,8 +117,9 @@ def prefill(model: GPT, prompts: Sequence[Sequence[int]], limit: int) -> tuple[K
     for group in by_length.values():
         parts.append(KVCache(limit))
         logits.append(model(torch.tensor(group, device=device), cache=parts[-1], last_only=True)[:, -1])
-    places = {prompt: place for place, prompt in enumerate(prompt for group in by_length.values() for prompt in group)}
-    order = [places[tuple(prompt)] for prompt in prompts]
+    computed = [prompt for group in by_length.values() for prompt in group]
+    row_of = {prompt: row for row, prompt in enumerate(computed)}
+    order = [row_of[tuple(prompt)] for prompt in prompts]
     if order == [0]:  # nothing to copy
         return parts[0], logits[0]
     return KVCache.join(parts).select(order), torch.cat(logits)[order]

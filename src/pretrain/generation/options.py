@@ -35,14 +35,16 @@ class SamplingOptions:
     """The same seed gives the same text. Sample number i of several is drawn with seed + i."""
 
     def __post_init__(self):
-        for name in ("max_tokens", "temperature", "top_k", "seed"):
-            _require(getattr(self, name) >= 0, f"{name} must be 0 or more, not {getattr(self, name)}")
-        _require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, not {self.top_p}")
-        _require(0 <= self.min_p <= 1, f"min_p must be from 0 to 1, not {self.min_p}")
-        _require(self.repetition_penalty > 0, f"repetition_penalty must be positive, not {self.repetition_penalty}")
-        _require(all(self.stop), "stop must not be empty text")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+        for name, fits, wanted in (
+            ("max_tokens", self.max_tokens >= 0, "0 or more"),
+            ("repetition_penalty", self.repetition_penalty > 0, "positive"),
+            ("temperature", self.temperature >= 0, "0 or more"),
+            ("top_k", self.top_k >= 0, "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("seed", self.seed >= 0, "0 or more"),
+        ):
+            if not fits:
+                raise ValueError(f"{name} must be {wanted}, not {getattr(self, name)}")
+        if not all(self.stop):
+            raise ValueError("stop must not be empty text")

@@ -31,26 +31,24 @@ class Sample:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The tokens of a prompt, at least one: the boundary token, if there is one, and those of its text.
+    """The tokens of a prompt, at least one: BOS, if the vocabulary has it, and those of its text.
 
     Raises DataError for a character that the tokenizer does not know.
     """
-    boundary = tokenizer.bos_id
-    ids = ([] if boundary is None else [boundary]) + tokenizer.encode(prompt)
-    # Without a boundary token there is nothing to begin a document with; a line break comes closest.
-    return ids or tokenizer.encode("\n")
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    # Without BOS there is nothing to begin a document with; a line break comes closest.
+    return bos + tokenizer.encode(prompt) or tokenizer.encode("\n")
 
 
 def sample_text(model: GPT, tokenizer: Tokenizer, prompt: str, **options: Any) -> Iterator[str]:
     """Continue a text, yielding pieces of whole characters as they come; ends at the document's end.
 
-    An empty prompt begins a new document. ``options`` are those of :class:`SamplingOptions`. What happens past the
-    context length is told at :func:`generate`. Raises ValueError for an option and DataError for a prompt that cannot
-    be, at once.
+    An empty prompt begins a new document. ``options`` are those of :class:`SamplingOptions`; :func:`generate` says what
+    happens past the context length. Raises ValueError for a wrong option, and DataError for a prompt that cannot be
+    encoded, at once.
     """
     settings, ids = SamplingOptions(**options), encode_prompt(tokenizer, prompt)
-    writer = TextWriter(tokenizer, settings.stop)
-    return (piece for _, piece in _write(model, [ids], settings, [settings.seed], [writer], tokenizer.bos_id))
+    return (piece for _, piece, _ in _pieces(model, tokenizer, [ids], settings, [settings.seed]) if piece)
 
 
 def sample_texts(
@@ -68,33 +66,25 @@ def sample_texts(
     def batches() -> Iterator[Sample]:
         for start in range(0, len(rows), ROWS_AT_ONCE):
             batch = rows[start : start + ROWS_AT_ONCE]
-            writers = [TextWriter(tokenizer, settings.stop) for _ in batch]
+            texts, counts = [""] * len(batch), [0] * len(batch)
             tokens, seeds = [ids[prompt] for prompt, _ in batch], [seed for _, seed in batch]
-            texts = [""] * len(batch)
-            for row, piece in _write(model, tokens, settings, seeds, writers, tokenizer.bos_id):
+            for row, piece, counts[row] in _pieces(model, tokenizer, tokens, settings, seeds):
                 texts[row] += piece
-            for (prompt, seed), text, writer in zip(batch, texts, writers, strict=True):
-                yield Sample(prompt, text, writer.tokens, seed)
+            for (prompt, seed), text, count in zip(batch, texts, counts, strict=True):
+                yield Sample(prompt, text, count, seed)
 
     return batches()
 
 
-def _write(
-    model: GPT,
-    prompts: list[list[int]],
-    options: SamplingOptions,
-    seeds: Sequence[int],
-    writers: list[TextWriter],
-    boundary: int | None,
-) -> Iterator[tuple[int, str]]:
-    """Continue prompts, each by its writer, yielding (row, piece of text) as text comes."""
+def _pieces(
+    model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], options: SamplingOptions, seeds: Sequence[int]
+) -> Iterator[tuple[int, str, int]]:
+    """Continue prompts, yielding (row, piece of its text, its tokens so far) with each token, and once at the end."""
+    writers = [TextWriter(tokenizer, options.stop) for _ in prompts]
     ended: set[int] = set()
-    for row, token in generate(model, prompts, options, end=boundary, seeds=seeds, ended=ended):
-        piece = writers[row].push(token)
+    for row, token in generate(model, prompts, options, end=tokenizer.bos_id, seeds=seeds, ended=ended):
+        yield row, writers[row].push(token), writers[row].tokens
         if writers[row].stopped:
             ended.add(row)
-        if piece:
-            yield row, piece
     for row, writer in enumerate(writers):
-        if piece := writer.finish():
-            yield row, piece
+        yield row, writer.finish(), writer.tokens

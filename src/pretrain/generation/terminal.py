@@ -1,8 +1,9 @@
-"""Prompts from people: from the terminal, line by line, and from files."""
+"""Prompts from the terminal, line by line, and from files."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -21,13 +22,12 @@ def converse(answer: Callable[[str, int], Iterator[str]]) -> None:
     """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # gives input() editing and a history
-    people = sys.stdin.isatty()
-    if people:
+    on_terminal = sys.stdin.isatty()
+    if on_terminal:
         print("Type a beginning and press Enter. Ctrl-C stops an answer; Ctrl-D or 'quit' leaves.", file=sys.stderr)
-    number = 0
-    while True:
+    for number in itertools.count():
         try:
-            prompt = input("> " if people else "")
+            prompt = input("> " if on_terminal else "")
         except (EOFError, KeyboardInterrupt):
             print()
             return
@@ -39,7 +39,6 @@ def converse(answer: Callable[[str, int], Iterator[str]]) -> None:
             print()
         except PretrainError as error:  # such as a character that the tokenizer does not know
             print(f"pretrain: {error}", file=sys.stderr)
-        number += 1
 
 
 def print_as_it_comes(prompt: str, pieces: Iterator[str]) -> None:
@@ -56,24 +55,23 @@ def read_prompts(file: str) -> list[str]:
     Raises DataError if it cannot be read, holds no prompt, or a line is not an object with a 'prompt'.
     """
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = Path(file).read_text(encoding="utf-8").split("\n")  # not splitlines: JSON may have U+2028 in a text
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise DataError(f"{file}: cannot be read ({why}); give a text file with one prompt a line") from None
     prompts = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
+    for number, prompt in enumerate(lines, start=1):
+        if not prompt.strip():
             continue
-        if not file.endswith(".jsonl"):
-            prompts.append(line)
-            continue
-        try:
-            value = json.loads(line)["prompt"]
-        except (ValueError, KeyError, TypeError):
-            value = None
-        if not isinstance(value, str):
-            raise DataError(f'{file}: line {number} is not a JSON object with a "prompt" of text; mend or remove it')
-        prompts.append(value)
+        if file.endswith(".jsonl"):
+            try:
+                prompt = json.loads(prompt)["prompt"]
+            except (ValueError, KeyError, TypeError):
+                prompt = None
+            if not isinstance(prompt, str):
+                wanted = 'a JSON object with a "prompt" of text'
+                raise DataError(f"{file}: line {number} is not {wanted}; fix or remove it")
+        prompts.append(prompt)
     if not prompts:
         raise DataError(f"{file}: holds no prompt; write one a line")
     return prompts
