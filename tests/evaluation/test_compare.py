@@ -119,7 +119,7 @@ def test_files_of_nanogpt(kind: str, tmp_path: Path):
     tokenizer = build_tokenizer(str(settings["tokenizer.kind"]), 0, [])
     folder = tmp_path / "data"
     folder.mkdir()
-    for split, count in (("train", 900), ("val", 300)):
+    for split, count in (("train", 300), ("val", 100)):
         text = " ".join(random.Random(count).choices(WORDS, k=count))
         ids = [*tokenizer.encode(text), tokenizer.bos_id, *tokenizer.encode(text[::-1])]
         np.array(ids, dtype="<u2").tofile(folder / f"{split}.bin")

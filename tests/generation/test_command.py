@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import select
 import signal
 import sys
 import time
@@ -59,7 +60,7 @@ def test_several_texts_are_told_apart(sample):
 
 def test_prompts_from_files_and_standard_input(sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "lines.txt").write_text("Ada\n\nthe fox\n")
-    (tmp_path / "objects.jsonl").write_text('{"prompt": "Ada", "id": 3}\n{"prompt": "the\\nfox"}\n')
+    (tmp_path / "objects.jsonl").write_text('{"prompt": "Ada", "id": 3}\n{"prompt": "the\\nfox", "id": "\u2028"}\n')
     expected = [objects(sample("--prompt", prompt, "--json")[0])[0] for prompt in ("Ada", "the fox", "the\nfox")]
     assert objects(sample("--prompts-file", str(tmp_path / "lines.txt"), "--json")[0]) == expected[:2]
     assert objects(sample("--prompts-file", str(tmp_path / "objects.jsonl"), "--json")[0]) == expected[::2]
@@ -135,12 +136,11 @@ def test_interactive_on_a_terminal(run: str):
     """Ctrl-C stops an endless answer, then the next prompt is answered, and Ctrl-D leaves with 0."""
     import pty
 
+    command = [sys.executable, "-m", "pretrain", "sample", run, "--interactive", "--max-tokens", "1000000"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # more threads only wait for each other on a busy machine
     child, terminal = pty.fork()
     if child == 0:  # a session of its own, whose terminal turns Ctrl-C into a signal
-        os.execv(
-            sys.executable,
-            [sys.executable, "-m", "pretrain", "sample", run, "--interactive", "--max-tokens", "1000000"],
-        )
+        os.execve(sys.executable, command, environment)
     try:
         read_until(terminal, b"> ")
         os.write(terminal, b"Ada\n")
@@ -166,10 +166,10 @@ def test_interactive_on_a_terminal(run: str):
 
 
 def read_until(terminal: int, *wanted: bytes | int) -> None:
-    """Read what the terminal shows until these come one after the other; a number stands for so many bytes more."""
-    shown, at, deadline = b"", 0, time.monotonic() + 100
+    """Read what the terminal shows until these come one after the other; a number means this many bytes more."""
+    shown, at, deadline = b"", 0, time.monotonic() + 60
     for each in wanted:
         while (at + each > len(shown)) if isinstance(each, int) else (shown.find(each, at) < 0):
-            assert time.monotonic() < deadline, shown
+            assert select.select([terminal], [], [], max(0, deadline - time.monotonic()))[0], shown
             shown += os.read(terminal, 4096)
         at = at + each if isinstance(each, int) else shown.find(each, at) + len(each)

@@ -120,7 +120,7 @@ def test_it_is_wrong_at_once(model: GPT, tokenizer: Tokenizer):
         sample_texts(model, char, ["ab", "axb"])
 
 
-def test_a_prompt_begins_with_the_boundary(tokenizer: Tokenizer):
+def test_a_prompt_begins_with_bos(tokenizer: Tokenizer):
     assert encode_prompt(tokenizer, "é") == [256, 0xC3, 0xA9]
     assert encode_prompt(tokenizer, "") == [256]
     assert encode_prompt(build_tokenizer("char", 0, ["ab\n"]), "") == [0]
