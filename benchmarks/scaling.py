@@ -4,7 +4,7 @@
     python benchmarks/scaling.py --processes 1 4 8      on GPUs, one for each process
     python benchmarks/scaling.py --torchrun             one process as it is, and under torchrun
 
-Each process trains on ``--rows`` rows of its own (weak scaling) through the parts that train_step is made of.
+Each process trains on ``--rows`` rows of its own (weak scaling) through train_step.
 ``apart`` are as many processes that do not talk, so that what they cost one another in caches and memory is not taken
 for communication: share = 1 - apart / together. Muon shares its work too, so its share may be below 0.
 """
@@ -22,6 +22,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from common import training_state
+
+from pretrain.config import ParallelConfig, load_config
+
 KINDS, OPTIMIZERS = ("ddp", "fsdp"), ("adamw", "muon")
 APART = "apart"
 
@@ -31,53 +35,25 @@ def measure(settings: dict) -> float:
     import torch
     import torch.distributed as dist
 
-    from pretrain.config import load_config
-    from pretrain.device import choose_precision, keep_freed_memory
-    from pretrain.model import GPT
-    from pretrain.optim import build_optimizers
-    from pretrain.training.parallel import Parameters, build_model, fill_model, synchronise, training_forward
+    from pretrain.training.step import train_step
     from pretrain.training.world import join_world
 
-    shape = {name: settings[name] for name in ("layers", "width", "heads", "context_length")}
-    fields = {f"model.{name}": value for name, value in shape.items()}
-    rows = settings["rows"]
-    fields |= {"optim.kind": settings["optimizer"], "train.batch_tokens": rows * settings["context_length"]}
-    fields |= {"train.device": settings["device"]}
-    config = load_config("quickstart", **fields)
-    with join_world(config.train.device, config.parallel) as everybody:
+    shape = {f"model.{name}": settings[name] for name in ("layers", "width", "heads", "context_length")}
+    device, row_tokens = settings["device"], settings["rows"] * settings["context_length"]
+    precision = "auto" if device == "cuda" else "fp32"
+    fields = {"optim.kind": settings["optimizer"], "train.device": device, "train.precision": precision}
+    with join_world(device, ParallelConfig()) as everybody:
         kind, world = settings["kind"], everybody
         if kind == APART or everybody.size == 1:
             kind, world = "none", replace(everybody, rank=0, size=1, control=None, store=None)
-        device = world.device
-        if device.type == "cpu":
-            keep_freed_memory()
-        precision = choose_precision("auto" if device.type == "cuda" else "fp32", device)
-        with torch.device("meta"):
-            model = GPT(config.model, settings["vocabulary"])
-        model.activation_dtype = precision.dtype
-        build_model(model, kind, config, world, precision, print)
-        fill_model(model, world, lambda whole: whole.init_weights(_generator(whole)))
-        parameters = Parameters(model, kind, world)
-        optimizers = build_optimizers(model, config.optim)
-        parameters.distribute(optimizers)
-        forward = training_forward(model, kind, world)
-        generator = torch.Generator().manual_seed(everybody.rank)
-        size = (2, rows, settings["context_length"])
-        tokens, targets = torch.randint(0, settings["vocabulary"], size, generator=generator).to(device)
-
+        fields |= {"train.batch_tokens": row_tokens * world.size}
+        state = training_state(load_config("quickstart", **shape, **fields), settings["vocabulary"], world, kind)
         times = []
         for _ in range(settings["steps"] + 2):
             everybody.any(False)
             begin = time.perf_counter()
-            synchronise(forward, last=True, reshard=config.parallel.reshard)
-            (forward(tokens, targets) / targets.numel()).backward()
-            gradients = parameters.gradients()
-            norm = parameters.gradient_norm(gradients)
-            torch.nn.utils.clip_grads_with_norm_(parameters.local.values(), 1.0, norm)
-            for optimizer in optimizers:
-                optimizer.step()
-            parameters.zero_grad()
-            if device.type == "cuda":
+            train_step(state)
+            if world.device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - begin)
         slowest = torch.tensor(statistics.median(times[2:]), dtype=torch.float64)
@@ -86,14 +62,8 @@ def measure(settings: dict) -> float:
         return float(slowest)
 
 
-def _generator(model):
-    import torch
-
-    return torch.Generator(next(model.parameters()).device).manual_seed(0)
-
-
 def start(settings: dict, processes: int) -> float:
-    """The same in so many processes under torchrun; gives the seconds of the slowest."""
+    """The same in this many processes under torchrun; gives the seconds of the slowest."""
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     if settings["device"] == "cpu":
         environment |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}

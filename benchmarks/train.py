@@ -14,16 +14,20 @@ import argparse
 import importlib.util
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import common
+
+worker = partial(common.worker, __file__)
 ROWS, LENGTH, VOCABULARY = 4, 256, 50257
+SHAPE = {"model.context_length": LENGTH, "train.batch_tokens": ROWS * LENGTH}
 
 
 def measure_step(contender: str, nanogpt: str, steps: int) -> dict[str, float]:
@@ -31,45 +35,32 @@ def measure_step(contender: str, nanogpt: str, steps: int) -> dict[str, float]:
     import torch
 
     tokens, targets = torch.randint(0, VOCABULARY, (2, ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
-    step = {"nanoGPT": nanogpt_step, "LLMs-from-scratch": book_step}.get(contender, our_step)(contender, nanogpt)
+    if contender == "nanoGPT":
+        step = nanogpt_step(nanogpt)
+    else:
+        step = book_step() if contender == "LLMs-from-scratch" else our_step(contender.split()[1])
     times = []
     for _ in range(steps + 2):
         begin = time.perf_counter()
         step(tokens, targets)
         times.append(time.perf_counter() - begin)
-    return {"seconds": statistics.median(times[2:]), "peak_gb": peak_memory() / 1e9}
+    return {"seconds": statistics.median(times[2:]), "peak_gb": common.peak_memory() / 1e9}
 
 
-def our_step(contender: str, _nanogpt: str) -> Callable:
-    """GPT-2's shape with AdamW, through the parts that train_step is made of."""
-    import torch
-
+def our_step(precision: str) -> Callable:
+    """GPT-2's shape with AdamW; train_step brings its own batch of the same size."""
     from pretrain.config import load_config
-    from pretrain.device import keep_freed_memory
-    from pretrain.model import GPT
-    from pretrain.optim import build_optimizers
+    from pretrain.training.step import train_step
+    from pretrain.training.world import join_world
 
-    keep_freed_memory()
-    config = load_config("gpt2-124m", **{"model.context_length": LENGTH, "train.batch_tokens": ROWS * LENGTH})
-    with torch.device("meta"):
-        model = GPT(config.model, VOCABULARY)
-    model = model.to_empty(device="cpu")
-    model.tie_head()
-    model.init_weights(torch.Generator().manual_seed(0))
-    model.activation_dtype = torch.bfloat16 if contender.endswith("bf16") else torch.float32
-    (optimizer,) = build_optimizers(model, config.optim)
-
-    def step(tokens: torch.Tensor, targets: torch.Tensor) -> None:
-        (model(tokens, targets) / targets.numel()).backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+    fields = {"train.precision": precision, "train.device": "cpu", "train.compile": "off"}
+    config = load_config("gpt2-124m", **SHAPE, **fields)
+    with join_world("cpu", config.parallel) as world:
+        state = common.training_state(config, VOCABULARY, world)
+    return lambda tokens, targets: train_step(state)
 
 
-def nanogpt_step(_contender: str, nanogpt: str) -> Callable:
+def nanogpt_step(nanogpt: str) -> Callable:
     """NanoGPT's model and optimizer as its train.py uses them on a CPU (no compile, fp32)."""
     import torch
 
@@ -91,7 +82,7 @@ def nanogpt_step(_contender: str, nanogpt: str) -> Callable:
     return step
 
 
-def book_step(_contender: str, _nanogpt: str) -> Callable:
+def book_step() -> Callable:
     """The book's model and optimizer (chapter 5) on a CPU."""
     import torch
     from llms_from_scratch.ch04 import GPTModel  # type: ignore[import-not-found]
@@ -136,7 +127,7 @@ def measure_memory(contender: str) -> dict[str, float]:
     x = torch.randn(rows, width, requires_grad=True)
     weight = (0.02 * torch.randn(vocabulary, width)).requires_grad_()
     targets = torch.randint(0, vocabulary, (rows,))
-    before = peak_memory()
+    before = common.peak_memory()
     if contender == "whole logits (nanoGPT)":
         loss = F.cross_entropy(x @ weight.T, targets)
     else:
@@ -144,21 +135,7 @@ def measure_memory(contender: str) -> dict[str, float]:
         chunk = chunk_rows("cpu", vocabulary)
         loss = linear_cross_entropy(hidden, weight, targets, 0.0, "sum", vocabulary, chunk) / rows
     loss.backward()
-    return {"seconds": 0.0, "peak_gb": (peak_memory() - before) / 1e9}
-
-
-def peak_memory() -> int:
-    """Most bytes this process has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def worker(*args: str) -> dict[str, float]:
-    """Run one measurement in a process of its own."""
-    command = [sys.executable, __file__, "worker", *args]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        raise SystemExit(f"{' '.join(args)} failed:\n{result.stderr}")
-    return json.loads(result.stdout.splitlines()[-1])
+    return {"seconds": 0.0, "peak_gb": (common.peak_memory() - before) / 1e9}
 
 
 def compare_steps(nanogpt: str, rounds: int, steps: int) -> None:
@@ -181,7 +158,7 @@ def compare_steps(nanogpt: str, rounds: int, steps: int) -> None:
     from pretrain.config import load_config
     from pretrain.sizing import flops_per_token
 
-    model = load_config("gpt2-124m", **{"model.context_length": LENGTH, "train.batch_tokens": ROWS * LENGTH}).model
+    model = load_config("gpt2-124m", **SHAPE).model
     flops = flops_per_token(model, VOCABULARY)
     print(f"GPT-2 124M, one step of {ROWS} x {LENGTH} tokens, AdamW, median of {rounds} x {steps} steps")
     print(f"matrix products here: fp32 {max(peaks['fp32']) / 1e9:.0f}, bf16 {max(peaks['bf16']) / 1e9:.0f} GFLOP/s")

@@ -107,7 +107,7 @@ def test_one_data_set_has_no_table(two_folders: list[str], tmp_path: Path):
     assert estimate["val_loss_estimate"] == pytest.approx(measured.numbers["val_loss"], rel=0.1)
 
 
-@pytest.mark.parametrize("kind", ["tokenizer.json", "gpt2"])
+@pytest.mark.parametrize("kind", ["tokenizer.json", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_files_of_nanogpt(kind: str, tmp_path: Path):
     """They have no manifest: their bytes are known by the vocabulary that is named."""
     settings: dict[str, object] = {"tokenizer.kind": "gpt2", "model.width": 8, "sample.max_tokens": 0}

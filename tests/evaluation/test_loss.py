@@ -88,7 +88,9 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind == "gpt2" else kind for kind in KINDS]
+)
 def test_bits_per_byte_of_every_tokenizer(kind: str, tmp_path: Path):
     """The bytes are those of the text itself, whatever the tokens; special tokens are in neither sum."""
     if kind == "gpt2":
