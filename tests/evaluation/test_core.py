@@ -296,9 +296,9 @@ def test_transformers_models(made: Path, tmp_path: Path, monkeypatch: pytest.Mon
         fast.save_pretrained(folder)
         scorer = HFScorer(f"hf:{folder}", torch.device("cpu"))
         assert scorer.context_length == (300 if name == "gpt2" else 2000)
+        if name == "llama":  # as with a large vocabulary: batches are scored in halves
+            monkeypatch.setattr(huggingface, "CHUNK_ELEMENTS", 100)
         compare_with_reference(made, scorer, partial(logits_of_transformers, model.eval()), count=10)
-    monkeypatch.setattr(huggingface, "CHUNK_ELEMENTS", 100)  # as with a large vocabulary: batches are scored in halves
-    compare_with_reference(made, scorer, partial(logits_of_transformers, model), count=10)
 
 
 # Where a bundle comes from ---------------------------------------------------------------------------------------
