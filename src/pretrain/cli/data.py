@@ -19,7 +19,7 @@ from pretrain.errors import Interrupted, UsageError
 class PrepareArguments:
     """Make token shards of text, of any size, in bounded memory and on all cores.
 
-    Stopped or killed at any moment, the same command goes on and comes to the same bytes. docs/data.md tells more.
+    Stopped or killed at any moment, the same command resumes and writes the same bytes. See docs/data.md.
     """
 
     sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[SRC ...]")] = ()
@@ -35,7 +35,7 @@ class PrepareArguments:
     field: str = "text"
     """Name of the text in JSONL objects and of the text column of Parquet files."""
     separator: str = ""
-    """What stands between the documents of plain text files, such as <|endoftext|>. Empty: each file is a document."""
+    """What separates the documents of plain text files, such as <|endoftext|>. Empty: each file is a document."""
     split: Literal["tail", "hash", "last_file"] = "tail"
     """What is held out. tail: the last part of all text, which is read twice for it; hash: documents chosen by a hash
     of their text; last_file: the last file."""

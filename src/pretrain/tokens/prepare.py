@@ -270,9 +270,7 @@ def _check_bytes(jobs: Sequence[Job], read: Read, needed: int) -> None:
     for job in jobs:
         for part in job.parts(Counter(), read):  # a token stands for at least one byte in every tokenizer
             sizes[part.split] += utf8_bytes(part.text) + part.begins
-    for split, name in ((TRAIN, "training"), (VAL, "validation")):
-        if sizes[split] < needed and (sizes[split] or split == TRAIN):
-            raise DataError(_too_short(name, sizes[split], "bytes", needed))
+    _check_sizes(sizes[TRAIN], sizes[VAL], "bytes", needed)
 
 
 def learn_bpe(
@@ -297,18 +295,20 @@ def _check_length(manifest: Manifest, data: DataConfig, jobs: Sequence[Job], nee
             f"no text is left for validation (of {manifest.documents(TRAIN):,} documents, data.split "
             f"{data.split}, data.val_fraction {data.val_fraction}); give more text or another split"
         )
-    for split, name in ((TRAIN, "training"), (VAL, "validation")):
-        tokens = manifest.tokens(split)
-        if tokens < needed and (manifest.documents(split) or split == TRAIN):
-            raise DataError(_too_short(name, tokens, "tokens", needed))
+    _check_sizes(manifest.tokens(TRAIN), manifest.tokens(VAL), "tokens", needed)
 
 
-def _too_short(name: str, size: int, unit: str, needed: int) -> str:
-    """The message for a side of the split that does not fill one context."""
-    fix = f"give more text, or --model.context_length {max(1, size // 2)}"
-    if name == "validation":
-        fix += ", or a larger --data.val_fraction (0 trains on everything)"
-    return f"the {name} text has {size} {unit}, shorter than one context of {needed - 1} tokens and its target; {fix}"
+def _check_sizes(training: int, validation: int, unit: str, needed: int) -> None:
+    """A DataError if a side does not fill one context; validation may be empty."""
+    for name, size, more in (
+        ("training", training, ""),
+        ("validation", validation, ", or a larger --data.val_fraction (0 trains on everything)"),
+    ):
+        if size < needed and (size or name == "training"):
+            raise DataError(
+                f"the {name} text has {size} {unit}, shorter than one context of {needed - 1} tokens and its target; "
+                f"give more text, or --model.context_length {max(1, size // 2)}{more}"
+            )
 
 
 def _cached(read: Read) -> Read:
