@@ -11,6 +11,7 @@ from pretrain.text import embedded_name, find_pieces, read_piece
 from pretrain.text.pieces import Piece
 from pretrain.tokenizer import build_tokenizer
 from pretrain.tokens.datasets import is_tokens, open_corpus
+from pretrain.tokens.shards import bytes_per_token, utf8_bytes
 
 SAMPLE_BYTES = 2_000_000
 """Text that is read for an estimate, from up to four places."""
@@ -43,7 +44,7 @@ def look_at_data(config: Config) -> DataFacts:
     pieces = find_pieces(paths, data.field, data.separator)
     size = sum(piece.size for piece in pieces)
     sample = read_sample(pieces, data.field)
-    sampled = sum(len(text.encode()) for text in sample)
+    sampled = sum(map(utf8_bytes, sample))
     if not sampled:
         raise DataError(f"{', '.join(paths)}: there is nothing but white space in the text")
     try:
@@ -58,9 +59,7 @@ def look_at_data(config: Config) -> DataFacts:
         problem = str(error) if sampled >= size else ""
     else:
         vocabulary = tokenizer.vocab_size
-        count = sum(len(ids) for _, ids in tokenizer.encode_documents(enumerate(sample)))
-        count += len(sample) if tokenizer.bos_id is not None else 0
-        per_token = sampled / max(1, count)
+        per_token = bytes_per_token(sample, tokenizer)
         how = f"at {per_token:.2f} bytes a token in a sample"
     tokens = round(size / per_token)
     val = held_out = 0 if data.val_paths else round(tokens * data.val_fraction)

@@ -97,7 +97,7 @@ class Plan:
 
     @property
     def epochs(self) -> float:
-        """Times the training tokens are gone through."""
+        """Passes over the training tokens."""
         return self.tokens / max(1, self.data.train_tokens)
 
     @property
@@ -107,7 +107,7 @@ class Plan:
 
     @property
     def utilisation(self) -> float:
-        """MFU: the share of the peak that these tokens a second come to."""
+        """MFU: the share of the peak that training reaches."""
         return self.flops_per_token * self.tokens_per_second / (self.peak * self.layout.processes)
 
     @property
