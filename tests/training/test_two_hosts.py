@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from tests.test_cli import options
+from tests.cli.test_cli import options
 from tests.training.test_world import assert_near
 
 from pretrain.cli import main

@@ -18,7 +18,7 @@ from pretrain.optim import build_optimizers
 from pretrain.runs import Run
 from pretrain.runs.checkpoint import CheckpointWriter
 from pretrain.runs.environment import write_environment
-from pretrain.sizing import rows_that_fit
+from pretrain.sizing import meta_model, rows_that_fit
 from pretrain.tokens import LiveBatches, TrainingBatches, ahead, find_text, training_order
 from pretrain.training.callbacks import Callback, RunFiles
 from pretrain.training.console import Console
@@ -92,8 +92,7 @@ def set_up(
     # The model: described on the meta device, made parallel, given memory, then values.
     torch.manual_seed(config.train.seed + world.rank)  # of dropout; all else has generators of its own
     kind = choose_kind(config, tokenizer.vocab_size, world)
-    with torch.device("meta"):
-        model = GPT(config.model, tokenizer.vocab_size, tokenizer.bos_id)
+    model = meta_model(config.model, tokenizer.vocab_size, tokenizer.bos_id)
     model.activation_dtype = precision.dtype
     build_model(model, kind, config, world, precision, say)
     if checkpoint is None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.test_cli import options
+from tests.cli.test_cli import options
 
 from pretrain.cli import main
 from pretrain.cli.launch import count_processes

@@ -17,7 +17,7 @@ from pretrain.cli.parsing import parse
 from pretrain.cli.train import TrainArguments
 from pretrain.config import load_config
 
-CLUSTER = Path(__file__).parents[1] / "examples" / "cluster"
+CLUSTER = Path(__file__).parents[2] / "examples" / "cluster"
 SCRIPTS = ["slurm.sbatch", "two-machines.sh"]
 
 
