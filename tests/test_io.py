@@ -52,3 +52,9 @@ def test_durations():
 )
 def test_no_secret_of_a_url_stays_wherever_it_stands(text: str, clean: str):
     assert without_secrets({"a": [text]}) == {"a": [clean]}
+
+
+def test_every_character_of_a_line_comes_back(tmp_path: Path):
+    records = [{"step": 1, "text": "a\u2028b\u2029c\x85d\x0ce"}, {"step": 2}]
+    append_jsonl(tmp_path / "m.jsonl", *records)
+    assert read_jsonl(tmp_path / "m.jsonl") == records
