@@ -29,7 +29,7 @@ SAMPLE_CHARACTERS = 4_000_000  # spread over all text that is read; a new vocabu
 class TrainArguments:
     """Train a byte-level BPE on text and write it as a tokenizer.json, which --tokenizer.kind FILE takes.
 
-    The text is read once and not held; what grows with it is the list of its different words.
+    The text is read once, as a stream; memory grows only with the number of its different words.
     """
 
     sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[SRC ...]")] = ()
@@ -46,9 +46,9 @@ class TrainArguments:
     separator: str = ""
     """What stands between the documents of plain text files, such as <|endoftext|>. Empty: each file is a document."""
     max_bytes: int = 1_000_000_000
-    """Text to learn from at most, from the start. 0: all."""
+    """Train on at most this many bytes of text, from the start. 0: all."""
     force: bool = False
-    """Write over a file that exists."""
+    """Overwrite a file that exists."""
     json: bool = False
     """Print one JSON object: the numbers of the new vocabulary."""
 
@@ -148,13 +148,13 @@ class _TrainingText:
 class ShowArguments:
     r"""Show the tokens of a text beside it, and how well they compress it.
 
-    Blanks are made visible: ␣ space, ⏎ line end, ⇥ tab; bytes that are part of a character are written as \xe6.
+    White space is made visible: ␣ space, ⏎ line end, ⇥ tab; bytes that are part of a character are written as \xe6.
     """
 
     tokenizer: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
     """A tokenizer.json, a run directory, or gpt2 or byte."""
     text: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[TEXT]")] = ""
-    """The text. -: what standard input holds."""
+    """The text. -: read it from standard input."""
     file: str = ""
     """Take the text from this file (or folder, pattern, URL) instead."""
     field: str = "text"
@@ -221,7 +221,7 @@ def show(args: list[str]) -> int:
 
 
 def visible(token: bytes) -> str:
-    """The text of a token with its blanks and control characters made visible, parts of characters as bytes."""
+    """The text of a token with its white space and control characters made visible, parts of characters as bytes."""
     blanks = {" ": "␣", "\n": "⏎", "\t": "⇥"}
     text = token.decode("utf-8", errors="backslashreplace")
     return "".join(blanks.get(c) or (c if c.isprintable() else c.encode("unicode_escape").decode()) for c in text)
@@ -232,18 +232,17 @@ def _print_table(rows: list[tuple[int, bytes]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False)
-    shades = ("black on bright_cyan", "black on bright_yellow")
     line = Text()
-    for number, (_, token) in enumerate(rows):
-        line.append(visible(token), style=shades[number % 2])
-        if token.endswith(b"\n"):
-            line.append("\n")
-    console.print(line)
     table = Table("id", "token", "bytes", box=None, pad_edge=False, header_style="bold")
     table.columns[0].justify = "right"
     for number, (id, token) in enumerate(rows):
-        table.add_row(f"{id:,}", Text(visible(token), style=shades[number % 2]), token.hex(" "))
+        shade = ("black on bright_cyan", "black on bright_yellow")[number % 2]
+        line.append(visible(token), style=shade)
+        if token.endswith(b"\n"):
+            line.append("\n")
+        table.add_row(f"{id:,}", Text(visible(token), style=shade), token.hex(" "))
+    console = Console(highlight=False)
+    console.print(line)
     console.print(table)
 
 
