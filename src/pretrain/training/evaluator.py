@@ -71,7 +71,7 @@ class Evaluator:
         if self.sharded or self.world.size == 1:
             pass  # all processes sample the same text together, and may all be stopped together
         elif self.world.is_rank0:
-            check = _nothing
+            check = lambda: None  # noqa: E731 - the others do not sample, so they could not answer whether to stop
         else:
             return None
         settings = self.config.sample
@@ -92,7 +92,3 @@ def checked(items: Iterable[T], check: Callable[[], None]) -> Iterator[T]:
     for item in items:
         check()
         yield item
-
-
-def _nothing() -> None:
-    """For a process that works alone: the others could not answer whether to stop."""

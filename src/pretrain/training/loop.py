@@ -172,7 +172,7 @@ class Trainer:
                 self.skips = 0
                 continue
             why = "a spike" if record["train/skipped"] == SPIKE else "not finite"
-            step, batch = record["step"], record["step"] - 1 + self.state.progress.left_out
+            step, batch = record["step"], record["step"] - 1 + self.state.progress.skipped_batches
             numbers = f"loss {record['train/loss']:.4g}, gradient norm {record['train/grad_norm']:.4g}"
             self.event("skipped", f"skipped step {step}, batch {batch}: {why} ({numbers})", step=step, batch=batch)
             self.count_skip(step, why)
@@ -198,9 +198,9 @@ class Trainer:
                 f" --checkpoint.every, or use --guard.spike_action skip"
             )
         self.count_skip(self.step, "a spike")
-        spike, left_out = self.step, self.state.progress.left_out + self.step - checkpoint.step
+        spike, skipped = self.step, self.state.progress.skipped_batches + self.step - checkpoint.step
         self.state.load_state_dict(checkpoint, batches=False)
-        self.state.progress.left_out = left_out
+        self.state.progress.skipped_batches = skipped
         self.waiting = [record for record in self.waiting if record["step"] <= self.step]
         self.notify("on_rollback", self.step)
         self.event("roll_back", f"a spike at step {spike}: back to step {self.step}, skipping the batches since then")

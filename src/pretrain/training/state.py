@@ -40,8 +40,8 @@ class Progress:
     """The fingerprint of the training data."""
     batches: dict[str, Any] = field(default_factory=dict)
     """Where the readers of a live stream are; empty for token shards, whose batches are functions of the step."""
-    left_out: int = 0
-    """Batches skipped by rolling back: the next step takes batch ``step + left_out``."""
+    skipped_batches: int = 0
+    """Batches skipped by rolling back: the next step takes batch ``step + skipped_batches``."""
     went_back_to: int = 0
     """The step to which ``--resume-from`` went back."""
     pending: dict[str, Any] | None = None
@@ -54,6 +54,7 @@ class Progress:
         """The values of a checkpoint; those of a new run without one."""
         names = {each.name for each in dataclasses.fields(Progress)}
         state = checkpoint.state if checkpoint else {}
+        state.setdefault("skipped_batches", state.get("left_out", 0))  # its name in older checkpoints
         return Progress(**{name: value for name, value in state.items() if name in names})
 
 
@@ -76,7 +77,7 @@ class TrainState:
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that a checkpoint holds: tensors of this process, and plain values. All processes call it."""
         progress = self.progress
-        batches = self.world.gather(self.batches.state(progress.step + progress.left_out))
+        batches = self.world.gather(self.batches.state(progress.step + progress.skipped_batches))
         progress.batches, progress.world = merge_states(batches), self.world.size
         return self.tensors(), dataclasses.asdict(progress)
 

@@ -32,7 +32,7 @@ def train_step(state: TrainState, on_phase: Callable[[str], None] = lambda phase
     batch_tokens, clip = config.train.batch_tokens, config.train.grad_clip
 
     # This rank's rows of the global batch, (rows, T): a function of the step alone, whatever ran before.
-    inputs, targets = state.batches.batch(step + state.progress.left_out)
+    inputs, targets = state.batches.batch(step + state.progress.skipped_batches)
     if missing := world.rows_per_rank(config.batch_rows) - len(inputs):  # all ranks must run equally many passes
         inputs = F.pad(inputs, (0, 0, 0, missing))
         targets = F.pad(targets, (0, 0, 0, missing), value=IGNORE)
