@@ -23,7 +23,7 @@ def training_state(config: Config, vocabulary: int, world: World, kind: str = "n
     from pretrain.model import GPT
     from pretrain.optim import build_optimizers
     from pretrain.training.guard import Guard, LossScale
-    from pretrain.training.parallel import Parameters, build_model, fill_model, training_forward
+    from pretrain.training.parallel import Parameters, init_parameters, parallelize, training_forward
     from pretrain.training.state import Progress, TrainState
 
     def fill(whole: GPT) -> None:
@@ -35,8 +35,8 @@ def training_state(config: Config, vocabulary: int, world: World, kind: str = "n
     with torch.device("meta"):
         model = GPT(config.model, vocabulary)
     model.activation_dtype = precision.dtype
-    build_model(model, kind, config, world, precision, print)
-    fill_model(model, world, fill)
+    parallelize(model, kind, config, world, precision, print)
+    init_parameters(model, world, fill)
     parameters = Parameters(model, kind, world)
     optimizers = build_optimizers(model, config.optim)
     parameters.distribute(optimizers)

@@ -48,7 +48,7 @@ def test_no_folder_imports_from_a_later_one():
         assert not wrong, f"{file.relative_to(SOURCE)} imports from {wrong}, which come after {folder}"
 
 
-def test_the_model_knows_nothing_of_the_machine():
+def test_the_model_imports_only_the_configuration():
     for file in (SOURCE / "model").glob("*.py"):
         folders = imported_folders(file)
         assert folders <= {"config", "model"}, f"{file.name} imports {folders}"

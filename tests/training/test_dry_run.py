@@ -13,7 +13,7 @@ from pretrain.model import GPT
 from pretrain.optim import Optimizer, build_optimizers
 from pretrain.plan.cluster import Layout
 from pretrain.sizing import count_parameters
-from pretrain.training.parallel import Parameters, build_model
+from pretrain.training.parallel import Parameters, parallelize
 from pretrain.training.world import World
 
 VOCABULARY, PROCESSES, PER_MACHINE = 32768, 512, 8
@@ -46,7 +46,7 @@ def hold(config: Config, kind: str, world: World) -> tuple[Parameters, list[Opti
     with torch.device("meta"):
         model = GPT(config.model, VOCABULARY)
     model.activation_dtype = torch.bfloat16
-    build_model(model, kind, config, world, Precision("bf16", world.device), print)
+    parallelize(model, kind, config, world, Precision("bf16", world.device), print)
     parameters = Parameters(model, kind, world)
     optimizers = build_optimizers(model, config.optim)
     parameters.distribute(optimizers)

@@ -5,7 +5,7 @@ from pretrain.config import load_config
 from pretrain.device import Precision
 from pretrain.errors import UsageError
 from pretrain.model import GPT
-from pretrain.training.parallel import build_model, use_fp8
+from pretrain.training.parallel import parallelize, use_fp8
 from pretrain.training.world import World
 
 
@@ -45,4 +45,4 @@ def test_fp8_without_the_hardware_is_refused():
     config = load_config("quickstart", **{"train.fp8": True})
     cpu = torch.device("cpu")
     with pytest.raises(UsageError, match=r"train.fp8 needs a GPU of compute capability 8\.9"):
-        build_model(small_model(), "none", config, World(cpu), Precision("bf16", cpu), print)
+        parallelize(small_model(), "none", config, World(cpu), Precision("bf16", cpu), print)

@@ -173,7 +173,7 @@ step_module.train_step = hanging
     assert f"waiting for other processes failed: rank {rank} on " in errors
     assert "last seen waiting for data after step 5" in errors
     # And before the others give up, by one that does not hang: where they may not be able to say it themselves (NCCL).
-    warned = [line for line in (printed + errors).splitlines() if "no heartbeat for" in line]
+    warned = [line for line in (printed + errors).splitlines() if "no progress for" in line]
     assert all(f"; rank {rank} on " in line for line in warned)
     assert sum(line.startswith("pretrain: rank 1: ") for line in warned) == (rank == 0)
     assert len(warned) >= 1

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Protocol
 
 import torch
 
 from pretrain.config import Config, OptimConfig
-from pretrain.errors import UsageError
+from pretrain.errors import UsageError, did_you_mean
 from pretrain.model import GPT
 from pretrain.optim import adamw, muon
 from pretrain.optim.optimizer import Optimizer
@@ -44,8 +43,7 @@ OPTIMIZERS: dict[str, OptimizerModule] = {"adamw": adamw, "muon": muon}
 def find_optimizer(config: OptimConfig) -> OptimizerModule:
     """The file of ``optim.kind``. A UsageError when there is none of that name."""
     if config.kind not in OPTIMIZERS:
-        near = difflib.get_close_matches(config.kind, OPTIMIZERS, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
+        hint = did_you_mean(config.kind, OPTIMIZERS, or_list=False)
         raise UsageError(f"optim.kind must be one of {', '.join(OPTIMIZERS)}, not {config.kind!r}{hint}")
     return OPTIMIZERS[config.kind]
 

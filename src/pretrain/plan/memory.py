@@ -23,7 +23,7 @@ from pretrain.model.loss import chunk_rows
 from pretrain.model.transformer import Linear
 from pretrain.optim import build_optimizers
 from pretrain.sizing import meta_model
-from pretrain.training.parallel import build_model
+from pretrain.training.parallel import parallelize
 from pretrain.training.state import update
 from pretrain.training.world import World
 
@@ -52,7 +52,7 @@ def dry_run(
     model.activation_dtype = dtype
     model.compute_as_on(device)
     with FakeTensorMode(allow_non_fake_inputs=True), Holding() as holding:
-        build_model(model, "none", config, World(torch.device("cpu")), precision, say=lambda _: None)
+        parallelize(model, "none", config, World(torch.device("cpu")), precision, say=lambda _: None)
         optimizers = build_optimizers(model, config.optim)
         weights = holding.live
 

@@ -13,7 +13,7 @@ from pretrain.config import Config, ModelConfig
 from pretrain.device import Precision, keep_freed_memory, synchronize
 from pretrain.optim import build_optimizers
 from pretrain.sizing import meta_model
-from pretrain.training.parallel import build_model
+from pretrain.training.parallel import parallelize
 from pretrain.training.state import update
 from pretrain.training.world import World
 
@@ -75,7 +75,7 @@ def measure_speed(config: Config, vocab_size: int, rows: int, precision: Precisi
     with torch.random.fork_rng(enabled=device.type == "cpu"):  # dropout draws from it
         model = meta_model(config.model, vocab_size, bos_id=0)
         model.activation_dtype = precision.dtype
-        build_model(model, "none", config, World(device), precision, say=lambda _: None)
+        parallelize(model, "none", config, World(device), precision, say=lambda _: None)
         optimizers = build_optimizers(model, config.optim)
         model.init_weights(torch.Generator(device).manual_seed(0))
         generator = torch.Generator().manual_seed(0)

@@ -183,14 +183,14 @@ class Tokenizer:
             raise PretrainError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
 
     @classmethod
-    def load(cls, path: str | Path, encoder: EncoderName = "auto") -> "Tokenizer":
+    def load(cls, path: str | Path) -> "Tokenizer":
         """Read a tokenizer.json. Raises DataError if it is missing, broken or of a layout not read here."""
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             why = error.strerror if isinstance(error, OSError) else "it is not text"
             raise DataError(f"{path}: no tokenizer can be read there ({why}); give a tokenizer.json") from error
-        return cls(text, str(path), encoder)
+        return cls(text, str(path))
 
     def _batches(self, documents: Iterable[tuple[Tag, str]]) -> Iterator[list[tuple[Tag, str, bool]]]:
         """Group (tag, piece, whether it ends its text); long texts are cut where their tokens do not change."""

@@ -76,14 +76,14 @@ class Prepared:
     tokenizer: Tokenizer
 
 
-def prepare(config: Config, folder: Path, say: Callable[[str], None] = lambda _: None, live: Any = None) -> Prepared:
+def prepare(config: Config, folder: Path, say: Callable[[str], None] = lambda _: None) -> Prepared:
     """Make token shards in ``folder`` of the text that ``config.data`` names, for runs of ``config``.
 
-    ``say`` is where lines for a person go, ``live`` a rich.console.Console to show progress on, if it is a terminal.
+    ``say`` is where lines for a person go.
     Raises what :func:`prepare_text` does; a DataError also if the text is too short for one context.
     """
     needed = config.model.context_length + 1
-    return prepare_text(config.data, config.tokenizer, folder, progress=Progress(say, live), needed=needed)
+    return prepare_text(config.data, config.tokenizer, folder, progress=Progress(say), needed=needed)
 
 
 def open_prepared(folder: Path) -> Prepared:

@@ -1,4 +1,4 @@
-"""What listens to training: the project's own listeners and the user's, through one protocol."""
+"""Callbacks: everything that observes training, the project's own and the user's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """What listens to a training; override what is needed, and give it to ``train(..., callbacks=[...])``.
+    """Base class: override what you need and pass it to ``train(..., callbacks=[...])``.
 
     On several processes only rank 0 calls. What a callback raises ends training.
     """

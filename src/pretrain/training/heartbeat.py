@@ -37,7 +37,7 @@ class Heartbeat(Callback):
     Args:
         folder: the run directory; None for processes that write nothing.
         config: when silence counts as a hang: ``hang_factor`` usual steps, and at least ``hang_seconds``.
-        publish: gets every heartbeat too, in a thread of its own: it may wait for another machine without end.
+        publish: also called with every heartbeat, in its own thread, since it may block on the network.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Heartbeat(Callback):
         self._write()
 
     def _report(self, silent: float) -> None:
-        text = f"no heartbeat for {silent:.0f} s while {self.phase} after step {self.step}"
+        text = f"no progress for {silent:.0f} s while {self.phase} after step {self.step}"
         if self.folder is not None:
             try:
                 with (self.folder / STACKS).open("a", encoding="utf-8") as out:

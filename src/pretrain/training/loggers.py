@@ -1,4 +1,4 @@
-"""The run in tools that people use: TensorBoard, Weights & Biases, trackio; and callbacks of one's own.
+"""Metrics and samples in TensorBoard, Weights & Biases and trackio.
 
     records of metrics.jsonl, samples ──queue──> a thread ──> tensorboard/, wandb/, trackio's folder
 

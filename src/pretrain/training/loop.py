@@ -1,4 +1,4 @@
-"""The loop around the step: measure, log, save; stop, roll back, fail.
+"""The training loop: steps, logging, checkpoints; stopping, rolling back, failing.
 
 Everything a step needs is a function of its number (data order, schedules) or part of the checkpoint, so a run that is
 stopped after any step resumes exactly as if it had not been.
@@ -32,8 +32,8 @@ from pretrain.training.step import UPDATE, train_step_with_oom_retry
 from pretrain.training.world import STRAGGLER_SECONDS, World
 
 WARNED_AFTER = 0.7
-"""After this part of ``parallel.timeout_seconds`` of silence the stragglers are named; at its end NCCL ends the process
-without a word to Python."""
+"""Stragglers are named after this fraction of ``parallel.timeout_seconds``: at its end NCCL aborts the process before
+Python can."""
 
 
 @dataclass
@@ -102,8 +102,7 @@ class Trainer:
                     raise
                 raise self.connection_lost(error) from error
             finally:
-                for callback in self.callbacks:
-                    callback.on_end(self.stop.requested)
+                self.notify("on_end", self.stop.requested)
         if self.world.is_rank0:
             self.write_summary()
 
@@ -226,8 +225,7 @@ class Trainer:
 
         def committed() -> None:
             self.saved = step
-            for callback in self.callbacks:
-                callback.on_checkpoint(self.run.checkpoints / f"step-{step:08d}")
+            self.notify("on_checkpoint", self.run.checkpoints / f"step-{step:08d}")
             if self.world.is_rank0:
                 prune(self.run.checkpoints, self.config.checkpoint, self.val_losses)
 
@@ -307,8 +305,7 @@ class Trainer:
 
     def phase(self, name: str, seconds: float | None = None) -> None:
         """A phase begins or continues."""
-        for callback in self.callbacks:
-            callback.on_phase(self.step, name, seconds)
+        self.notify("on_phase", self.step, name, seconds)
 
     def step_phase(self, name: str) -> None:
         """A phase within a step, which may be cut short until it changes something."""
@@ -317,7 +314,7 @@ class Trainer:
         self.phase(name)
 
     def checked_phase(self, name: str, together: bool = True) -> Callable[[], None]:
-        """Begin a phase; the function given back says that it goes on, and raises Stopped if it should not.
+        """Begin a phase; the returned function reports progress and raises Stopped if asked to stop.
 
         ``together``: all processes call it equally often.
         """

@@ -1,4 +1,4 @@
-"""What is applied to the model from outside, in one linear function, and the parameters as a process then holds them.
+"""What is applied to the model from outside, in one function, and the parameters as each process then holds them.
 
 The order matters: fp8 exchanges layers, so it comes first; then activation checkpointing, so that the compiler sees
 what is computed again; then torch.compile, block by block where several processes train, so that a block's gradients
@@ -42,12 +42,12 @@ def choose_kind(config: Config, vocab_size: int, world: World) -> str:
     return world.broadcast(kind_that_fits(parameters, free_memory(world.device) // here))
 
 
-def build_model(
+def parallelize(
     model: GPT, kind: str, config: Config, world: World, precision: Precision, say: Callable[[str], None]
 ) -> None:
-    """Apply to a model on the meta device what ``config`` asks for, and give it memory, still without values.
+    """Apply what ``config`` asks for to a model on the meta device, then give it memory, still without values.
 
-    ``say`` hears what could not be done.
+    ``say`` is told what could not be done.
     """
     train, device = config.train, world.device
     if train.fp8:
@@ -55,7 +55,7 @@ def build_model(
             raise UsageError("train.fp8 needs a GPU of compute capability 8.9 or more (Ada, Hopper); leave it out here")
         use_fp8(model)
     if train.activation_checkpointing:
-        recompute_blocks(model)
+        checkpoint_activations(model)
     if wants_compiler(train, device, say):
         for module in [model] if kind == "none" else model.blocks:
             module.compile(dynamic=False)
@@ -73,8 +73,8 @@ def build_model(
     model.tie_head()
 
 
-def fill_model(model: GPT, world: World, fill: Callable[[GPT], None]) -> None:
-    """Give the model of :func:`build_model` the values that ``fill`` puts into a whole one.
+def init_parameters(model: GPT, world: World, fill: Callable[[GPT], None]) -> None:
+    """Give the model of :func:`parallelize` the values that ``fill`` puts into a whole one.
 
     Under FSDP rank 0 fills a whole model, on the CPU if it does not fit on the device beside rank 0's own part, and
     sends out the parts, one parameter at a time. Otherwise every process fills its own, to the same values.
@@ -102,7 +102,7 @@ def training_forward(model: GPT, kind: str, world: World) -> Callable[..., Tenso
     return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
 
-def synchronise(forward: Callable[..., Tensor], last: bool, reshard: bool) -> None:
+def set_gradient_sync(forward: Callable[..., Tensor], last: bool, reshard: bool) -> None:
     """Let gradients be added up over processes only in the ``last`` backward pass of a step.
 
     Under FSDP a process would then hold the gradients of the whole model until that pass. Where memory comes before
@@ -232,7 +232,7 @@ def compiler_problem(device: torch.device) -> str:
     return ""
 
 
-def recompute_blocks(model: GPT) -> None:
+def checkpoint_activations(model: GPT) -> None:
     """Activation checkpointing: let each block compute its activations again in the backward pass."""
     for block in model.blocks:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

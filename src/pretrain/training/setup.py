@@ -1,4 +1,4 @@
-"""A run made ready to train, in one column: data, checkpoint, model, optimizers, state, callbacks."""
+"""Set up a run, top to bottom: data, checkpoint, model, optimizers, state, callbacks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from pretrain.training.heartbeat import Heartbeat
 from pretrain.training.init_from import load_initial
 from pretrain.training.loggers import Loggers
 from pretrain.training.loop import Trainer, newest_checkpoint
-from pretrain.training.parallel import Parameters, build_model, choose_kind, fill_model, training_forward
+from pretrain.training.parallel import Parameters, choose_kind, init_parameters, parallelize, training_forward
 from pretrain.training.state import Progress, TrainState
 from pretrain.training.world import World
 
@@ -87,14 +87,13 @@ def set_up(
         }
     )
     progress.data, progress.precision = corpus.fingerprint, precision.name
-    progress.went_back_to = went_back_to or progress.went_back_to
 
     # The model: described on the meta device, made parallel, given memory, then values.
     torch.manual_seed(config.train.seed + world.rank)  # of dropout; all else has generators of its own
     kind = choose_kind(config, tokenizer.vocab_size, world)
     model = meta_model(config.model, tokenizer.vocab_size, tokenizer.bos_id)
     model.activation_dtype = precision.dtype
-    build_model(model, kind, config, world, precision, say)
+    parallelize(model, kind, config, world, precision, say)
     if checkpoint is None:
 
         def initial_values(whole: GPT) -> None:
@@ -104,7 +103,7 @@ def set_up(
                 load_initial(whole, config, tokenizer)
                 say(f"weights   of {config.train.init_from}")
 
-        fill_model(model, world, initial_values)
+        init_parameters(model, world, initial_values)
 
     # Optimizers work on what this process holds of the parameters.
     parameters = Parameters(model, kind, world)
@@ -117,7 +116,7 @@ def set_up(
     state.make_moments()
     if checkpoint:
         state.load_state_dict(checkpoint)
-        state.progress.went_back_to = progress.went_back_to
+    state.progress.went_back_to = went_back_to or state.progress.went_back_to
     state.forward = training_forward(model, kind, world)
     # Rows at once: as before a resume, for the same rounding; never more than there are for this process.
     fit = progress.micro_rows or rows_that_fit(config, precision.dtype.itemsize, free_memory(device))

@@ -52,8 +52,10 @@ def train(
         CheckpointError: no checkpoint can be used or written, or another process is training in ``out``.
         DeviceMemoryError: not even one row fits in the device's memory.
         Interrupted: a signal asked to stop; everything is saved.
-        TrainingError: the gradients are not finite any more, or other processes do not answer.
+        TrainingError: steps keep being skipped, a weight is not finite, a spike has no checkpoint to roll back to, or
+            other processes do not answer.
         PeerError: another process failed and says why.
+        PretrainError: the other processes could not be joined.
     """
     console = console or Console(quiet=True)
     out = Path(out)

@@ -13,7 +13,7 @@ from pretrain.model.loss import IGNORE
 from pretrain.optim import learning_rate_factor
 from pretrain.sizing import rows_up_to
 from pretrain.training.guard import NOT_FINITE, SPIKE
-from pretrain.training.parallel import synchronise
+from pretrain.training.parallel import set_gradient_sync
 from pretrain.training.signals import Stopped
 from pretrain.training.state import TrainState, random_state, set_random_state, update
 
@@ -23,7 +23,7 @@ FORWARD, BACKWARD, UPDATE = "in a forward pass", "in a backward pass", "updating
 def train_step(state: TrainState, on_phase: Callable[[str], None] = lambda phase: None) -> dict[str, Any]:
     """One optimizer step on one global batch; a step that is skipped changes no bit of parameters and moments.
 
-    ``on_phase`` hears FORWARD, BACKWARD and UPDATE; it may raise until UPDATE, before which nothing has changed.
+    ``on_phase`` is called with FORWARD, BACKWARD and UPDATE; it may raise before UPDATE, when nothing has changed yet.
 
     Returns the mean loss, learning rate, gradient norm before clipping and, if the step was skipped, why; the tensors
     among them are still being computed on the device.
@@ -41,7 +41,7 @@ def train_step(state: TrainState, on_phase: Callable[[str], None] = lambda phase
     loss = torch.zeros((), device=world.device)
     micro_batches = list(zip(*(x.split(state.progress.micro_rows) for x in (inputs, targets)), strict=True))
     for number, (x, y) in enumerate(micro_batches, start=1):
-        synchronise(state.forward, last=number == len(micro_batches), reshard=config.parallel.reshard)
+        set_gradient_sync(state.forward, last=number == len(micro_batches), reshard=config.parallel.reshard)
         on_phase(FORWARD)
         part = state.forward(x.to(world.device), y.to(world.device)) / batch_tokens
         on_phase(BACKWARD)
@@ -73,7 +73,7 @@ def train_step(state: TrainState, on_phase: Callable[[str], None] = lambda phase
 def train_step_with_oom_retry(
     state: TrainState, on_phase: Callable[[str], None], on_retry: Callable[[str], None]
 ) -> dict[str, Any]:
-    """:func:`train_step`; out of memory, again with half the rows at once, as often as that can help.
+    """:func:`train_step`, retried with half the micro-batch while it runs out of memory.
 
     The batch is a function of the step and nothing was updated yet, so only dropout's random state is set back; also
     when ``on_phase`` raises Stopped.
@@ -92,7 +92,7 @@ def train_step_with_oom_retry(
         except torch.OutOfMemoryError:
             if world.size > 1:
                 raise DeviceMemoryError(
-                    f"rank {world.rank} is out of memory with {progress.micro_rows} rows at once; resume with"
+                    f"rank {world.rank} is out of memory with a micro-batch of {progress.micro_rows} rows; resume with"
                     f" --train.micro_batch {max(1, progress.micro_rows // 2)}, or --train.activation_checkpointing"
                 ) from None
             if progress.micro_rows == 1:
@@ -106,4 +106,4 @@ def train_step_with_oom_retry(
         if world.device.type == "cuda":
             torch.cuda.empty_cache()
         progress.micro_rows = rows_up_to(config, progress.micro_rows // 2)
-        on_retry(f"out of memory: {progress.micro_rows} rows at once from here, the same global batch")
+        on_retry(f"out of memory: the micro-batch is now {progress.micro_rows} rows; the global batch is unchanged")

@@ -141,7 +141,7 @@ class World:
     def publish_heartbeat(self, beat: dict[str, Any]) -> None:
         """Leave word of what this process is doing, for the others to read when they wait in vain."""
         if self.store is not None:
-            self.store.set(f"life/{self.rank}", json.dumps({**beat, "time": self.now()}))
+            self.store.set(f"heartbeat/{self.rank}", json.dumps({**beat, "time": self.now()}))
 
     def now(self) -> float:
         """Seconds since 1970 by the clock of rank 0."""
@@ -167,7 +167,7 @@ class World:
         beats: list[dict[str, Any]] = []
         silent: dict[int, str] = {}
         for rank in range(self.size):
-            key = f"life/{rank}"
+            key = f"heartbeat/{rank}"
             beat = json.loads(self.store.get(key)) if self.store.check([key]) else {}
             beats.append({"step": 0, "beats": 0, "phase": "starting", "time": 0.0, **beat})
         furthest = max(beat["beats"] for beat in beats)
@@ -208,14 +208,14 @@ def join_world(device: str, config: ParallelConfig) -> Iterator[World]:
     elif chosen.type == "mps":
         raise UsageError("several processes cannot share an Apple GPU; use --train.device cpu, or one process")
     backend = "nccl" if chosen.type == "cuda" else "gloo"
-    patience = timedelta(seconds=config.start_seconds)
+    timeout = timedelta(seconds=config.start_seconds)
     try:
-        store, rank, size = next(iter(dist.rendezvous("env://", timeout=patience)))
+        store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
         # Where torchrun starts everybody again, what an earlier attempt left in its store is not to be believed.
         store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         device_id = chosen if chosen.type == "cuda" else None
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience, device_id=device_id)
-        control = dist.new_group(backend="gloo", timeout=patience)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device_id)
+        control = dist.new_group(backend="gloo", timeout=timeout)
     except (dist.DistError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise PretrainError(
