@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import csv
 import functools
-import json
-import math
 import operator
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import nn
 
 from pretrain.device import choose_device, choose_precision, keep_freed_memory
 from pretrain.errors import DataError, UsageError
-from pretrain.evaluation import CoreResult, GPTScorer, LossResult, Scorer, Task, evaluate_core, evaluate_loss
+from pretrain.evaluation import CoreResult, GPTScorer, LossResult, Task, TaskResult, evaluate_core, evaluate_loss
 from pretrain.evaluation.huggingface import PREFIX, HFScorer, check_folder, read_as_ours
 from pretrain.io import append_jsonl
 from pretrain.runs import Run
@@ -82,7 +81,7 @@ def check_places(places: Sequence[str], request: EvalRequest) -> None:
 def measure(
     place: str, request: EvalRequest, device_name: str = "auto", say: Callable[[str], None] = lambda _: None
 ) -> EvalResult:
-    """Measure a run directory, or a transformers model as ``hf:DIR``.
+    """Measure a run directory, or a transformers model as ``hf:DIR``, that :func:`check_places` has no fault with.
 
     Args:
         place: the run or model.
@@ -91,68 +90,62 @@ def measure(
         say: told of each task of CORE.
 
     Raises:
-        PretrainError: the run or model cannot be used, the text cannot, or there is nothing to measure on.
+        PretrainError: the run or model cannot be used, or the text cannot.
     """
     device = choose_device(device_name)
     if device.type == "cpu":
         keep_freed_memory()
-    check_places([place], request)
     return (_measure_hf if place.startswith(PREFIX) else _measure_run)(place, request, device, say)
 
 
 def _measure_run(place: str, request: EvalRequest, device: torch.device, say: Callable[[str], None]) -> EvalResult:
     run = Run.open(place)
     checkpoint = run.newest_checkpoint()
-    gpt, tokenizer = run.load_model(device, checkpoint), run.tokenizer()
+    model, tokenizer = run.load_model(device, checkpoint), run.tokenizer()
     precision = checkpoint.state["precision"] if device.type == "cpu" else "auto"
-    gpt.activation_dtype = choose_precision(precision, device).dtype
-    numbers: Numbers = {}
-    sources: dict[str, Numbers] = {}
-    if request.data:
-        numbers = _on_text(gpt, tokenizer, request.data, run.config.model.context_length, run.config.batch_rows)
-    elif request.batches:
-        numbers = _estimates(gpt, tokenizer, run, request.batches)
-    else:
-        try:
-            numbers, sources = _on_split(gpt, tokenizer, run, request.split)
-        except (DataError, UsageError) as error:
-            if not request.core:
-                raise
-            say(f"no loss: {error}")  # CORE needs no text of the run
-    core = _core(lambda: GPTScorer(gpt, tokenizer), request, say)
-    if core is not None:
+    model.activation_dtype = choose_precision(precision, device).dtype
+    numbers, sources = {}, {}
+    try:
+        if request.data:
+            length, rows = run.config.model.context_length, run.config.batch_rows
+            numbers = _on_text(model, tokenizer, request.data, length, rows)
+        elif request.batches:
+            numbers = _estimates(model, tokenizer, run, request.batches)
+        else:
+            numbers, sources = _on_split(model, tokenizer, run, request.split)
+    except (DataError, UsageError) as error:
+        if request.data or not request.core:
+            raise
+        say(f"no loss: {error}")  # CORE needs no text of the run
+    core = None
+    if request.core:
+        core = evaluate_core(GPTScorer(model, tokenizer), request.core, request.max_per_task, _teller(say))
         record = {"step": checkpoint.step, "weights": weights_id(checkpoint), "max_per_task": request.max_per_task}
         with suppress(OSError):  # a run that may only be read is measured all the same
-            append_jsonl(run.folder / CORE_FILE, {**record, "name": core.name, **_core_tree(core)})
+            append_jsonl(run.folder / CORE_FILE, {**record, "name": core.name, **core.as_dict()})
     return EvalResult(str(run.folder), checkpoint.step, numbers, core, sources)
 
 
 def _measure_hf(place: str, request: EvalRequest, device: torch.device, say: Callable[[str], None]) -> EvalResult:
     """A Hugging Face model: by our own code where that can be it, and else by transformers."""
-    on_cpu = device.type == "cpu"
-    if ours := read_as_ours(place):
+    folder, on_cpu = check_folder(place), device.type == "cpu"
+    if ours := read_as_ours(folder):
         model, tokenizer = ours[0].to(device), ours[1]
         model.activation_dtype = choose_precision("fp32" if on_cpu else "auto", device).dtype
-        length, scorer = model.config.context_length, lambda: GPTScorer(model, tokenizer)
+        length, scorer = model.config.context_length, GPTScorer(model, tokenizer)
     else:
-        model = theirs = HFScorer(place, device, torch.float32 if on_cpu else torch.bfloat16)
-        length, scorer = theirs.context_length or HF_CONTEXT, lambda: theirs
-        tokenizer = theirs.tokenizer() if request.data else None
-    numbers: Numbers = {}
+        model = scorer = HFScorer(folder, device, torch.float32 if on_cpu else torch.bfloat16)
+        length = scorer.context_length or HF_CONTEXT
+        tokenizer = Tokenizer.load(folder / "tokenizer.json") if request.data else None
+    numbers = {}
     if request.data and tokenizer:
         numbers = _on_text(model, tokenizer, request.data, min(length, HF_CONTEXT), rows=4)
-    return EvalResult(place, None, numbers, _core(scorer, request, say))
+    core = evaluate_core(scorer, request.core, request.max_per_task, _teller(say)) if request.core else None
+    return EvalResult(place, None, numbers, core)
 
 
-def _core(scorer: Callable[[], Scorer], request: EvalRequest, say: Callable[[str], None]) -> CoreResult | None:
-    if not request.core:
-        return None
-    return evaluate_core(
-        scorer(),
-        request.core,
-        request.max_per_task,
-        lambda task: say(f"{task.label}: accuracy {task.accuracy:.4f} of {task.examples:,} in {task.seconds:.1f} s"),
-    )
+def _teller(say: Callable[[str], None]) -> Callable[[TaskResult], None]:
+    return lambda task: say(f"{task.label}: accuracy {task.accuracy:.4f} of {task.examples:,} in {task.seconds:.1f} s")
 
 
 def _on_split(model: nn.Module, tokenizer: Tokenizer, run: Run, split: str) -> tuple[Numbers, dict[str, Numbers]]:
@@ -212,31 +205,21 @@ def _estimates(model: nn.Module, tokenizer: Tokenizer, run: Run, batches: int) -
 
 def json_line(result: EvalResult) -> str:
     """One JSON object; NaN, which JSON has not, is null."""
-    tree: dict[str, Any] = {"model": result.model, "step": result.step, **_without_nan(result.numbers)}
+    tree: dict[str, Any] = {"model": result.model, "step": result.step, **result.numbers}
     if result.sources:
-        tree["sources"] = {source: _without_nan(numbers) for source, numbers in result.sources.items()}
-    if result.core is not None:
-        tree["core"] = _core_tree(result.core)
-    return json.dumps(tree)
-
-
-def _without_nan(numbers: Numbers) -> dict[str, float | None]:
-    return {name: None if math.isnan(value) else value for name, value in numbers.items()}
-
-
-def _core_tree(core: CoreResult) -> dict[str, Any]:
-    tasks = {task.label: {k: v for k, v in asdict(task).items() if k != "label"} for task in core.tasks}
-    return {"core": core.core, "missing": core.missing, "tasks": tasks}
+        tree["sources"] = result.sources
+    if result.core:
+        tree["core"] = result.core.as_dict()
+    return msgspec.json.encode(tree).decode()
 
 
 CORE_COLUMNS = ("accuracy", "centered", "examples", "seconds")
 
 
-def _core_rows(core: CoreResult) -> Iterator[list[Any]]:
+def _core_rows(core: CoreResult) -> list[list[Any]]:
     """A row for each task, its label and ``CORE_COLUMNS``, and one for all of them."""
-    for task in core.tasks:
-        yield [task.label, task.accuracy, task.centered, task.examples, round(task.seconds, 3)]
-    yield [core.name, "", core.core, "", round(sum(task.seconds for task in core.tasks), 3)]
+    rows = [[task.label, task.accuracy, task.centered, task.examples, round(task.seconds, 3)] for task in core.tasks]
+    return [*rows, [core.name, "", core.core, "", round(sum(task.seconds for task in core.tasks), 3)]]
 
 
 def tables(results: Sequence[EvalResult]) -> str:
@@ -244,31 +227,24 @@ def tables(results: Sequence[EvalResult]) -> str:
     parts = []
     if names := list(dict.fromkeys(name for result in results for name in result.numbers)):
         rows = [[result.model, result.step, *map(result.numbers.get, names)] for result in results]
-        parts.append(_table(["", "step", *map(_title, names)], rows))
+        parts.append(_table(["", "step", *names], rows))
     for result in results:
         if result.sources:
             rows = [[source, *numbers.values()] for source, numbers in result.sources.items()]
-            columns = map(_title, next(iter(result.sources.values())))
-            parts.append(f"{result.model}\n{_table(['data set', *columns], rows)}")
-        if result.core is not None:
-            rows = [[*row, f"{seconds:.1f}"] for *row, seconds in _core_rows(result.core)]
-            parts.append(f"{result.model}\n{_table(['task', *CORE_COLUMNS], rows)}")
-    cores = [(result.model, result.core) for result in results if result.core is not None]
+            parts.append(f"{result.model}\n{_table(['data set', *result.numbers], rows)}")
+        if result.core:
+            parts.append(f"{result.model}\n{_table(['task', *CORE_COLUMNS], _core_rows(result.core))}")
+    cores = {result.model: result.core for result in results if result.core}
     if len(cores) > 1:
-        first = cores[0][1]
-        rows = [[task.label, *(core.tasks[i].centered for _, core in cores)] for i, task in enumerate(first.tasks)]
-        rows.append([first.name, *(core.core for _, core in cores)])
-        parts.append(_table(["centered", *(model for model, _ in cores)], rows))
-    if cores and (missing := cores[0][1].missing):
+        by_task = zip(*map(_core_rows, cores.values()), strict=True)
+        rows = [[same[0][0], *(centered for _, _, centered, _, _ in same)] for same in by_task]
+        parts.append(_table(["centered", *cores], rows))
+    if missing := next((core.missing for core in cores.values()), []):
         parts.append(
             f"This is not CORE but a part of it, and compares only with the same part: the bundle lacks"
             f" {', '.join(missing)}."
         )
     return "\n\n".join(parts)
-
-
-def _title(name: str) -> str:
-    return name.replace("_", " ").replace(" estimate", " (est.)")
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -299,6 +275,5 @@ def write_csv(file: Path, results: Sequence[EvalResult]) -> None:
             rows = [[name, value, "", "", ""] for name, value in result.numbers.items()]
             for source, numbers in result.sources.items():
                 rows += [[f"{name}/{source}", value, "", "", ""] for name, value in numbers.items()]
-            if result.core is not None:
-                rows += _core_rows(result.core)
+            rows += _core_rows(result.core) if result.core else []
             writer.writerows([result.model, result.step, *row] for row in rows)

@@ -16,8 +16,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from operator import itemgetter
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -88,6 +87,11 @@ class CoreResult:
         """CORE, or how much of it."""
         return f"CORE ({len(CORE_TASKS) - len(self.missing)} of {len(CORE_TASKS)} tasks)" if self.missing else "CORE"
 
+    def as_dict(self) -> dict[str, Any]:
+        """The results as JSON has them."""
+        tasks = {task.label: {k: v for k, v in asdict(task).items() if k != "label"} for task in self.tasks}
+        return {"core": self.core, "missing": self.missing, "tasks": tasks}
+
 
 def evaluate_core(
     scorer: Scorer, tasks: Iterable[Task], max_per_task: int = 0, done: Callable[[TaskResult], None] = lambda _: None
@@ -105,8 +109,8 @@ def evaluate_core(
         start = time.perf_counter()
         answers = answer_task(scorer, task, max_per_task)
         accuracy = sum(answer.correct for answer in answers) / len(answers)
-        seconds = time.perf_counter() - start
-        results.append(TaskResult(task.label, accuracy, task.centered(accuracy), len(answers), seconds))
+        centered = (accuracy - task.baseline) / (1 - task.baseline)
+        results.append(TaskResult(task.label, accuracy, centered, len(answers), time.perf_counter() - start))
         done(results[-1])
     return CoreResult(tuple(results))
 
@@ -120,8 +124,7 @@ def answer_task(scorer: Scorer, task: Task, max_per_task: int = 0) -> list[Answe
             block = indices[start : start + BLOCK]
             questions = prepare_questions(scorer, task, block)
             score_options(scorer, questions)
-            for index, options in zip(block, questions, strict=True):
-                answers.append(_answer(task.kind, task.examples[index].gold, options))
+            answers += [_answer(task, i, options) for i, options in zip(block, questions, strict=True)]
     return answers
 
 
@@ -139,12 +142,10 @@ class Option:
 
 def prompts(task: Task, index: int) -> list[str]:
     """The text of each option of a question, after the solved examples; these are any of the task but itself."""
-    example, shown = task.examples[index], ""
-    if task.shots:
-        others = [i for i in range(len(task.examples)) if i != index]
-        for i in random.Random(FEWSHOT_SEED + index).sample(others, task.shots):
-            shown += task.examples[i].options(task.delimiter)[task.examples[i].gold] + "\n\n"
-    return [shown + option for option in example.options(task.delimiter)]
+    others, shown = [i for i in range(len(task.examples)) if i != index], ""
+    for i in random.Random(FEWSHOT_SEED + index).sample(others, task.shots):
+        shown += task.examples[i].options(task.delimiter)[task.examples[i].gold] + "\n\n"
+    return [shown + option for option in task.examples[index].options(task.delimiter)]
 
 
 def prepare_questions(scorer: Scorer, task: Task, indices: Sequence[int]) -> list[list[Option]]:
@@ -181,12 +182,12 @@ def _crop(tokens: list[int], start: int, limit: int | None) -> Option:
     return Option(tokens[cut:], max(1, start - cut), whole=cut == 0 or start > cut)
 
 
-def _answer(kind: str, gold: int, options: list[Option]) -> Answer:
+def _answer(task: Task, index: int, options: list[Option]) -> Answer:
     losses = tuple(sum(o.losses) / len(o.losses) if o.losses else math.nan for o in options)
-    if kind == "language_modeling":
+    if task.kind == "language_modeling":
         return Answer(options[0].whole and bool(options[0].hits) and all(options[0].hits), losses)
     # Where an option is a prefix of all others, its loss is NaN: index(min()) then answers as nanochat does.
-    return Answer(losses.index(min(losses)) == gold, losses)
+    return Answer(losses.index(min(losses)) == task.examples[index].gold, losses)
 
 
 # Scoring ---------------------------------------------------------------------------------------------------------
@@ -197,9 +198,9 @@ class _Line:
     """Tokens that the model reads, and the options whose counted tokens it is to predict from them."""
 
     tokens: list[int]
-    options: list[Option]
-    prefix: int = 0
-    """Which row of the KV cache it continues."""
+    options: list[Option] = field(default_factory=list)
+    row: int = 0
+    """Of the KV cache with its prefix."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -207,38 +208,35 @@ class _Line:
 
 def score_options(scorer: Scorer, questions: Iterable[list[Option]]) -> None:
     """Give every option its losses and hits, with as little computed as that takes."""
-    alone: list[_Line] = []
-    shared: list[tuple[int, list[_Line]]] = []  # length of the shared prefix, and the lines of a question
+    prepared: list[tuple[int, list[_Line]]] = []  # length of the prefix that its lines share, and they, by question
     for options in questions:
         by_tokens: dict[tuple[int, ...], _Line] = {}
         for option in options:
             if option.start < len(option.tokens):
                 read = option.tokens[:-1]
-                by_tokens.setdefault(tuple(read), _Line(read, [])).options.append(option)
-        lines = list(by_tokens.values())
-        first = min(option.start for option in options) - 1
-        common = min(first, _common_length([line.tokens for line in lines])) if len(lines) > 1 else 0
-        if common:
-            shared.append((common, lines))
-        else:
-            alone += lines
+                by_tokens.setdefault(tuple(read), _Line(read)).options.append(option)
+        common, lines = 0, list(by_tokens.values())
+        if len(lines) > 1:
+            first_counted = min(option.start for option in options) - 1
+            common = min(first_counted, _common_length([line.tokens for line in lines]))
+        prepared.append((common, lines))
 
     on_cpu = next(scorer.model.parameters()).device.type == "cpu"
     tokens = CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS
     spare = tokens // SPARE_BATCHES
-    for lines in _batches(alone, len, tokens, spare):
-        _score(scorer, lines)
     # What a prefix is longer than the shortest of its batch is run again by each option but one.
-    again = max((len(lines) - 1 for _, lines in shared), default=1)
-    for group in _batches(shared, itemgetter(0), tokens, spare // again, longest_first=True):
-        cut = group[-1][0]
+    again = max((len(lines) - 1 for common, lines in prepared if common), default=1)
+    for group in _batches(prepared, lambda question: question[0], tokens, spare // again, longest_first=True):
+        cut, cache, limit = group[-1][0], None, tokens
         for row, (_, lines) in enumerate(group):
             for line in lines:
-                line.prefix = row
-        prefixes = torch.tensor([lines[0].tokens[:cut] for _, lines in group])
+                line.row = row
+        if cut:
+            prefixes = torch.tensor([lines[0].tokens[:cut] for _, lines in group])
+            cache = scorer.prefill(prefixes, limit=max(len(line) for _, lines in group for line in lines))
+            limit = CACHED_BATCHES * tokens  # its tokens in the cache count too
         lines = [line for _, lines in group for line in lines]
-        cache = scorer.prefill(prefixes, limit=max(map(len, lines)))
-        for batch in _batches(lines, len, CACHED_BATCHES * tokens, spare):  # its tokens in the cache count too
+        for batch in _batches(lines, len, limit, spare):
             _score(scorer, batch, cut, cache)
 
 
@@ -259,7 +257,7 @@ def _batches(
         yield batch
 
 
-def _score(scorer: Scorer, lines: list[_Line], cut: int = 0, cache: Any = None) -> None:
+def _score(scorer: Scorer, lines: list[_Line], cut: int, cache: Any) -> None:
     """Score the options of lines whose first ``cut`` tokens are in the cache."""
     tokens = torch.zeros(len(lines), max(map(len, lines)) - cut, dtype=torch.long)
     wanted = []
@@ -267,7 +265,7 @@ def _score(scorer: Scorer, lines: list[_Line], cut: int = 0, cache: Any = None) 
         tokens[row, : len(line) - cut] = torch.tensor(line.tokens[cut:])
         for option in line.options:
             wanted += [(row, at - 1 - cut, option.tokens[at]) for at in range(option.start, len(option.tokens))]
-    scores = scorer.score(tokens, torch.tensor(wanted), cache, [line.prefix for line in lines])
+    scores = scorer.score(tokens, torch.tensor(wanted), cache, [line.row for line in lines])
     losses, hits = (iter(values.tolist()) for values in scores)
     for option in (option for line in lines for option in line.options):
         count = len(option.tokens) - option.start

@@ -1,10 +1,10 @@
-"""What an evaluation needs of a model and its tokenizer, and how a GPT of ours gives it."""
+"""What CORE needs of a model and its tokenizer, and how a GPT of ours gives it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,45 +18,50 @@ CHUNK_ELEMENTS = 2**22
 """Logits held at once while scoring."""
 
 
-class Scorer(Protocol):
+class Scorer:
     """A model and its tokenizer, as CORE sees them. Tokens are int64 on the CPU and may be padded on the right."""
 
-    @property
-    def model(self) -> nn.Module:
-        """Put in evaluation mode while it is measured."""
-        ...
-
-    @property
-    def context_length(self) -> int | None:
-        """Tokens that the model can see at once; None: any number."""
-        ...
+    model: Any
+    context_length: int | None
+    """Tokens that the model can see at once; None: any number."""
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of each text, after the BOS token if the vocabulary has one."""
-        ...
+        raise NotImplementedError
 
     def prefill(self, tokens: Tensor, limit: int) -> Any:
         """A KV cache of ``tokens`` (B, T) that others can follow, up to ``limit`` tokens a row in all."""
-        ...
+        raise NotImplementedError
 
-    def score(
-        self, tokens: Tensor, wanted: Tensor, cache: Any = None, rows: list[int] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def logits(self, tokens: Tensor, positions: Tensor, cache: Any, rows: list[int]) -> Iterator[Tensor]:
+        """Yield the logits (N, V) at ``positions`` (ascending indices into the flattened tokens), some at a time."""
+        raise NotImplementedError
+
+    def score(self, tokens: Tensor, wanted: Tensor, cache: Any, rows: list[int]) -> tuple[Tensor, Tensor]:
         """How well the model predicts some tokens.
 
         Args:
             tokens: (B, T) what the model reads.
-            wanted: (K, 3) row, position and target: after reading the row up to the position, the target is next. In
-                the order of rows, of which each has at least one.
-            cache: of :meth:`prefill`, what the model has read before ``tokens``; it is not changed.
+            wanted: (K, 3) row, position and target: after reading the row up to the position, the target is next.
+            cache: of :meth:`prefill`, what the model has read before ``tokens``; it is not changed. None: nothing.
             rows: (B) which row of the cache each row of ``tokens`` continues.
 
         Gives, on the CPU, the cross-entropy of each target in nats, fp32 (K), and whether it is the likeliest (K).
         """
-        ...
+        # Choices of one token each share their position, so its logits are computed once.
+        positions, which = torch.unique(wanted[:, 0] * tokens.shape[1] + wanted[:, 1], return_inverse=True)
+        losses, hits = torch.empty(len(wanted)), torch.empty(len(wanted), dtype=torch.bool)
+        start = 0
+        for logits in self.logits(tokens, positions, cache, rows):
+            mine = ((which >= start) & (which < start + len(logits))).nonzero()[:, 0]
+            row, target = (which[mine] - start).to(logits.device), wanted[mine, 2].to(logits.device)
+            losses[mine] = (logits.logsumexp(1)[row] - logits[row, target]).cpu()
+            hits[mine] = (logits.argmax(1)[row] == target).cpu()
+            start += len(logits)
+        return losses, hits
 
 
-class GPTScorer:
+class GPTScorer(Scorer):
     """Scores with a GPT of ours: on a CPU in fp32, in which a loss is the same in any batch; else in its precision.
 
     Args:
@@ -69,8 +74,7 @@ class GPTScorer:
         self.model, self.tokenizer, self.on_batch = model, tokenizer, on_batch
         self.context_length = model.config.context_length
         self.device = model.embedding.weight.device
-        with _fp32_on_cpu(model):
-            self._ready = for_inference(model)
+        self._ready = for_inference(model, torch.float32 if self.device.type == "cpu" else model.activation_dtype)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """See :class:`Scorer`."""
@@ -83,45 +87,14 @@ class GPTScorer:
         self._stream(tokens, cache)
         return cache
 
-    def score(
-        self, tokens: Tensor, wanted: Tensor, cache: Any = None, rows: list[int] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def logits(self, tokens: Tensor, positions: Tensor, cache: Any, rows: list[int]) -> Iterator[Tensor]:
         """See :class:`Scorer`."""
         self.on_batch()
-        stream = self._stream(tokens, cache and cache.select(rows))
-        # Choices of one token each share their position, so its logits are computed once.
-        positions, which = torch.unique(wanted[:, 0] * tokens.shape[1] + wanted[:, 1], return_inverse=True)
-        needed = stream.flatten(0, 1)[positions.to(self.device)]
-        losses, hits = torch.empty(len(wanted)), torch.empty(len(wanted), dtype=torch.bool)
-        size = max(1, CHUNK_ELEMENTS // self.model.vocab_size)
-        for start in range(0, len(positions), size):
-            mine = ((which >= start) & (which < start + size)).nonzero()[:, 0]
-            logits = self._ready.logits(needed[start : start + size])
-            losses[mine], hits[mine] = losses_and_hits(logits, which[mine] - start, wanted[mine, 2])
-        return losses, hits
+        stream = self._stream(tokens, cache and cache.select(rows)).flatten(0, 1)[positions.to(self.device)]
+        return map(self._ready.logits, stream.split(max(1, CHUNK_ELEMENTS // self.model.vocab_size)))
 
     def _stream(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
-        with _fp32_on_cpu(self._ready):  # which is the model itself where it is spread over processes
-            return self._ready.stream(tokens.to(self.device), cache)
-
-
-@contextmanager
-def _fp32_on_cpu(model: GPT) -> Iterator[None]:
-    """While entered, a model on a CPU computes in fp32."""
-    dtype = model.activation_dtype
-    if model.embedding.weight.device.type == "cpu":
-        model.activation_dtype = torch.float32
-    try:
-        yield
-    finally:
-        model.activation_dtype = dtype
-
-
-def losses_and_hits(logits: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and whether it is the likeliest, for each of ``targets`` (K) by the row of ``logits`` (N, V)."""
-    rows, targets = rows.to(logits.device), targets.to(logits.device)
-    losses = logits.logsumexp(1)[rows] - logits[rows, targets]
-    return losses.cpu(), (logits.argmax(1)[rows] == targets).cpu()
+        return self._ready.stream(tokens.to(self.device), cache)
 
 
 @contextmanager
