@@ -59,7 +59,7 @@ def read_jsonl(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
     records = []
-    for line in file.read_text(encoding="utf-8").split("\n"):  # splitlines would cut at U+2028 too
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):  # splitlines would cut at U+2028 too
         try:
             records.append(json.loads(line))
         except ValueError:

@@ -6,48 +6,49 @@ import numpy as np
 import pytest
 
 from pretrain.io import append_jsonl, keep_steps
-from pretrain.report.curves import SMOOTHED, Curves, Table, Tail, thinned
+from pretrain.report.curves import SKIPPED, SMOOTHED, Curves, Table, thinned
 
 
-def test_a_tail_gives_each_whole_line_once(tmp_path: Path):
+def losses(curves: Curves) -> list[float]:
+    curves.refresh()
+    return curves.train.column("train/loss").tolist()
+
+
+def test_each_whole_line_is_taken_in_once(tmp_path: Path):
     file = tmp_path / "m.jsonl"
-    tail = Tail(file)
-    assert list(tail.new()) == []
-    append_jsonl(file, {"step": 1}, {"step": 2})
-    assert list(tail.new()) == [{"step": 1}, {"step": 2}]
+    curves = Curves(file)
+    assert losses(curves) == []
+    append_jsonl(file, {"step": 1, "train/loss": 4}, {"step": 2, "train/loss": 3})
+    assert losses(curves) == [4, 3]
     with file.open("a") as out:
-        out.write('{"step": 3')
-    assert list(tail.new()) == []
+        out.write('{"step": 3, "train/loss"')
+    assert losses(curves) == [4, 3]
     with file.open("a") as out:
-        out.write('}\nnot JSON\n[1]\n{"step": 4}\n')
-    assert list(tail.new()) == [{"step": 3}, {"step": 4}]
-    assert list(tail.new()) == []
+        out.write(': 2}\nnot JSON\n{"step": 4, "train/loss": 1}\n')
+    assert losses(curves) == [4, 3, 2, 1]
+    assert losses(curves) == [4, 3, 2, 1]
 
 
 @pytest.mark.parametrize("grown", [False, True])
 def test_a_file_that_a_resume_rewrote_is_read_anew(tmp_path: Path, grown: bool):
     file = tmp_path / "m.jsonl"
-    append_jsonl(file, *({"step": step, "time": 1} for step in range(1, 10)))
-    tail = Tail(file)
-    assert len(list(tail.new())) == 9
+    append_jsonl(file, *({"step": step, "train/loss": 1} for step in range(1, 10)))
+    curves = Curves(file)
+    assert losses(curves) == [1] * 9
     keep_steps(file, 5)
     if grown:
-        append_jsonl(file, *({"step": step, "time": 2} for step in range(6, 20)))
-    again = list(tail.new())
-    assert again[0] is None
-    assert [record["step"] for record in again[1:] if record] == list(range(1, 20 if grown else 6))
+        append_jsonl(file, *({"step": step, "train/loss": 2} for step in range(6, 20)))
+    assert losses(curves) == [1] * 5 + [2] * (14 if grown else 0)
     file.unlink()
-    assert list(tail.new()) == [None]
-    assert list(tail.new()) == []
+    assert losses(curves) == []
 
 
 def test_overwritten_in_place(tmp_path: Path):
     file = tmp_path / "m.jsonl"
-    file.write_text('{"step": 1}\n{"step": 2}\n')
-    tail = Tail(file)
-    list(tail.new())
-    file.write_text('{"step": 7}\n{"step": 8}\n')
-    assert list(tail.new()) == [None, {"step": 7}, {"step": 8}]
+    file.write_text('{"step": 1, "train/loss": 1}\n{"step": 2, "train/loss": 1}\n')
+    curves = Curves(file)
+    file.write_text('{"step": 1, "train/loss": 7}\n{"step": 2, "train/loss": 8}\n')
+    assert losses(curves) == [7, 8]
 
 
 def test_curves_of_lines_that_come_bit_by_bit(tmp_path: Path):
@@ -60,20 +61,20 @@ def test_curves_of_lines_that_come_bit_by_bit(tmp_path: Path):
     append_jsonl(file, {"step": 3, "train/loss": 2.0, "train/grad_norm": 0.5, "tokens": 9, "val/loss": 3.0})
     append_jsonl(file, {"step": 3, "train/loss": 9.0})
     curves.refresh()
-    assert set(curves.train.columns) == {"step", "tokens", "train/loss", "train/grad_norm", "new", SMOOTHED}
+    assert set(curves.train.columns) == {"step", "tokens", "train/loss", "train/grad_norm", "new", SMOOTHED, SKIPPED}
     assert curves.train.column("step").tolist() == [1, 2, 3]
     assert curves.train.column("train/loss")[2:].tolist() == [2.0]
     assert np.isnan(curves.train.column("new")).tolist() == [True, False, True]
     assert curves.train.column(SMOOTHED).tolist() == pytest.approx([4.0, 4.0, (0.95 * 4 + 2) / 1.95])
     assert curves.val.column("val/loss").tolist() == [3.0]
     assert curves.val.column("tokens").tolist() == [9.0]
-    assert (curves.skipped, curves.skips) == ([(2, 1)], {1: 1})
+    assert curves.skipped() == [(2, 1)]
     assert curves.clipped(1.0, first=1) == (1, 2)  # step 1 came before clipping began
     assert curves.clipped(0.0, first=1) == (0, 0)
     keep_steps(file, 1)
     curves.refresh()
     assert len(curves.train) == 1
-    assert curves.skips == {}
+    assert curves.skipped() == []
 
 
 def test_thinning_keeps_spikes_ends_and_order():

@@ -13,10 +13,11 @@ from pretrain.config import load_config
 from pretrain.errors import UsageError
 from pretrain.io import append_jsonl
 from pretrain.report import page, write_report
-from pretrain.report.facts import config_rows, recipe_of, size_of
+from pretrain.report.facts import configuration
 from pretrain.report.page import run_names
 from pretrain.runs import Run
 from pretrain.runs.environment import ENVIRONMENT
+from pretrain.sizing import flops_per_token
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)> & \u2028 <!-- \u202e 王 \ud800"
 
@@ -62,11 +63,14 @@ def test_a_run_on_a_page(make_run, tmp_path: Path):
     assert data["train"]["train/loss"][:2] == [5.0, 3.5]
     assert data["train"]["train/momentum"][0] == 0.85
     assert data["val"]["step"] == [10, 20, 30, 40]
-    assert data["stats"]["val_loss"] == pytest.approx(2.275)
-    assert (data["stats"]["clipped"], data["stats"]["clippable"]) == (30, 40)
     assert [sample["step"] for sample in data["samples"]] == [10, 20, 30, 40]
-    assert data["flops_per_token"] == size_of(run).flops_per_token
-    for said in ("guess any token", "clipped to norm 1 at 30 of 40 steps (75.0%)", "seen its training text"):
+    assert data["flops_per_token"] == flops_per_token(run.config.model, run.tokenizer().vocab_size)
+    for said in (
+        "held-out loss2.2750",
+        "guess any token",
+        "clipped to norm 1 at 30 of 40 steps (75.0%)",
+        "seen its training text",
+    ):
         assert said in elements.text
     assert f"pretrain train --out {run.folder}" in elements.text
     assert elements.data["live"] is None
@@ -132,7 +136,7 @@ def test_several_runs_with_what_differs(make_run, tmp_path: Path):
     text = re.sub(r"\s+", " ", elements.text)
     differing = text[text.index("Configuration differences") : text.index("The loss in plain words")]
     assert re.findall(r"[a-z]+\.[a-z_]+", differing) == ["model.layers", "optim.lr"]
-    assert "20 of 40, not finished" in text
+    assert "20 of 40" in text
     assert "Their vocabularies differ" not in text
     same = read(write_report([runs[0], make_run("c")], tmp_path / "same.html"))
     assert "repetitions of each other" in same.text
@@ -162,19 +166,19 @@ def test_memorising_is_said(make_run, tmp_path: Path):
     assert "Skipped steps, which changed nothing: 10 a spike" in text
 
 
-def test_the_recipe_is_the_one_of_the_command_else_the_nearest(make_run):
+def test_the_recipe_is_the_one_of_the_command(make_run):
     run = make_run("run", **{"optim.lr": 0.5})
-    name, _, known = recipe_of(run, 257)
-    assert (name, known) == ("quickstart", False)
+    assert configuration(run, 257)[0] == ""
     start = {"command": ["pretrain", "train", "laptop", "--optim.lr", "0.5"]}
     (run.folder / ENVIRONMENT).write_text(json.dumps([start]))
-    name, recipe, known = recipe_of(run, 257)
-    assert (name, known) == ("laptop", True)
-    rows = {f"{row.section}.{row.name}": row for row in config_rows(run, recipe)}
-    assert (rows["optim.lr"].value, rows["optim.lr"].recipe) == ("0.5", f"{load_config('laptop').optim.lr:g}")
-    assert rows["train.seed"].recipe is None
+    name, fields = configuration(run, 257)
+    assert name == "laptop"
+    assert ("optim.lr", "0.5", f"{load_config('laptop').optim.lr:g}") in fields
+    assert ("train.seed", str(run.config.train.seed), "") in fields
     (run.folder / ENVIRONMENT).write_text(json.dumps([{"command": ["pretrain", "train", "gone.toml"]}]))
-    assert recipe_of(run, 257)[2] is False
+    name, fields = configuration(run, 257)
+    assert name == ""
+    assert not any(recipe for _, _, recipe in fields)
 
 
 def test_passwords_in_addresses_stay_here(make_run, tmp_path: Path):

@@ -10,13 +10,11 @@ import os
 import subprocess
 import sys
 import threading
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pretrain.errors import PretrainError
 from pretrain.generation import sample_text
 from pretrain.model import GPT
 from pretrain.runs import Run
@@ -32,7 +30,7 @@ class Answerer:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -43,19 +41,17 @@ class Answerer:
                     [sys.executable, "-m", "pretrain.report.answers", str(self.folder)],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
+                    text=True,
                     env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
                     start_new_session=True,  # so that Ctrl-C in the terminal is the server's alone
                 )
             assert self.process.stdin is not None, "piped"
             assert self.process.stdout is not None, "piped"
-            line = b""
-            with suppress(OSError):  # it ends at this moment
-                self.process.stdin.write(json.dumps(request).encode() + b"\n")
-                self.process.stdin.flush()
-                line = self.process.stdout.readline()
-            if line:
-                return json.loads(line)
-            code = self.process.wait()
+            try:
+                print(json.dumps(request), file=self.process.stdin, flush=True)
+                return json.loads(self.process.stdout.readline())
+            except (OSError, ValueError):  # it ended at this moment, or while it wrote
+                code = self.process.wait()
             return {"error": f"The process that answers ended (exit code {code}); is there memory for a second model?"}
 
     def close(self) -> None:
@@ -65,35 +61,26 @@ class Answerer:
             self.process.wait()
 
 
-# The child -------------------------------------------------------------------------------------------------------
-
-
 class Model:
     """The newest checkpoint of a run, loaded anew when there is a newer one."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.step, self._newest = 0, -1
+        self.step = 0
+        self._newest = 0
         self._loaded: tuple[GPT, Tokenizer] | None = None
 
     def load(self) -> tuple[GPT, Tokenizer]:
         """The model and its tokenizer. Raises PretrainError: there is no run yet, or no whole checkpoint."""
-        while self._loaded is None or self._newest_step() != self._newest:
+        newest = max((checkpoint.step for checkpoint in checkpoints(self.folder / "checkpoints")), default=0)
+        if self._loaded is None or newest != self._newest:
             self._loaded = None  # before the next one takes memory
-            self._newest = self._newest_step()
-            try:
-                run = Run.open(self.folder)
-                checkpoint = run.newest_checkpoint()
-                model = run.load_model(torch.device("cpu"), checkpoint)
-                model.activation_dtype = torch.float32
-                self.step, self._loaded = checkpoint.step, (model, run.tokenizer())
-            except Exception:
-                if self._newest_step() == self._newest:  # otherwise training pruned what was being read
-                    raise
+            run = Run.open(self.folder)
+            checkpoint = run.newest_checkpoint()
+            model = run.load_model(torch.device("cpu"), checkpoint)
+            model.activation_dtype = torch.float32
+            self.step, self._newest, self._loaded = checkpoint.step, newest, (model, run.tokenizer())
         return self._loaded
-
-    def _newest_step(self) -> int:
-        return max((checkpoint.step for checkpoint in checkpoints(self.folder / "checkpoints")), default=0)
 
 
 def serve(folder: Path) -> None:
@@ -102,16 +89,14 @@ def serve(folder: Path) -> None:
     model = Model(folder)
     while True:
         idle = threading.Timer(IDLE_SECONDS, os._exit, [0])
-        idle.daemon = True
         idle.start()
-        line = sys.stdin.buffer.readline()
+        line = sys.stdin.readline()
         idle.cancel()
         if not line:  # the server is gone
             return
         try:
-            text = "".join(sample_text(*model.load(), **json.loads(line)))
-            answer = {"text": text, "step": model.step}
-        except (PretrainError, ValueError) as error:
+            answer = {"text": "".join(sample_text(*model.load(), **json.loads(line))), "step": model.step}
+        except Exception as error:  # such as a checkpoint that training removes meanwhile
             answer = {"error": str(error)}
         print(json.dumps(answer), flush=True)
 

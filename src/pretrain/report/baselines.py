@@ -17,8 +17,7 @@ from pretrain.errors import PretrainError
 from pretrain.io import write_atomically
 from pretrain.runs import Run
 from pretrain.tokenizer import Tokenizer
-from pretrain.tokens import TokenStream, is_tokens, open_corpus
-from pretrain.tokens.shards import MANIFEST
+from pretrain.tokens import TokenStream
 
 CACHE = "baselines.json"
 TRAIN_TOKENS, HELD_OUT_TOKENS = 2_000_000, 200_000
@@ -59,21 +58,16 @@ def baselines(run: Run) -> Baselines | None:
     None when there are no token shards to measure on: they are gone, or the text was tokenized while training.
     """
     file = run.folder / CACHE
-    with suppress(PretrainError, OSError, ValueError):
-        if (run.data / MANIFEST).is_file():
-            corpus = open_corpus([str(run.data)])
-        elif is_tokens(run.config.data.paths):
-            corpus = open_corpus(run.config.data.paths, run.config.tokenizer.kind)
-        else:
-            return None
+    with suppress(PretrainError, OSError):
+        corpus = run.corpus()
         with suppress(OSError, ValueError, TypeError):
             kept = Baselines(**json.loads(file.read_text(encoding="utf-8")))
             if kept.fingerprint == corpus.fingerprint:
                 return kept
-        train, held_out = corpus.stream("train"), corpus.stream("val")
+        train = corpus.stream("train")
         if len(train) < 2:
             return None
-        found = measure_baselines(train, held_out, corpus.tokenizer, corpus.fingerprint)
+        found = measure_baselines(train, corpus.stream("val"), corpus.tokenizer, corpus.fingerprint)
         with suppress(OSError):  # a run directory that is read-only
             write_atomically(file, json.dumps(asdict(found), indent=2) + "\n")
         return found
@@ -90,9 +84,9 @@ def measure_baselines(train: TokenStream, held_out: TokenStream, tokenizer: Toke
     if len(held_out) > 1:
         guessed = some_blocks(held_out, HELD_OUT_TOKENS)
     else:
-        flat = counted.reshape(-1)
-        cut = max(1, len(flat) - len(flat) // 20 - 1)
-        counted, guessed = flat[None, :cut], flat[None, cut - 1 :]
+        flat = counted.reshape(1, -1)
+        cut = max(1, flat.size - flat.size // 20 - 1)
+        counted, guessed = flat[:, :cut], flat[:, cut - 1 :]
     vocabulary = max(tokenizer.vocab_size, int(counted.max()) + 1, int(guessed.max()) + 1)
 
     counts = np.bincount(counted.reshape(-1), minlength=vocabulary)
@@ -111,26 +105,24 @@ def measure_baselines(train: TokenStream, held_out: TokenStream, tokenizer: Toke
     seen = np.where(pairs[places] == wanted, pair_counts[places], 0) if len(pairs) else np.zeros(len(wanted))
     context = totals[before] + followers[before]
     both = np.where(context, (seen + followers[before] * single[after]) / np.maximum(1, context), single[after])
+
     lengths = tokenizer.token_bytes()
-    sizes = lengths[np.minimum(after, len(lengths) - 1)]
     text = tokenizer.decode([id for id in guessed.reshape(-1).tolist() if id < tokenizer.vocab_size]).encode()
     return Baselines(
-        fingerprint,
-        int(total),
-        len(after),
-        math.log(tokenizer.vocab_size),
-        float(-np.log(single[after]).mean()),
-        float(-np.log(both).mean()),
-        float(sizes.mean()),
-        8 * len(zlib.compress(text, 9)) / max(1, len(text)),
+        fingerprint=fingerprint,
+        tokens=int(total),
+        guessed=len(after),
+        uniform=math.log(tokenizer.vocab_size),
+        unigram=float(-np.log(single[after]).mean()),
+        bigram=float(-np.log(both).mean()),
+        bytes_per_token=float(lengths[np.minimum(after, len(lengths) - 1)].mean()),
+        zipped=8 * len(zlib.compress(text, 9)) / max(1, len(text)),
     )
 
 
 def some_blocks(stream: TokenStream, limit: int) -> np.ndarray:
     """All tokens of a stream as one row, or ``limit`` of them as blocks taken evenly from it: int64 (blocks, T)."""
-    tokens = len(stream)
-    if tokens <= limit:
-        return stream.windows(np.zeros(1, dtype=np.int64), tokens)
+    if len(stream) <= limit:
+        return stream.windows(np.zeros(1, dtype=np.int64), len(stream))
     length = limit // BLOCKS
-    starts = np.linspace(0, tokens - length, BLOCKS).astype(np.int64)
-    return stream.windows(starts, length)
+    return stream.windows(np.linspace(0, len(stream) - length, BLOCKS).astype(np.int64), length)

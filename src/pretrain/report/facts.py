@@ -1,236 +1,195 @@
-"""The tables of the page: facts of a run beside its curves.
+"""What the page says of a run beside its curves: results, the loss in plain words, data, configuration, environment.
 
-run directory → facts: results, losses, remarks, data, configuration, environment, commands
+run directory, curves → facts, as the template facts.html shows them
 """
 
 from __future__ import annotations
 
 import math
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from pretrain.config import Config, config_to_dict, load_config, recipe_names
+from pretrain.config import Config, config_to_dict, load_config
 from pretrain.errors import PretrainError
 from pretrain.io import duration, without_secrets
-from pretrain.report.baselines import Baselines
+from pretrain.report.baselines import Baselines, baselines
 from pretrain.report.curves import SMOOTHED, Curves
+from pretrain.report.words import choices, packed
 from pretrain.runs import Run
 from pretrain.runs.environment import read_environment
 from pretrain.sizing import count_parameters, flops_per_token, resolve
 from pretrain.tokens import Manifest
-from pretrain.tokens.shards import MANIFEST
 
 OVERFIT = 0.02
 """Nats by which the held-out loss must have risen from its lowest before that is remarked on."""
+RECENT_STEPS = 50
+"""Steps that the time left is estimated from."""
+
+Pairs = list[tuple[str, str]]
 
 
-@dataclass(frozen=True)
-class Size:
-    """Counts of a run's model."""
-
-    parameters: int
-    flops_per_token: int
-    vocabulary: int
-
-
-@dataclass(frozen=True)
-class LossRow:
-    """A line of the table of losses."""
-
-    what: str
-    loss: float | None
-    bits_per_byte: float | None
-    meaning: str
-    ours: bool = False
-    """Whether it is this model's, not a baseline."""
-
-    @property
-    def choices(self) -> str:
-        """Among how many equally likely tokens one would be as unsure."""
-        if self.loss is None:
-            return ""
-        choices = math.exp(min(self.loss, 50))
-        return f"{choices:.1f}" if choices < 10 else f"{choices:,.0f}"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A field of the configuration."""
-
-    section: str
-    name: str
-    value: str
-    recipe: str | None
-    """The recipe's value, where it is another one."""
-
-
-def facts(run: Run, curves: Curves, size: Size | None, baselines: Baselines | None) -> dict[str, Any]:
-    """What the template facts.html shows of a run."""
-    manifest = manifest_of(run)
-    losses = loss_rows(run, curves, baselines, manifest)
-    recipe, config, known = recipe_of(run, size.vocabulary if size else 0)
-    rows = config_rows(run, config)
+def facts(run: Run, curves: Curves) -> dict[str, Any]:
+    """What the template shows of a run. Numbers that are not known yet are 0, texts empty."""
+    manifest, vocabulary, parameters, flops = None, 0, 0, 0
+    with suppress(PretrainError, OSError):
+        vocabulary = run.tokenizer().vocab_size
+        parameters = sum(count_parameters(run.config.model, vocabulary).values())
+        flops = flops_per_token(run.config.model, vocabulary)
+    with suppress(PretrainError, OSError):
+        manifest = Manifest.load(run.data)
+    counted = baselines(run)
+    recipe, fields = configuration(run, vocabulary)
     return {
-        "results": results(run, curves, size),
-        "remarks": remarks(run, curves, baselines, manifest, losses),
-        "losses": losses,
-        "data": data_rows(run, manifest),
+        "model": run.config.model,
+        "vocabulary": vocabulary,
+        "parameters": parameters,
+        "flops_per_token": flops,
+        "baselines": counted,
+        "results": results(run, curves, vocabulary, parameters, flops),
+        "remarks": remarks(run, curves, counted, manifest),
+        "losses": losses(run, curves, counted, manifest),
+        "data": data(run, manifest),
         "recipe": recipe,
-        "recipe_known": known,
-        "config": rows,
-        "changed": [row for row in rows if row.recipe is not None],
-        "environment": environment_rows(run),
+        "config": fields,
+        "environment": environment(run),
         "commands": commands(run),
     }
 
 
-def size_of(run: Run) -> Size | None:
-    """Counts of a run's model; None while its vocabulary is not known."""
-    manifest = manifest_of(run)
-    vocabulary = (run.summary or {}).get("vocab_size") or (manifest.vocab_size if manifest else 0)
-    if not vocabulary:
-        try:
-            vocabulary = run.tokenizer().vocab_size
-        except (PretrainError, OSError):
-            return None
-    parameters = sum(count_parameters(run.config.model, vocabulary).values())
-    return Size(parameters, flops_per_token(run.config.model, vocabulary), vocabulary)
-
-
-def manifest_of(run: Run) -> Manifest | None:
-    """The manifest of a run's own token shards, if it has readable ones."""
-    with suppress(PretrainError):
-        if (run.data / MANIFEST).is_file():
-            return Manifest.load(run.data)
-    return None
-
-
-def results(run: Run, curves: Curves, size: Size | None) -> dict[str, str]:
+def results(run: Run, curves: Curves, vocabulary: int, parameters: int, flops: int) -> dict[str, str]:
     """The newest numbers, by label; the same labels for every run."""
     train, val = curves.train, curves.val
-    tokens, seconds = train.last("tokens"), train.last("time")
-    of = "" if run.summary else f" of {run.config.train.steps:,}, not finished"
+    step, tokens, seconds = (train.last(name) or 0 for name in ("step", "tokens", "time"))
 
     def shown(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
+        return format(value, form) if value else ""
 
     return {
         "held-out loss": shown(val.last("val/loss"), ".4f"),
         "bits per byte": shown(val.last("val/bpb"), ".4f"),
         "CORE": shown(val.last("val/core"), ".4f"),
         "training loss, smoothed": shown(train.last(SMOOTHED), ".4f"),
-        "steps": shown(train.last("step"), ",.0f") + of,
+        "steps": shown(step, ",.0f") + ("" if run.summary else f" of {run.config.train.steps:,}"),
         "tokens": shown(tokens, ",.0f"),
         "time": duration(seconds) if seconds else "",
-        "tokens per second": shown(tokens / seconds if tokens and seconds else None, ",.0f"),
-        "parameters": f"{size.parameters:,}" if size else "",
-        "vocabulary": f"{size.vocabulary:,}" if size else "",
-        "FLOPs": shown(size.flops_per_token * tokens if size and tokens else None, ".3g"),
-        "skipped steps": f"{sum(curves.skips.values()):,}",
+        "left, about": "" if run.summary else time_left(run, curves),
+        "tokens per second": shown(tokens / seconds if seconds else 0, ",.0f"),
+        "parameters": shown(parameters, ","),
+        "vocabulary": shown(vocabulary, ","),
+        "FLOPs": shown(flops * tokens, ".3g"),
+        "skipped steps": shown(len(curves.skipped()), ","),
     }
+
+
+def time_left(run: Run, curves: Curves) -> str:
+    """How long the steps that are left take, at the pace of the last ones."""
+    steps, times = (curves.train.column(name)[-1 - RECENT_STEPS :] for name in ("step", "time"))
+    if len(steps) < 2 or not times[-1] > times[0]:
+        return ""
+    return duration((run.config.train.steps - steps[-1]) * (times[-1] - times[0]) / (steps[-1] - steps[0]))
 
 
 # The loss in plain words -----------------------------------------------------------------------------------------
 
 
-def loss_rows(run: Run, curves: Curves, baselines: Baselines | None, manifest: Manifest | None) -> list[LossRow]:
-    """What losses mean: guessing without a model, and this model in the course of its training."""
-    rows = []
-    if baselines:
-        of, bpb = f"{baselines.tokens:,} training tokens", baselines.bits_per_byte
-        uniform, unigram, bigram = baselines.uniform, baselines.unigram, baselines.bigram
-        rows = [
-            LossRow("guess any token", uniform, bpb(uniform), "knows nothing: every token is equally likely"),
-            LossRow("count tokens", unigram, bpb(unigram), f"knows how frequent each token is, counted over {of}"),
-            LossRow("count pairs", bigram, bpb(bigram), f"also looks at the one token before, by the pairs of {of}"),
-            LossRow("a zip file", None, baselines.zipped, "what deflate makes of the held-out text"),
-        ]
+def held_out(curves: Curves) -> list[tuple[float, float, float | None]]:
+    """Step, loss and bits per byte of each validation."""
     columns = [curves.val.column(name).tolist() for name in ("step", "val/loss", "val/bpb")]
-    measured = [row for row in zip(*columns, strict=True) if math.isfinite(row[1])]
-    if measured:
+    rows = [row for row in zip(*columns, strict=True) if math.isfinite(row[1])]
+    return [(step, loss, bits if math.isfinite(bits) else None) for step, loss, bits in rows]
+
+
+def losses(run: Run, curves: Curves, counted: Baselines | None, manifest: Manifest | None) -> list[dict[str, Any]]:
+    """What losses mean: guessing without a model, and this model in the course of its training."""
+    rows: list[dict[str, Any]] = []
+
+    def add(what: str, loss: float | None, bits: float | None, meaning: str, ours: bool = False) -> None:
+        shown = "" if loss is None else choices(loss)
+        rows.append({"what": what, "loss": loss, "choices": shown, "bits": bits, "meaning": meaning, "ours": ours})
+
+    if counted:
+        bits, seen = counted.bits_per_byte, f"{counted.tokens:,} training tokens"
+        add("guess any token", counted.uniform, bits(counted.uniform), "knows nothing: every token is equally likely")
+        add("count tokens", counted.unigram, bits(counted.unigram), f"knows how frequent each token is among {seen}")
+        add(
+            "count pairs",
+            counted.bigram,
+            bits(counted.bigram),
+            f"also looks at the token before, by the pairs of {seen}",
+        )
+        add("a zip file", None, counted.zipped, "deflate applied to the held-out text")
+    if measured := held_out(curves):
+        # The keys make one row of a measurement that is both the last and the lowest.
         lowest = min(measured, key=lambda row: row[1])
-        # The keys make a row of each: a measurement that is the last and the lowest is called the last.
-        chosen = {measured[0]: "first measured", lowest: "lowest", measured[-1]: "last measured"}
-        for (step, loss, bits), which in sorted(chosen.items()):
-            shown, meaning = bits if math.isfinite(bits) else None, f"this model after step {step:,.0f}"
-            rows.append(LossRow(f"held-out text, {which}", loss, shown, meaning, ours=True))
-    loss = curves.train.last(SMOOTHED)
-    if loss is not None:
+        named = {measured[0]: "first measured", lowest: "lowest", measured[-1]: "last measured"}
+        for (step, loss, bits), which in sorted(named.items(), key=lambda item: item[0][0]):
+            add(f"held-out text, {which}", loss, bits, f"this model after step {step:,.0f}", ours=True)
+    if loss := curves.train.last(SMOOTHED):
         bytes_per_token = manifest.bytes_per_token if manifest else (run.summary or {}).get("bytes_per_token")
         bits = loss / (math.log(2) * bytes_per_token) if bytes_per_token else None
-        meaning = f"this model up to step {curves.train.last('step') or 0:,.0f}, smoothed"
-        rows.append(LossRow("training text", loss, bits, meaning, ours=True))
+        step = curves.train.last("step") or 0
+        add("training text", loss, bits, f"this model up to step {step:,.0f}, smoothed", ours=True)
     return rows
 
 
-def remarks(
-    run: Run, curves: Curves, baselines: Baselines | None, manifest: Manifest | None, losses: Sequence[LossRow]
-) -> list[str]:
+def remarks(run: Run, curves: Curves, counted: Baselines | None, manifest: Manifest | None) -> list[str]:
     """What the numbers say, in sentences."""
-    said = []
-    rows = {row.what: row for row in losses}
-    last, lowest = rows.get("held-out text, last measured"), rows.get("held-out text, lowest")
-    if last and last.loss is not None:
+    said: list[str] = []
+    if measured := held_out(curves):
+        _, loss, bits = measured[-1]
         said.append(
             f"Before each next token of text that it has not seen, the model is as unsure as if it had to guess among"
-            f" {last.choices} equally likely ones."
+            f" {choices(loss)} equally likely ones."
         )
-        if last.bits_per_byte is not None:
+        if bits is not None:
             said.append(
-                f"With its predictions, held-out text could be packed into {last.bits_per_byte / 8:.0%} of its size"
-                f" ({last.bits_per_byte:.3f} bits for each byte of 8)."
+                f"With its predictions, held-out text could be packed into {packed(bits)} of its size ({bits:.3f} bits"
+                f" for each byte of 8)."
             )
-        if baselines and last.loss > baselines.unigram:
+        if counted and loss > counted.unigram:
             said.append("That is no better yet than knowing how frequent each token is.")
-        elif baselines and last.loss > baselines.bigram:
+        elif counted and loss > counted.bigram:
             said.append("That is better than knowing how frequent each token is, but not yet than counting pairs.")
-        if lowest and lowest.loss is not None and last.loss > lowest.loss + OVERFIT:
+        at, lowest, _ = min(measured, key=lambda row: row[1])
+        if loss > lowest + OVERFIT:
             said.append(
-                f"The held-out loss was lowest, {lowest.loss:.3f}, {lowest.meaning.removeprefix('this model ')}, and"
-                f" has risen to {last.loss:.3f} since: the model memorises its training text. Fewer steps, more text or"
-                f" dropout help; --checkpoint.keep_best keeps the weights of the lowest."
+                f"The held-out loss was lowest, {lowest:.3f}, after step {at:,.0f}, and has risen to {loss:.3f} since:"
+                f" the model memorises its training text. Fewer steps, more text or dropout help;"
+                f" --checkpoint.keep_best keeps the weights of the lowest."
             )
     tokens = curves.train.last("tokens")
     if manifest and tokens and manifest.tokens("train"):
         said.append(f"It has seen its training text {tokens / manifest.tokens('train'):.2f} times.")
     limit = run.config.train.grad_clip
-    clipped, clippable = curves.clipped(limit, run.config.train.grad_clip_from)
-    if clippable:
+    clipped, steps = curves.clipped(limit, run.config.train.grad_clip_from)
+    if steps:
         said.append(
-            f"Gradients were clipped to norm {limit:g} at {clipped:,} of {clippable:,} steps"
-            f" ({clipped / clippable:.1%})."
+            f"Gradients were clipped to norm {limit:g} at {clipped:,} of {steps:,} steps ({clipped / steps:.1%})."
         )
-    if curves.skips:
-        kinds = {1: "not finite", 2: "a spike"}
-        parts = ", ".join(f"{count:,} {kinds.get(kind, 'other')}" for kind, count in sorted(curves.skips.items()))
-        said.append(f"Skipped steps, which changed nothing: {parts}.")
+    if reasons := Counter(reason for _, reason in curves.skipped()):
+        counts = (
+            f"{count:,} {'not finite' if reason == 1 else 'a spike'}" for reason, count in sorted(reasons.items())
+        )
+        said.append(f"Skipped steps, which changed nothing: {', '.join(counts)}.")
     return said
 
 
-# Data and configuration ------------------------------------------------------------------------------------------
+# Data, configuration, environment --------------------------------------------------------------------------------
 
 
-def data_rows(run: Run, manifest: Manifest | None) -> list[tuple[str, str]]:
-    """What the run was trained on."""
-    paths = ", ".join(run.config.data.paths) or "the embedded corpus (the King James Bible)"
-    rows = [("text", without_secrets(paths))]
+def data(run: Run, manifest: Manifest | None) -> Pairs:
+    """The text of a run, and the token shards made of it."""
+    rows = [("text", ", ".join(without_secrets(run.config.data.paths)) or "the embedded corpus (the King James Bible)")]
     if manifest is None:
         return rows
-
-    def many(count: int, what: str) -> str:
-        return f"{count:,} {what}{'s' * (count != 1)}"
-
     for split, name in (("train", "training"), ("val", "held out")):
         shards = [shard for shard in manifest.shards if shard.split == split]
-        rows.append((
-            name,
-            f"{many(manifest.documents(split), 'document')}, {many(manifest.tokens(split), 'token')},"
-            f" {many(sum(shard.text_bytes for shard in shards), 'byte')} of text in {many(len(shards), 'shard')}",
-        ))  # fmt: skip
+        size = sum(shard.text_bytes for shard in shards)
+        counts = {"documents": manifest.documents(split), "tokens": manifest.tokens(split), "bytes of text": size}
+        rows.append((name, ", ".join(f"{what} {count:,}" for what, count in {**counts, "shards": len(shards)}.items())))
     return [
         *rows,
         ("vocabulary", f"{manifest.vocab_size:,} tokens, {manifest.bytes_per_token:.2f} bytes of text each on average"),
@@ -239,120 +198,84 @@ def data_rows(run: Run, manifest: Manifest | None) -> list[tuple[str, str]]:
     ]
 
 
-def recipe_of(run: Run, vocabulary: int) -> tuple[str, Config, bool]:
-    """The recipe that a run was made from, and whether its recorded command says so.
+def configuration(run: Run, vocabulary: int) -> tuple[str, list[tuple[str, str, str]]]:
+    """The recipe that the run was started with, and each field, its value, and the recipe's if that differs.
 
-    If not, it is the recipe that differs in the fewest fields.
+    The recipe is empty where the recorded command does not tell it or it is not there any more.
     """
+    name, recipe = "", None
     starts = read_environment(run.folder)
-    words = [str(word) for word in starts[0].get("command") or []] if starts else []
-    name, config = "", None
-    if words[:2] == ["pretrain", "train"]:
-        name = words[2] if len(words) > 2 and not words[2].startswith("-") else "quickstart"
-        if name in recipe_names() or Path(name).is_file():
-            with suppress(PretrainError):
-                config = load_config(name)
-    known = config is not None
-    if config is None:
-        own = _flat(run.config)
-        recipes = {recipe: load_config(recipe) for recipe in recipe_names()}
-        name = min(recipes, key=lambda recipe: sum(own[field] != v for field, v in _flat(recipes[recipe]).items()))
-        config = recipes[name]
-    with suppress(PretrainError):
-        config = resolve(config, vocabulary)[0]
-    return name, config, known
+    program, command, *words = [*(starts[0].get("command") or [] if starts else []), "", ""]
+    if (program, command) == ("pretrain", "train"):
+        given = words[0] if words[0] and not words[0].startswith("-") else "quickstart"
+        with suppress(PretrainError):
+            name, recipe = given, resolve(load_config(given), vocabulary)[0]
+    theirs = dict(flat(recipe or run.config))
+    return name, [(field, ours, "" if ours == theirs[field] else theirs[field]) for field, ours in flat(run.config)]
 
 
-def config_rows(run: Run, recipe: Config) -> list[Setting]:
-    """Every field, and where the recipe has another value."""
-    theirs = _flat(recipe)
-    return [
-        Setting(section, name, _value(value), None if value == theirs[section, name] else _value(theirs[section, name]))
-        for (section, name), value in _flat(run.config).items()
-    ]
-
-
-def config_differences(configs: Sequence[Config]) -> list[tuple[str, list[str]]]:
+def differences(configs: Sequence[Config]) -> list[tuple[str, list[str]]]:
     """Fields in which configurations differ, with the value of each."""
-    first, *others = flat = [_flat(config) for config in configs]
-    return [
-        (".".join(field), [_value(each[field]) for each in flat])
-        for field, value in first.items()
-        if any(each[field] != value for each in others)
-    ]
+    rows = zip(*map(flat, configs), strict=True)
+    every = [(row[0][0], [value for _, value in row]) for row in rows]
+    return [(field, values) for field, values in every if len(set(values)) > 1]
 
 
-def _flat(config: Config) -> dict[tuple[str, str], Any]:
-    return {(section, name): value for section, part in config_to_dict(config).items() for name, value in part.items()}
+def flat(config: Config) -> Pairs:
+    """The fields as ``section.name``, with their values as text."""
+    tree = without_secrets(config_to_dict(config))
+    return [(f"{section}.{name}", text(value)) for section, fields in tree.items() for name, value in fields.items()]
 
 
-def _value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float):
-        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
-    if isinstance(value, list):
-        return f"[{', '.join(map(_value, value))}]"
-    return without_secrets(value) if isinstance(value, str) and value else repr(value)
+def text(value: Any) -> str:
+    """A value of the configuration for people: floats short where that loses nothing."""
+    if isinstance(value, float) and float(f"{value:g}") == value:
+        return f"{value:g}"
+    return f"[{', '.join(map(text, value))}]" if isinstance(value, list) else str(value) or "''"
 
 
-# The machine, and what to type -----------------------------------------------------------------------------------
-
-
-def environment_rows(run: Run) -> list[tuple[str, str]]:
+def environment(run: Run) -> Pairs:
     """What the run was made on; of several starts, the first one and where later ones differ."""
-    starts = read_environment(run.folder)
-    if not starts:
-        return []
-    rows = _start_rows(starts[0])
-    for start in starts[1:]:
-        before = dict(rows)
-        changed = [f"{name} {value}" for name, value in _start_rows(start) if before.get(name) != value]
-        rows.append((f"resumed after step {start.get('step', '?')}", "; ".join(changed) or "the same"))
+    rows: Pairs = []
+    for start in read_environment(run.folder):
+        step, known = start.pop("step", 0), dict(rows)
+        now = start_rows(start)
+        if not rows:
+            rows = now
+            continue
+        changed = "; ".join(f"{name} {value}" for name, value in now if known.get(name) != value)
+        rows.append((f"resumed after step {step}", changed or "the same"))
     return rows
 
 
-def _start_rows(start: dict[str, Any]) -> list[tuple[str, str]]:
-    left = dict(start)  # of which what has no row of its own is shown as it is
-
-    def take(name: str, default: Any = "") -> Any:
-        return left.pop(name, None) or default
-
-    def gib(name: str) -> str:
-        size = take(name)
-        return f"{size / 2**30:.1f} GiB" if size else ""
-
-    rows = {
-        "begun": take("time"),
-        "command": shlex.join(without_secrets([str(word) for word in take("command", [])])),
-        "device": take("device"),
-        "GPU": ", ".join(filter(None, (take("gpu"), gib("gpu_memory_bytes")))),
-        "CPU": f"{take('cpu')}, {take('cores', '?')} cores, {take('threads', '?')} threads",
-        "memory": gib("memory_bytes"),
-        "system": take("system"),
-        "Python": take("python"),
-        **take("packages", {}),
-        "CUDA": take("cuda"),
-        "source": take("commit"),
-    }
-    return [(name, str(value)) for name, value in (rows | left).items() if value not in ("", None)]
+def start_rows(start: dict[str, Any]) -> Pairs:
+    """What environment.json has of a start, as text."""
+    flat = without_secrets({**start, **start.get("packages", {})})
+    flat.pop("packages", None)
+    rows = []
+    for name, value in flat.items():
+        if name == "command":
+            value = shlex.join(map(str, value))
+        if name.endswith("_bytes"):
+            name, value = name.removesuffix("_bytes"), f"{value / 2**30:.1f} GiB"
+        if value not in ("", None):
+            rows.append((name.replace("_", " "), str(value)))
+    return rows
 
 
-def commands(run: Run) -> list[tuple[str, str]]:
+def commands(run: Run) -> Pairs:
     """What can be done with a run, each with its command."""
-    folder, config = str(run.folder), run.config
-    bare, prompt = folder.rstrip("/"), config.sample.prompt.strip() or "And"
-    rows = [
-        ("make the same again", ["pretrain", "train", f"{folder}/config.toml", "--out", f"{bare}-again"]),
-        ("let it write", ["pretrain", "sample", folder, "--prompt", prompt]),
-        ("measure it", ["pretrain", "eval", folder]),
-        ("give it to others", ["pretrain", "export", folder, "--out", f"{bare}-hf"]),
-        ("this page again", ["pretrain", "report", folder]),
-    ]
+    folder, prompt = shlex.quote(str(run.folder)), shlex.quote(run.config.sample.prompt.strip() or "And")
     if run.summary:
-        longer = str(2 * config.train.steps)
-        rows.insert(1, ("train it longer", ["pretrain", "train", "--out", folder, "--train.steps", longer]))
+        go_on = ("train it longer", f"pretrain train --out {folder} --train.steps {2 * run.config.train.steps}")
     else:
-        rows.insert(1, ("go on with it", ["pretrain", "train", "--out", folder]))
-        rows.append(("watch it", ["pretrain", "watch", folder]))
-    return [(what, shlex.join(words)) for what, words in rows]
+        go_on = ("go on with it", f"pretrain train --out {folder}")
+    return [
+        ("make the same again", f"pretrain train {folder}/config.toml --out {folder}-again"),
+        go_on,
+        ("let it write", f"pretrain sample {folder} --prompt {prompt}"),
+        ("measure it", f"pretrain eval {folder}"),
+        ("give it to others", f"pretrain export {folder} --out {folder}-hf"),
+        ("this page again", f"pretrain report {folder}"),
+        ("watch it", f"pretrain watch {folder}"),
+    ]

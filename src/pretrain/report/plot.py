@@ -13,9 +13,8 @@ from pretrain.runs import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-DRAWN = {
+FILES = {
     "loss.png": ("", "loss (nats per token)"),
     "bits-per-byte.png": ("val/bpb", "bits per byte of held-out text"),
     "learning-rate.png": ("train/lr", "learning rate"),
@@ -28,8 +27,10 @@ DRAWN = {
 
 def plot_run(run: Run) -> Path:
     """Draw training loss, validation loss and learning rate against steps and tokens into the run's ``loss.png``."""
-    curves = Curves(run.metrics)
-    figure = _figure(8, 5)
+    from matplotlib.figure import Figure
+
+    curves, file = Curves(run.metrics), run.folder / "loss.png"
+    figure = Figure(figsize=(8, 5), layout="constrained")
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     _draw_losses(losses, curves, "tab:blue", "tab:orange", "")
     if losses.lines:
@@ -37,60 +38,53 @@ def plot_run(run: Run) -> Path:
     per_step = run.config.train.batch_tokens
     top = losses.secondary_xaxis("top", functions=(lambda s: s * per_step / 1e6, lambda t: t * 1e6 / per_step))
     top.set_xlabel("tokens (millions)")
-    _draw(rates, curves, "train/lr", "tab:green", "")
+    _draw(rates, curves, "train/lr", color="tab:green")
+    losses.set(ylabel="loss (nats per token)")
     rates.set(xlabel="step", ylabel="learning rate")
-    losses.set_ylabel("loss (nats per token)")
     for axes in (losses, rates):
         axes.grid(alpha=0.3)
-    file = run.folder / "loss.png"
     figure.savefig(file, dpi=120)
     return file
 
 
 def plot_runs(runs: Sequence[Run], names: Sequence[str], folder: Path) -> list[Path]:
     """Draw runs over each other, a file in ``folder`` for each kind of curve that there is; gives the files."""
+    from matplotlib.figure import Figure
+
     several, every = len(runs) > 1, [Curves(run.metrics) for run in runs]
-    files = []
-    for file, (number, ylabel) in DRAWN.items():
-        figure = _figure(6, 4)
+    written = []
+    for file, (number, ylabel) in FILES.items():
+        figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.subplots()
         for i, (curves, name) in enumerate(zip(every, names, strict=True)):
             color, label = f"C{i}", name if several else ""
             if number:
-                _draw(axes, curves, number, color, label)
+                _draw(axes, curves, number, color=color, label=label)
             else:
                 _draw_losses(axes, curves, color, color if several else "C1", label)
-        if not axes.lines:
-            continue
-        axes.set(xlabel="step", ylabel=ylabel, yscale="log" if file == "gradient-norm.png" else "linear")
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="small")
-        figure.savefig(folder / file, dpi=200)
-        files.append(folder / file)
-    return files
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+        if axes.lines:
+            axes.set(xlabel="step", ylabel=ylabel, yscale="log" if number == "train/grad_norm" else "linear")
+            axes.grid(alpha=0.3)
+            if several or not number:
+                axes.legend(fontsize="small")
+            figure.savefig(folder / file, dpi=200)
+            written.append(folder / file)
+    return written
 
 
 def _draw_losses(axes: Axes, curves: Curves, color: str, held_out: str, name: str) -> None:
-    before, dash = (f"{name}: ", "o--") if name else ("", "o-")
-    _draw(axes, curves, "train/loss", color, "" if name else "train, each step", alpha=0.35, linewidth=0.8)
-    _draw(axes, curves, SMOOTHED, color, f"{before}train, smoothed")
-    _draw(axes, curves, "val/loss", held_out, f"{before}validation", dash, markersize=4)
+    """Training and validation loss of a run, which the legend calls ``name`` among several."""
+    before, dash = (f"{name}: ", "--") if name else ("", "-")
+    _draw(axes, curves, "train/loss", color=color, label="" if name else "train, each step", alpha=0.35, linewidth=0.8)
+    _draw(axes, curves, SMOOTHED, color=color, label=f"{before}train, smoothed")
+    label = f"{before}validation"
+    _draw(axes, curves, "val/loss", color=held_out, label=label, marker="o", linestyle=dash, markersize=4)
 
 
-def _draw(axes: Axes, curves: Curves, name: str, color: str, label: str, form: str = "-", **look: Any) -> None:
+def _draw(axes: Axes, curves: Curves, name: str, **look: Any) -> None:
     """Draw a number against the steps, if there is any."""
     table = curves.val if name in curves.val.columns else curves.train
     values = table.column(name)
     there = np.isfinite(values)
     if there.any():
-        axes.plot(table.column("step")[there], values[there], form, color=color, label=label, **look)
+        axes.plot(table.column("step")[there], values[there], **look)

@@ -10,30 +10,42 @@ from pretrain.io import duration
 from pretrain.runs import Run
 
 
+def choices(loss: float) -> str:
+    """Among how many equally likely tokens one would be as unsure."""
+    count = math.exp(min(loss, 50))
+    return f"{count:.1f}" if count < 10 else f"{count:,.0f}"
+
+
+def packed(bits_per_byte: float) -> str:
+    """The share of its size that text could be compressed to."""
+    return f"{bits_per_byte / 8:.0%}"
+
+
 def explain(run: Run, page: Path | None = None) -> str:
     """The closing words of training: what a finished run made, how good it is, and the next command to type."""
     summary = run.summary
     assert summary is not None, "only a finished run can be explained"
-    folder = shlex.quote(str(run.folder))
     vocabulary, loss, bpb = summary["vocab_size"], summary["val_loss"], summary["val_bpb"]
     lines = [
         f"Made {run.folder}: a GPT of {summary['parameters'] / 1e6:.1f} million parameters, trained on"
         f" {summary['tokens'] / 1e6:.2f} million tokens in {duration(summary['seconds'])}.",
     ]
     if loss is not None:
-        choices = f"{math.exp(min(loss, 50)):,.0f}"
         lines.append(
             f"  Held-out loss {loss:.3f} nats per token: before each next token it is as unsure as if it had to guess"
-            f" among {choices} equally likely ones. Knowing nothing would be {math.log(vocabulary):.3f}, a guess among"
-            f" all {vocabulary:,}."
+            f" among {choices(loss)} equally likely ones. Knowing nothing would be {math.log(vocabulary):.3f}, a guess"
+            f" among all {vocabulary:,}."
         )
     if bpb is not None:
         lines.append(
             f"  That is {bpb:.3f} bits per byte: with its predictions, held-out text could be packed into"
-            f" {bpb / 8:.0%} of its size. Random guessing of bytes would be 8."
+            f" {packed(bpb)} of its size. Random guessing of bytes would be 8."
         )
-    lines += [
-        f"  Numbers of every step: {run.metrics}" + (f"   All of it on a page: {page}" if page else ""),
-        f'Next, let it write:  pretrain sample {folder} --prompt "{run.config.sample.prompt.strip() or "And"}"',
-    ]
-    return "\n".join(lines)
+    prompt = run.config.sample.prompt.strip() or "And"
+    return "\n".join(
+        [
+            *lines,
+            f"  Numbers of every step: {run.metrics}" + (f"   All of it on a page: {page}" if page else ""),
+            f'Next, let it write:  pretrain sample {shlex.quote(str(run.folder))} --prompt "{prompt}"',
+        ]
+    )

@@ -92,7 +92,7 @@ class Run:
         folder = Path(folder)
         file = folder / "config.toml"
         if not Run.exists(folder):
-            what = "is not a run directory (it has no config.toml)" if folder.is_dir() else "does not exist"
+            what = "is not a run directory (it has no config.toml)" if folder.exists() else "does not exist"
             raise CheckpointError(f"{folder} {what}; 'pretrain train --out {folder}' makes one")
         try:
             tree = tomllib.loads(file.read_text(encoding="utf-8"))

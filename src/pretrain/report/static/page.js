@@ -1,5 +1,5 @@
 "use strict";
-// The page's moving parts: data → numbers, plots, samples, events; a live page also reloads itself and answers prompts.
+// The page's moving parts: data → plots, samples, events; a live page also reloads itself and answers prompts.
 (() => {
   let page = JSON.parse(document.getElementById("data").textContent);
   let runs = page.runs;
@@ -73,8 +73,6 @@
       id: "norm", title: "Gradient norm", unit: "before clipping", logarithmic: true, skips: true,
       lines: [{ table: "train", column: "train/grad_norm", label: "gradient norm" }],
       rules: (run) => run.clip ? [{ label: "clipped above", value: run.clip }] : [],
-      note: (run) => run.stats.clippable
-        ? `clipped at ${(100 * run.stats.clipped / run.stats.clippable).toFixed(1)} % of the steps` : "",
     },
     { id: "speed", title: "Throughput", unit: "tokens per second", lines: [{ table: "train", column: "train/tokens_per_second", label: "tokens per second" }] },
     { id: "core", title: "CORE", unit: "centered accuracy", lines: [{ table: "val", column: "val/core", label: "CORE", points: true }] },
@@ -164,10 +162,9 @@
   }
 
   function drawPlot(plot) {
-    const note = several ? "" : plot.note?.(runs[0]) ?? "";
     const box = element("div");
     const figure = element("figure", {},
-      element("figcaption", {}, element("h3", {}, plot.title, " ", element("span", { className: "quiet", textContent: [plot.unit, note].filter(Boolean).join("; ") }))), box);
+      element("figcaption", {}, element("h3", {}, plot.title, " ", element("span", { className: "quiet", textContent: plot.unit }))), box);
     figure.dataset.plot = plot.id;
     byId("plots").append(figure);
     const { series, data } = contents(plot);
@@ -281,29 +278,7 @@
     });
   }
 
-  // Numbers, tables, samples, events -------------------------------------------------------------------------------
-
-  function showNumbers() {
-    if (several) return;
-    const s = runs[0].stats;
-    const left = s.finished || !s.seconds_per_step || s.step >= s.steps ? null : (s.steps - s.step) * s.seconds_per_step;
-    const tiles = [
-      ["held-out loss", s.val_loss?.toFixed(3)],
-      ["bits per byte", s.val_bpb?.toFixed(3)],
-      ["CORE", s.core?.toFixed(4)],
-      ["training loss", s.loss?.toFixed(3)],
-      ["step", s.step == null ? null : `${grouped.format(s.step)} of ${grouped.format(s.steps)}`],
-      ["tokens", s.tokens == null ? null : short.format(s.tokens)],
-      ["time", s.time == null ? null : duration(s.time)],
-      ["left, about", left == null ? null : duration(left)],
-      ["tokens per second", s.tokens_per_second == null ? null : s.tokens_per_second < 1e5 ? grouped.format(s.tokens_per_second) : short.format(s.tokens_per_second)],
-      ["parameters", s.parameters == null ? null : short.format(s.parameters)],
-      ["skipped steps", s.skipped || null],
-    ];
-    byId("numbers").hidden = s.step == null;
-    byId("numbers").replaceChildren(...tiles.filter(([, value]) => value != null).map(([name, value]) =>
-      element("div", {}, element("dt", { textContent: name }), element("dd", { textContent: value }))));
-  }
+  // Tables, samples, events ----------------------------------------------------------------------------------------
 
   function table(heads, rows) {
     return element("table", {},
@@ -394,7 +369,6 @@
   if (page.live) live();
 
   function showAll() {
-    showNumbers();
     showMeasured();
     showSamples();
     showEvents();
@@ -423,7 +397,7 @@
       const open = [...document.querySelectorAll("#facts details[open]")].map((each) => each.id);
       page = JSON.parse(fresh.getElementById("data").textContent);
       runs = page.runs;
-      for (const id of ["facts", "subtitle"]) byId(id).replaceChildren(...fresh.getElementById(id).childNodes);
+      for (const id of ["facts", "subtitle", "numbers"]) byId(id).replaceChildren(...fresh.getElementById(id).childNodes);
       open.forEach((id) => byId(id)?.setAttribute("open", ""));
       showAll();
       update();
@@ -439,7 +413,7 @@
         if (state.fingerprint !== page.live.fingerprint) await reload();
         status.textContent = state.status;
         status.classList.toggle("bad", state.stuck);
-        const step = runs[0].stats.step;
+        const step = runs[0].train.step.at(-1);
         document.title = step ? `${grouped.format(step)} · ${runs[0].name}` : runs[0].name;
         wait = Math.min(LONGEST, Math.max(POLL, (performance.now() - begin) / SHARE));
       } catch (error) {
