@@ -121,7 +121,8 @@ class Handler(BaseHTTPRequestHandler):
             if path == "/":
                 with server.rendering:
                     server.view.refresh()
-                    self._reply(render([server.view], server.token), "text/html")
+                    page = render([server.view], server.token)
+                self._reply(page, "text/html")
             elif path == "/state":
                 sentence, stuck = status(server.view.folder)
                 state = {"fingerprint": fingerprint(server.view.folder), "status": sentence, "stuck": stuck}
@@ -164,4 +165,4 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Cross-Origin-Resource-Policy", "same-origin")
         self.end_headers()
         with suppress(ConnectionError):  # the page was closed
-            self.wfile.write(text.encode())
+            self.wfile.write(text.encode(errors="replace"))
