@@ -1,11 +1,11 @@
 """Download files: complete, verified, and no byte twice.
 
-    URL ──> FILE.part ──bytes as they come──> size, hashes, Parquet footer ──> synced ──> FILE
-              └ FILE.part.note: what the server said of the file (ETag, size, hashes)
+    URL ──> FILE.part ──bytes as they come──> size, hash, Parquet footer ──> synced ──> FILE
+              ├ FILE.part.note: what the server said of the file (ETag, size, hash)
+              └ FILE.part.lock: held by the process that downloads it; others wait
 
 A file gets its name only when it is complete. A broken connection, Ctrl-C or kill -9 leaves FILE.part, and the next try
-asks for the rest (Range) if the server still has the same file (If-Range). If two processes want the same file, one
-downloads it and the other waits.
+asks for the rest (Range) if the server still has the same file (If-Range).
 
 Files of the Hub are downloaded in the same way, with the addresses and the user's token from huggingface_hub: its own
 hf_hub_download (2.4) keeps no partial file to resume from, and verifies no hash.
@@ -14,47 +14,37 @@ hf_hub_download (2.4) keeps no partial file to resume from, and verifies no hash
 from __future__ import annotations
 
 import base64
-import binascii
-import contextlib
 import email.utils
 import errno
 import hashlib
 import json
 import os
 import re
-import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from io import FileIO
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 import httpx2
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
+from filelock import FileLock
+from huggingface_hub import get_token
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential, wait_random
 
 from pretrain.errors import DataError, UsageError
 from pretrain.io import sync_folder, without_secrets, write_atomically
 from pretrain.text.catalogue import hugging_face
-from pretrain.text.opening import backoff
 
-try:
-    import fcntl
-except ImportError:  # Windows: two processes must not download the same file
-    fcntl = None
-
+BACKOFF = 1.0  # seconds before the second try, twice as long before each further one, and up to a second more
 LONGEST_WAIT = 300  # seconds; if a server asks for more (Retry-After), the file fails
 CONNECT_TIMEOUT = 10  # seconds
-
-
-@dataclass(frozen=True)
-class RetryPolicy:
-    """How often to try, and how long to wait."""
-
-    tries: int = 5
-    backoff: float = 1.0  # seconds before the second try, twice as long before each further one
-    timeout: float = 30.0  # seconds without a byte after which a connection counts as broken
+_PASSING = (httpx2.TimeoutException, httpx2.NetworkError, httpx2.ProtocolError, httpx2.ProxyError)  # try again
 
 
 @dataclass
@@ -83,16 +73,14 @@ class Download:
         return self.file.with_name(f"{self.file.name}.part.note")
 
 
-def download(
-    url: str, file: Path, *, size: int = 0, sha256: str = "", limit: int = 0, retry: RetryPolicy = RetryPolicy()
-) -> Path:
+def download(url: str, file: Path, limit: int = 0) -> Path:
     """Download one file, unless it is already there, and return its path. Folders are created.
 
-    ``url`` is http:// or https://; the user's token is sent to Hugging Face (or HF_ENDPOINT) only. ``size``, ``sha256``
-    and ``limit`` are those of Download. Raises DataError that says why it failed; the caller adds what to do about it.
+    ``url`` is http:// or https://; the user's token is sent to Hugging Face (or HF_ENDPOINT) only. A file of more than
+    ``limit`` bytes (0: any size) is refused. Raises DataError that says why it failed; the caller adds what to do.
     """
-    item = Download(url, file, size, sha256, limit)
-    download_all([item], 1, retry)
+    item = Download(url, file, limit=limit)
+    download_all([item])
     if item.problem:
         raise DataError(f"{without_secrets(url)} cannot be fetched ({item.problem})")
     return file
@@ -101,286 +89,210 @@ def download(
 def download_all(
     items: Sequence[Download],
     workers: int = 4,
-    retry: RetryPolicy = RetryPolicy(),
-    show: Callable[[], None] = lambda: None,
+    tries: int = 5,
+    timeout: float = 30.0,
+    finished: Callable[[Download], None] = lambda item: None,
 ) -> None:
     """Download files in parallel. The outcome of each is in its ``state`` and ``problem``.
 
-    ``show`` is called about ten times a second in the calling thread. KeyboardInterrupt stops the downloads; partial
-    files stay for the next time. Raises DataError when no file can succeed: Unreachable, or the disk is full.
+    A connection without a byte for ``timeout`` seconds counts as broken. ``finished`` is called with each file, in the
+    calling thread. KeyboardInterrupt stops the downloads; partial files stay for the next time. Raises DataError when
+    no file can succeed: a host that has never answered cannot be reached, or the disk is full.
     """
-    queue = iter(items)  # shared by all threads
-    with httpx2.Client(
+    client = httpx2.Client(
         follow_redirects=True,
-        timeout=httpx2.Timeout(retry.timeout, connect=min(CONNECT_TIMEOUT, retry.timeout), pool=None),
-        limits=httpx2.Limits(max_connections=workers),
+        timeout=httpx2.Timeout(timeout, connect=min(CONNECT_TIMEOUT, timeout), pool=None),
         # Sizes, ranges and hashes are those of the file itself, not of a compressed form of it.
         headers={"Accept-Encoding": "identity", "User-Agent": "pretrain"},
-    ) as client:
-        downloader = _Downloader(client, retry)
-        # Not concurrent.futures: at exit it would wait for its threads, even for one in a stalled connection.
-        threads = [
-            threading.Thread(target=downloader.work, args=(queue,), daemon=True)
-            for _ in range(min(workers, len(items)))
-        ]
+    )
+    downloader = _Downloader(client, tries)
+    # Not concurrent.futures: at exit it would wait for its threads, even for one in a stalled connection.
+    with client, ThreadPool(min(workers, len(items))) as pool:
         try:
-            for thread in threads:
-                thread.start()
-            while running := [thread for thread in threads if thread.is_alive()]:
-                show()
-                running[0].join(0.1)
-            show()
-        finally:
+            for item in pool.imap_unordered(downloader.fetch, items):
+                finished(item)
+        except BaseException:
             downloader.stop.set()
-            deadline = time.monotonic() + 0.5
-            for thread in threads:
-                thread.join(max(0, deadline - time.monotonic()))
-    if downloader.fatal is not None:
-        raise downloader.fatal
-
-
-class Unreachable(DataError):
-    """A host that never answered cannot be reached: no network, no such host. Waiting does not help."""
+            time.sleep(0.5)  # for the other threads to tidy up; one in a stalled connection is left behind
+            raise
 
 
 class _Failed(Exception):
-    """Why a try failed; whether to retry, after at least ``wait`` seconds, and whether to restart at byte 0."""
+    """Why a try failed, and whether to try again, after at least ``wait`` seconds."""
 
-    def __init__(self, why: str, retry: bool = True, wait: float = 0, restart: bool = False):
+    def __init__(self, why: str, retry: bool = True, wait: float = 0):
         super().__init__(why)
-        self.retry, self.wait, self.restart = retry, wait, restart
-
-
-class _Stopped(Exception):
-    """Another thread asked to stop."""
+        self.retry, self.wait = retry, wait
 
 
 class _Downloader:
-    """State shared by the threads."""
+    """What the threads share."""
 
-    def __init__(self, client: httpx2.Client, retry: RetryPolicy):
+    def __init__(self, client: httpx2.Client, tries: int):
         self.client = client
-        self.retry = retry
         self.stop = threading.Event()
-        self.fatal: BaseException | None = None
-        self._reached: set[str] = set()  # hosts that have answered
-
-    def work(self, queue: Iterator[Download]) -> None:
-        """Take files from the queue until it is empty or the job stops."""
-        try:
-            for item in queue:
-                self.get(item)
-                if self.stop.is_set():
-                    return
-        except _Stopped:
-            return
-        except BaseException as error:
-            self.fatal = self.fatal or error
-            self.stop.set()
-
-    def get(self, item: Download) -> None:
-        """Download one file, with retries. Raises DataError for problems that would hit every other file too."""
-        try:
-            item.file.parent.mkdir(parents=True, exist_ok=True)
-            part = self._open_part(item)
-            if part is None:
-                item.state, item.done = "kept", item.file.stat().st_size
-                item.total = item.done
-                return
-            item.state = "running"
-            retrying = Retrying(
-                stop=stop_after_attempt(self.retry.tries),
-                retry=retry_if_exception(lambda error: isinstance(error, _Failed) and error.retry),
-                wait=self._pause,
-                sleep=self._wait,
-                reraise=True,
-            )
-            with part:
-                try:
-                    for attempt in retrying:
-                        with attempt:
-                            item.tries = attempt.retry_state.attempt_number
-                            self._receive(item, part)
-                    item.state = "fetched"
-                except _Failed as failed:
-                    item.state, item.problem = "failed", str(failed)
-                finally:  # also on Ctrl-C: keep only what can be resumed
-                    if item.state != "fetched" and (_size(part) == 0 or _read_note(item) is None):
-                        item.part.unlink(missing_ok=True)
-                        item.note.unlink(missing_ok=True)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise DataError(
-                    f"{item.file.parent}: no room left on the disk for {item.file.name}; free some, or give another"
-                    f" folder, and run the same command again: it resumes where this one stopped"
-                ) from None
-            raise DataError(f"{item.file} cannot be written ({error.strerror}); give another folder") from None
-
-    def _open_part(self, item: Download) -> FileIO | None:
-        """Open and lock the partial file; None if the file is complete, perhaps thanks to another process."""
-        while not _is_complete(item):
-            part = FileIO(item.part, "ab")
-            with contextlib.suppress(FileNotFoundError):  # the holder of the lock has completed and renamed it
-                if _lock(part) and os.path.samestat(os.fstat(part.fileno()), item.part.stat()):
-                    if not _is_complete(item):
-                        return part
-                    item.part.unlink()
-            part.close()
-            self._wait(0.1)
-        return None
-
-    def _pause(self, state: RetryCallState) -> float:
-        """Seconds until the next try, at least what the server asks for."""
-        failed = state.outcome.exception() if state.outcome else None
-        asked = failed.wait if isinstance(failed, _Failed) else 0
-        return max(asked, self.retry.backoff * backoff(state.attempt_number))
+        self.hosts: set[str] = set()  # that have answered
+        backoff = wait_exponential(BACKOFF) + wait_random(0, BACKOFF)
+        self.retrying = Retrying(
+            stop=stop_after_attempt(tries),
+            retry=retry_if_exception(lambda error: getattr(error, "retry", isinstance(error, _PASSING))),
+            wait=lambda state: backoff(state) + getattr(state.outcome and state.outcome.exception(), "wait", 0),
+            sleep=self._wait,
+            reraise=True,
+        )
 
     def _wait(self, seconds: float) -> None:
         if self.stop.wait(seconds):
-            raise _Stopped
+            raise _Failed("stopped", retry=False)
 
-    def _receive(self, item: Download, part: FileIO) -> None:
-        """One try: request what is missing, write it, verify the whole file, rename it."""
+    def fetch(self, item: Download) -> Download:
+        """Download one file, with retries, if it is not there. Raises DataError if no other file can succeed either."""
+        if self.stop.is_set():
+            return item
         try:
-            have = _size(part)
-            info = _read_note(item) if have else None
-            if info is None or have != info.size:  # else it was killed between the last byte and the rename
-                info = self._request(item, part, have, info)
-            item.done = _size(part)
-            size = item.size or info.size
-            digests = info.digests | ({"sha256": item.sha256} if item.sha256 else {})
-            if defect := _defect(item.part, item.file.suffix, size, digests):
-                raise _Failed(defect, retry=item.done > 0, restart=item.done >= size)
-        except httpx2.TransportError as error:
-            retry = isinstance(error, (httpx2.TimeoutException, httpx2.NetworkError, httpx2.ProtocolError))
-            raise _Failed(self._explain(error, item), retry) from error
-        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-            raise _Failed(str(error), retry=False) from error
-        except _Failed as failed:
-            if failed.restart and _size(part):
-                part.truncate(0)
-            raise
+            if not _is_complete(item):
+                item.file.parent.mkdir(parents=True, exist_ok=True)
+                with _lock(item):
+                    if not _is_complete(item):  # another process may have completed it meanwhile
+                        self._download(item)
+            if item.state == "waiting":
+                item.state, item.done = "kept", item.file.stat().st_size
+                item.total = item.done
+        except OSError as error:
+            raise DataError(
+                f"{item.file} cannot be written ({error.strerror}); free some space or give another folder, and run"
+                f" the same command again: it resumes where this one stopped"
+            ) from None
+        return item
+
+    def _download(self, item: Download) -> None:
+        item.state = "running"
+        with open(item.part, "ab") as part:
+            try:
+                self.retrying(self._try, item, part)
+                item.state = "fetched"
+            except (_Failed, httpx2.HTTPError, httpx2.InvalidURL) as error:
+                item.state, item.problem = "failed", _line(error)
+            finally:  # keep only what can be resumed
+                if item.state != "fetched" and (item.part.stat().st_size == 0 or _read_note(item) is None):
+                    item.part.unlink()
+                    item.note.unlink(missing_ok=True)
+
+    def _try(self, item: Download, part: BinaryIO) -> None:
+        """Request what is missing, verify the whole file, rename it."""
+        item.tries += 1
+        item.done = item.part.stat().st_size
+        facts = _read_note(item) if item.done else None
+        if facts is None or facts.size != item.done:  # else it was killed between the last byte and the renaming
+            try:
+                facts = self._request(item, part, facts)
+            except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError) as error:
+                if (host := error.request.url.host) in self.hosts:
+                    raise
+                why = f"{host} cannot be reached: {_line(error)}; check the network, behind a proxy HTTPS_PROXY"
+                raise DataError(f"{without_secrets(item.url)} cannot be fetched ({why})") from None
+        digest = f"sha256:{item.sha256}" if item.sha256 else facts.digest
+        if defect := _defect(item.part, item.file.suffix, item.size or facts.size, digest):
+            part.truncate(0)
+            raise _Failed(defect)
         os.fsync(part.fileno())
         os.replace(item.part, item.file)
         item.note.unlink(missing_ok=True)
         sync_folder(item.file.parent)
 
-    def _request(self, item: Download, part: FileIO, have: int, noted: _FileInfo | None) -> _FileInfo:
-        """Write what the server sends to the partial file, after the ``have`` bytes there if it has ``noted`` still."""
+    def _request(self, item: Download, part: BinaryIO, noted: _Facts | None) -> _Facts:
+        """Write what the server sends to the partial file: the rest of it, if the server still has ``noted``."""
         headers = _authorization(item.url)
         if noted is not None:
-            headers |= {"Range": f"bytes={have}-", "If-Range": noted.validator}
+            headers |= {"Range": f"bytes={item.done}-", "If-Range": noted.validator}
         with self.client.stream("GET", item.url, headers=headers) as answer:
-            self._reached.update(each.request.url.host for each in (*answer.history, answer))
+            self.hosts.update(each.request.url.host for each in (*answer.history, answer))
+            if answer.status_code == 416:  # the file has become shorter
+                part.truncate(0)
             _refuse(answer, item)
-            info = _file_info(item.url, answer)
+            facts = _facts(item.url, answer)
             if answer.status_code == 206:
-                if noted is None or not noted.continued_by(info, have, answer.headers.get("Content-Range", "")):
-                    raise _Failed("the server continued with another file", restart=True)
-                info = noted
-            else:  # the whole file: as requested, or because it has changed or the server supports no ranges
-                if have:
+                at_the_end = answer.headers.get("Content-Range", "").startswith(f"bytes {item.done}-")
+                # An answer with a part need not repeat everything.
+                if not (noted and at_the_end and all(a in (b, "", 0) for a, b in zip(facts, noted, strict=True))):
                     part.truncate(0)
-                have = 0
-                write_atomically(item.note, json.dumps(asdict(info)))
-            most = item.size or item.limit
-            expected = f"the {item.size:,} published" if item.size else f"at most {item.limit:,}"
-            if info.size and (info.size != item.size if item.size else info.size > item.limit > 0):
-                raise _Failed(f"the server's file has {info.size:,} bytes, not {expected}", retry=False)
-            item.done, item.total = have, info.size or item.total or item.size
+                    raise _Failed("the server continued with another file")
+                facts = noted
+            else:  # the whole file: as requested, or because it has changed or the server supports no ranges
+                if item.done:
+                    part.truncate(0)
+                    item.done = 0
+                write_atomically(item.note, json.dumps(facts._asdict()))
+            most = item.size or item.limit or sys.maxsize
+            if facts.size > most or (item.size and facts.size not in (0, item.size)):
+                raise _Failed(f"the server's file has {facts.size:,} bytes, not the {most:,} expected", retry=False)
+            item.total = facts.size or item.total or item.size
             for chunk in answer.iter_raw():
                 if self.stop.is_set():
-                    raise _Stopped
-                rest = memoryview(chunk)
-                while rest:
-                    rest = rest[part.write(rest) :]
+                    raise _Failed("stopped", retry=False)
+                part.write(chunk)
+                part.flush()
                 item.done += len(chunk)
-                if most and item.done > most:
-                    raise _Failed(f"the server's file is longer than {expected}", retry=False, restart=True)
-        return info
+                if item.done > most:
+                    part.truncate(0)
+                    raise _Failed(f"the server's file is longer than the {most:,} bytes expected", retry=False)
+        return facts
 
-    def _explain(self, error: httpx2.TransportError, item: Download) -> str:
-        """Say what went wrong with a connection. Raises Unreachable if its host has never answered."""
-        why = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, httpx2.ConnectTimeout):
-            why = "no answer"
-        elif isinstance(error, httpx2.TimeoutException):
-            why = f"nothing came for {self.retry.timeout:g} s"
-        if isinstance(error, (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError)):
-            host = error.request.url.host
-            cause: BaseException | None = error
-            while cause is not None:
-                if isinstance(cause, socket.gaierror):
-                    why = "no network, or no such host"
-                cause = cause.__cause__ or cause.__context__
-            why = f"{host} cannot be reached: {why}"
-            if host not in self._reached:
-                raise Unreachable(f"{without_secrets(item.url)} cannot be fetched ({why})") from None
-        return why
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 # What the server says about a file ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _FileInfo:
-    """What the server says about a file, stored with the partial file so that only the same file is resumed."""
+class _Facts(NamedTuple):
+    """What the server says about a file, kept with the partial file so that only the same file is resumed."""
 
     url: str
     validator: str  # a strong ETag, or Last-Modified; empty: it cannot be resumed
     size: int  # 0: unknown
-    digests: dict[str, str] = field(default_factory=dict)  # name in hashlib -> hexadecimal digits
-
-    def continued_by(self, now: _FileInfo, have: int, content_range: str) -> bool:
-        """Whether a partial answer is the rest of this file, from byte ``have``."""
-        match = re.match(r"bytes (\d+)-", content_range)
-        same = now.validator in (self.validator, "") and now.size in (self.size, 0)
-        same = same and all(self.digests.get(name, digest) == digest for name, digest in now.digests.items())
-        return match is not None and int(match[1]) == have and same
+    digest: str  # algorithm:hexadecimal; empty: unknown
 
 
-def _read_note(item: Download) -> _FileInfo | None:
+def _read_note(item: Download) -> _Facts | None:
     """What the server said about the partial file; None if it cannot be resumed."""
     try:
-        info = _FileInfo(**json.loads(item.note.read_text(encoding="utf-8")))
+        facts = _Facts(**json.loads(item.note.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
-    return info if info.validator and info.url == without_secrets(item.url) else None
+    return facts if facts.validator and facts.url == without_secrets(item.url) else None
 
 
-def _file_info(url: str, answer: httpx2.Response) -> _FileInfo:
+def _facts(url: str, answer: httpx2.Response) -> _Facts:
     # Hugging Face sends the size and SHA-256 of a large file with the redirect to its store, whose own ETag may be
     # another hash. Elsewhere an ETag of 64 digits need not be a hash of the content: GitHub's is not.
     redirects = httpx2.Headers()
     for each in (answer, *reversed(answer.history)):  # the first answer counts
         redirects.update(each.headers)
-    etag = answer.headers.get("ETag", "")
     tag = redirects.get("X-Linked-ETag") or (redirects["ETag"] if "X-Repo-Commit" in redirects else "")
-    digests = _digests(answer.headers)
-    if match := re.fullmatch(r'(?:W/)?"?([0-9a-f]{64})"?', tag):
-        digests["sha256"] = match[1]
-    size = redirects.get("X-Linked-Size") or answer.headers.get("Content-Range", "").rpartition("/")[2]
-    if answer.status_code == 200:
-        size = size or answer.headers.get("Content-Length", "")
-    validator = answer.headers.get("Last-Modified", "") if not etag or etag.startswith("W/") else etag
-    return _FileInfo(without_secrets(url), validator, int(size) if size.isdecimal() else 0, digests)
+    sha256 = re.fullmatch(r'(?:W/)?"?([0-9a-f]{64})"?', tag)
+    headers = answer.headers
+    size = headers.get("Content-Range", "").rpartition("/")[2] or headers.get("Content-Length", "")
+    size = redirects.get("X-Linked-Size", size)
+    etag = headers.get("ETag", "")
+    return _Facts(
+        without_secrets(url),
+        validator=headers.get("Last-Modified", "") if not etag or etag.startswith("W/") else etag,
+        size=int(size) if size.isdecimal() else 0,
+        digest=f"sha256:{sha256[1]}" if sha256 else _digest(headers),
+    )
 
 
-def _digests(headers: httpx2.Headers) -> dict[str, str]:
-    """Hashes of the whole file: Repr-Digest (RFC 9530), Digest (RFC 3230), and Content-MD5 if no part was asked for."""
-    names = {"sha-256": "sha256", "sha-512": "sha512", "md5": "md5"}
-    both = f"{headers.get('Repr-Digest', '')},{headers.get('Digest', '')}"
-    found = re.findall(r"([A-Za-z0-9-]+)=:?([A-Za-z0-9+/]+=*):?", both)
+def _digest(headers: httpx2.Headers) -> str:
+    """A hash of the whole file: Repr-Digest (RFC 9530), Digest (RFC 3230), Content-MD5 if no part was asked for."""
+    stated = f"{headers.get('Repr-Digest', '')},{headers.get('Digest', '')}"
     if "Content-Range" not in headers:
-        found.append(("md5", headers.get("Content-MD5", "")))
-    digests = {}
-    for name, text in found:
-        algorithm = names.get(name.lower(), "")
-        with contextlib.suppress(binascii.Error, ValueError):
-            raw = base64.b64decode(text, validate=True)
-            if algorithm and len(raw) == hashlib.new(algorithm, usedforsecurity=False).digest_size:
-                digests[algorithm] = raw.hex()
-    return digests
+        stated += f",md5={headers.get('Content-MD5', '')}"
+    for name, characters in (("sha-512", 86), ("sha-256", 43), ("md5", 22)):
+        if found := re.search(rf"\b{name}=:?([A-Za-z0-9+/]{{{characters}}}==?)", stated, re.IGNORECASE):
+            return f"{name.replace('-', '')}:{base64.b64decode(found[1]).hex()}"
+    return ""
 
 
 def _refuse(answer: httpx2.Response, item: Download) -> None:
@@ -393,16 +305,12 @@ def _refuse(answer: httpx2.Response, item: Download) -> None:
             raise _Failed(f"the server sends it only as Content-Encoding: {headers['Content-Encoding']}", retry=False)
         return
     why = f"HTTP {code} {answer.reason_phrase}".strip()
-    if code == 416:  # the file has become shorter
-        raise _Failed(why, restart=True)
     if code in (401, 403) and _is_hugging_face(item.url):
-        given = "Authorization" in (*answer.history, answer)[0].request.headers
-        where = "HF_TOKEN or hf auth login"
-        why += f"; your token ({where}) is not accepted" if given else f"; it may need a token: {where}"
+        why += "; check your access and your token (HF_TOKEN or hf auth login)"
     wait = _retry_after(headers.get("Retry-After", ""))
     if wait > LONGEST_WAIT:
         raise _Failed(f"{why}; the server asks to come back in {wait:,.0f} s", retry=False)
-    raise _Failed(why, retry=code in (408, 425, 429) or code >= 500, wait=wait)
+    raise _Failed(why, retry=code in (408, 416, 425, 429) or code >= 500, wait=wait)
 
 
 def _retry_after(text: str) -> float:
@@ -410,24 +318,19 @@ def _retry_after(text: str) -> float:
     if text.strip().isdecimal():
         return float(text)
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+        return email.utils.parsedate_to_datetime(text).timestamp() - time.time()
     except ValueError:
         return 0.0
 
 
 def _is_hugging_face(url: str) -> bool:
     """Whether scheme, host and port are those of Hugging Face; another port may be another's server."""
-    given, hub = httpx2.URL(url), httpx2.URL(hugging_face())
-    return (given.scheme, given.host, given.port) == (hub.scheme, hub.host, hub.port)
+    return urlsplit(url)[:2] == urlsplit(hugging_face())[:2]
 
 
 def _authorization(url: str) -> dict[str, str]:
     """The header with the user's token, for Hugging Face only; httpx2 drops it on a redirect to another host."""
-    if not _is_hugging_face(url):
-        return {}
-    from huggingface_hub import get_token
-
-    token = get_token()  # from HF_TOKEN or hf auth login
+    token = get_token() if _is_hugging_face(url) else None  # from HF_TOKEN or hf auth login
     if token is None:
         return {}
     if not re.fullmatch(r"[!-~]+", token):  # or it would be printed as an illegal header
@@ -438,62 +341,47 @@ def _authorization(url: str) -> dict[str, str]:
 # On the disk ----------------------------------------------------------------------------------------------------------
 
 
-def _size(part: FileIO) -> int:
-    return os.fstat(part.fileno()).st_size
-
-
-def _lock(part: FileIO) -> bool:
-    """Lock the file; False if another process has it. File systems without locks always allow it."""
-    if fcntl is not None:
-        try:
-            fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError:
-            pass
-    return True
+@contextmanager
+def _lock(item: Download) -> Iterator[None]:
+    """Wait until no other process downloads this file."""
+    file = item.file.with_name(f"{item.file.name}.part.lock")
+    lock = FileLock(file)
+    try:
+        lock.acquire(poll_interval=0.1)
+    except OSError as error:
+        if error.errno not in (errno.ENOTSUP, errno.ENOLCK):  # file systems without locks
+            raise
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)  # before it is released: who waits for it sees that it is gone
+        lock.release()
 
 
 def _is_complete(item: Download) -> bool:
     """Whether the file is there and complete, as far as can be known without the server."""
-    digests = {"sha256": item.sha256} if item.sha256 else {}
-    return item.file.is_file() and not _defect(item.file, item.file.suffix, item.size, digests)
+    digest = f"sha256:{item.sha256}" if item.sha256 else ""
+    return item.file.is_file() and not _defect(item.file, item.file.suffix, item.size, digest)
 
 
-def _defect(file: Path, suffix: str, expected: int, digests: dict[str, str]) -> str:
-    """Why this is not the complete file of that size (0: any), suffix and hashes; empty if it is."""
+def _defect(file: Path, suffix: str, expected: int, digest: str) -> str:
+    """Why this is not the complete file of that size (0: any), suffix and hash (empty: any); empty if it is."""
     size = file.stat().st_size
     if size == 0:
         return "the server sent an empty file"
     if expected and size != expected:
         return f"{size:,} of {expected:,} bytes came"
-    for algorithm, digest in digests.items():
+    if digest:
+        name, _, right = digest.partition(":")
         with open(file, "rb") as data:
-            actual = hashlib.file_digest(data, lambda name=algorithm: hashlib.new(name, usedforsecurity=False))
-        if actual.hexdigest() != digest:
-            return f"altered on the way: {algorithm} {actual.hexdigest()[:12]}… instead of {digest[:12]}…"
-    if suffix == ".parquet" and (problem := _parquet_problem(file)):
-        return f"not a complete Parquet file: {problem}"
-    return ""
-
-
-def _parquet_problem(file: Path) -> str:
-    """Why this is not a complete Parquet file; empty if its footer is there and, with pyarrow, can be read."""
-    size = file.stat().st_size
-    with open(file, "rb") as data:
-        head = data.read(4)
-        data.seek(max(0, size - 8))
-        tail = data.read()
-    if size < 12 or head != b"PAR1" or tail[4:] != b"PAR1":
-        return "it does not begin and end with PAR1"
-    if int.from_bytes(tail[:4], "little") + 12 > size:
-        return "its footer is cut"
-    try:
+            actual = hashlib.file_digest(data, lambda: hashlib.new(name, usedforsecurity=False)).hexdigest()
+        if actual != right:
+            return f"altered on the way: {name} {actual[:12]}… instead of {right[:12]}…"
+    if suffix == ".parquet" and find_spec("pyarrow"):
         import pyarrow.parquet  # type: ignore[import-not-found]
-    except ImportError:
-        return ""
-    try:
-        pyarrow.parquet.read_metadata(file)
-    except (OSError, ValueError) as error:
-        return " ".join(str(error).split())
+
+        try:
+            pyarrow.parquet.read_metadata(file)
+        except (OSError, ValueError) as error:
+            return f"not a complete Parquet file: {' '.join(str(error).split())}"
     return ""
