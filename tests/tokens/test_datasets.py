@@ -110,7 +110,7 @@ def test_other_tokenizers_are_refused(tmp_path: Path, byte_json: str):
     ours = prepared(tmp_path / "a", [TEXT], [])
     assert open_corpus([ours], byte_json).fingerprint == open_corpus([ours], "bpe").fingerprint
     other = prepared(tmp_path / "b", [TEXT], [], kind="char")
-    with pytest.raises(DataError, match=r"b was made with another tokenizer than .*a;"):
+    with pytest.raises(DataError, match=r"b was made with another tokenizer than that in .*a;"):
         open_corpus([ours, other])
     with pytest.raises(UsageError, match=r"b was not made with --tokenizer\.kind"):
         open_corpus([other], byte_json)

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from pretrain.config import DataConfig, TokenizerConfig
 from pretrain.errors import DataError, Interrupted, UsageError
 from pretrain.text import Document, Piece, find_pieces, formats, read_documents
 from pretrain.text.split import TRAIN, VAL, Tail, side_by_hash
 from pretrain.tokenizer import Tokenizer, build_tokenizer
-from pretrain.tokens import Manifest, jobs, prepared_dataset
+from pretrain.tokens import Manifest, jobs, prepared_dataset, source
 from pretrain.tokens.jobs import Job, plan_jobs, read_commits, tokenize_job
 from pretrain.tokens.prepare import prepare_text
 from pretrain.tokens.progress import Progress
@@ -149,7 +150,7 @@ def parts_of(texts: list[list[str]]) -> list[Document]:
     return [Document(part, "x", number > 0) for parts in texts for number, part in enumerate(parts)]
 
 
-def test_a_document_over_several_jobs_is_on_one_side():
+def test_a_document_over_several_jobs_is_on_one_side(monkeypatch: pytest.MonkeyPatch):
     """Only a plain text is longer than a piece: its pieces are parts of one document."""
     pieces = [Piece("big", 10, begin=i, end=i + 1) for i in range(4)] + [Piece("small", 10)]
     held_out = next(f"text {i}" for i in range(100) if side_by_hash(f"text {i}", 0.5) == VAL)
@@ -160,9 +161,10 @@ def test_a_document_over_several_jobs_is_on_one_side():
         def read(piece: Piece, field: str, problems: Counter[str], texts=texts) -> Iterator[Document]:
             yield Document(texts[piece.file, piece.begin], piece.file, continues=piece.begin > 0)
 
+        monkeypatch.setattr(source, "read_piece", read)
         planned = plan_jobs(pieces, "hash", shard_tokens=5, val_fraction=0.5)
         assert [len(job.pieces) for job in planned] == [2, 2, 1]
-        parts = [part for job in planned for part in job.parts(Counter(), read)]
+        parts = [part for job in planned for part in job.parts(Counter())]
         assert "".join(part.text for part in parts if part.split == side_by_hash(first, 0.5)) == first + " and so on"
         assert [part.begins for part in parts] == [True, False, False, False, True]
 
@@ -196,7 +198,7 @@ def test_jobs_hold_every_piece_once_in_order():
         assert all(job.pieces for job in planned)
 
 
-def test_a_job_goes_on_from_its_last_commit(tmp_path: Path):
+def test_a_job_goes_on_from_its_last_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     texts = [f"document number {number}" for number in range(100)]
     tokenizer = build_tokenizer("byte", 0, [])
     piece = Piece("x", 2000)
@@ -229,9 +231,11 @@ def test_a_job_goes_on_from_its_last_commit(tmp_path: Path):
         folder = tmp_path / str(len(stops))
         (folder / jobs.WORK).mkdir(parents=True)
         counting = OneByOne(tokenizer.hf.to_str())
+        monkeypatch.setattr(jobs, "load_tokenizer", lambda *_, counting=counting: counting)
         for stop in stops:
+            monkeypatch.setattr(jobs, "read_piece", reader(stop))
             try:
-                whole.append(tokenize_job(folder, job, 300, counting, 1, lambda *_: None, reader(stop)))
+                whole.append(tokenize_job(folder, job, 300, tmp_path, 1, lambda *_: None))
             except KeyboardInterrupt:
                 commits = read_commits(folder, 0)
                 assert not any(folder.glob("*.tmp"))
@@ -412,7 +416,7 @@ def test_another_plan_is_refused_once_something_is_committed(library: Path, tmp_
     before = contents_of_files(out)
     for data, tokenizer, message in (
         (data_of(library, val_fraction=0.1), BYTE, r"val_fraction 0.2 → 0.1\); choose another folder, or delete"),
-        (data_of(library / "more.jsonl"), BYTE, "00.txt was part of it"),
+        (data_of(library / "more.jsonl"), BYTE, "00.txt is new, changed or left out"),
         (data_of(library), TokenizerConfig("bpe", 300), "another tokenizer"),
     ):
         with pytest.raises(UsageError, match=message):
@@ -440,7 +444,7 @@ def test_text_that_changed_meanwhile_is_refused(library: Path, tmp_path: Path):
     out = begun(file, tmp_path / "out")
     with open(file, "a") as more:
         more.write('{"body": "one more"}\n')
-    with pytest.raises(UsageError, match=f"{file} was changed"):
+    with pytest.raises(UsageError, match=f"{file} is new, changed or left out"):
         prepare_text(data_of(file), BYTE, out, shard_tokens=2000)
 
 
@@ -471,14 +475,13 @@ def test_folders_of_others_are_left_alone(library: Path, tmp_path: Path):
 
 
 def test_two_at_once_are_refused(library: Path, tmp_path: Path):
-    fcntl = pytest.importorskip("fcntl")
     out = begun(library, tmp_path / "out")
-    descriptor = os.open(out, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
     before = contents_of_files(out)
-    with pytest.raises(UsageError, match="another process is preparing"):
+    with (
+        FileLock(out / jobs.WORK / "lock"),
+        pytest.raises(UsageError, match="another process is preparing"),
+    ):
         prepare_text(data_of(library), BYTE, out, shard_tokens=2000)
-    os.close(descriptor)
     assert contents_of_files(out) == before
 
 
@@ -556,11 +559,11 @@ def test_memory_is_bounded(tmp_path: Path):
         "from pretrain.tokens.jobs import *\n"
         "from pretrain.text import find_pieces\n"
         "from pretrain.tokenizer import build_tokenizer\n"
-        "tokenizer = build_tokenizer('byte', 0, [])\n"
+        "build_tokenizer('byte', 0, []).save(sys.argv[2] + '.json')\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "Path(sys.argv[2], WORK).mkdir(parents=True)\n"
         "job = Job(0, tuple(find_pieces([sys.argv[1]])), 'train')\n"
-        "tokenize_job(Path(sys.argv[2]), job, 10**9, tokenizer, 1, lambda *_: None)\n"
+        "tokenize_job(Path(sys.argv[2]), job, 10**9, Path(sys.argv[2] + '.json'), 1, lambda *_: None)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, 'torch' in sys.modules)\n"
     )
     arguments = [sys.executable, "-c", code, str(file), str(tmp_path / "out")]

@@ -45,7 +45,7 @@ class MadeText(LiveText):
         self.__dict__["made"] = dict(zip(self.train, pieces, strict=True))
         self.__dict__["fingerprint"] = "made"
 
-    def parts(self, piece: Piece, problems: Counter[str] | None = None) -> Iterator[Part]:
+    def parts(self, piece: Piece, side: str = TRAIN, problems: Counter[str] | None = None) -> Iterator[Part]:
         yield from self.__dict__["made"][piece]
 
 
@@ -156,7 +156,7 @@ def test_reading_ahead_does_not_show(packing: str):
     first = take(batches, 0, 5)
     assert all(torch.equal(*pair) for pair in zip(take(batches, 3, 2), first[3:], strict=True))  # asked for again
     deadline = time.monotonic() + 30
-    while batches._queue.qsize() < 20 and time.monotonic() < deadline:
+    while batches._ahead._made.qsize() < 20 and time.monotonic() < deadline:
         time.sleep(0.01)
     states = {step: batches.state(step) for step in (4, 5)}
     following = take(batches, 5, 3)
@@ -253,7 +253,7 @@ def test_what_goes_wrong_in_the_thread_reaches_the_trainer():
     text = made_text(6)
     batches = stream(text, readers=1)
 
-    def broken(piece: Piece, problems: Counter[str] | None = None) -> Iterator[Part]:
+    def broken(piece: Piece) -> Iterator[Part]:
         yield Part("y" * 1000, TRAIN, True)
         raise DataError(f"{piece.file}: damaged")
 
@@ -266,17 +266,17 @@ def test_what_goes_wrong_in_the_thread_reaches_the_trainer():
 def test_the_thread_ends_with_the_object():
     text, original = made_text(7), MadeText.parts
 
-    def slow(piece: Piece, problems: Counter[str] | None = None) -> Iterator[Part]:
+    def slow(piece: Piece) -> Iterator[Part]:
         time.sleep(0.2)
-        yield from original(text, piece, problems)
+        yield from original(text, piece)
 
     text.__dict__["parts"] = slow
     batches = stream(text)
     batches.batch(0)
-    thread = batches._thread
-    assert thread is not None
+    assert batches._ahead is not None
+    thread = batches._ahead.thread
     assert thread.daemon
-    assert batches._end.atexit
+    assert batches._ahead.close.atexit
     del batches
     assert not thread.is_alive()  # a process that ends while a thread is inside of a library is aborted
 
@@ -286,9 +286,9 @@ def test_waiting_lets_signal_handlers_run():
     batches = stream(text)
     heard, original = threading.Event(), text.parts
 
-    def slow(piece: Piece, problems: Counter[str] | None = None) -> Iterator[Part]:
+    def slow(piece: Piece) -> Iterator[Part]:
         heard.wait(30)  # until the handler has run, in the main thread, which waits for this one
-        yield from original(piece, problems)
+        yield from original(piece)
 
     text.__dict__["parts"] = slow
     previous = signal.signal(signal.SIGUSR1, lambda *_: heard.set())
@@ -402,7 +402,7 @@ def test_prepared_stream_validates_as_shards_do(tmp_path: Path):
     targets = [targets[targets >= 0] for _, targets in validation_batches(val, 4096, 8)]
     decoded = prepared.tokenizer.decode(torch.cat(targets).tolist())
     assert decoded == (folder / "11.txt").read_text(encoding="utf-8")
-    assert said[0].startswith(f"text      {folder}: about 0 MB in 11 pieces")
+    assert said[0].startswith(f"text      {folder}: about 0.0 MB in 11 pieces")
     assert "1 document" in said[1]
     assert list((tmp_path / "run").iterdir()) == [tmp_path / "run" / "data"]
 
@@ -447,7 +447,7 @@ def test_last_file_of_one(tmp_path: Path):
     folder = write_texts(tmp_path / "text", count=1)
     with pytest.raises(DataError, match=r"there is only .*--data.val_paths"):
         find_text(settings(folder))
-    with pytest.raises(DataError, match="is held out"):
+    with pytest.raises(DataError, match="hold less of it out"):
         find_text(settings(folder, val_paths=(str(folder / "00.txt"),)))
 
 

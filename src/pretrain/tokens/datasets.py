@@ -132,7 +132,7 @@ def open_corpus(paths: Sequence[str], tokenizer: str = "") -> Corpus:
     for path in paths:
         dataset = ours.get(path) or foreign_dataset(path, found)
         if dataset.tokenizer not in ("", found.fingerprint):
-            raise DataError(f"{path} was made with another tokenizer than {first}; prepare one of them again")
+            raise DataError(f"{path} was made with another tokenizer than that in {first}; prepare it again")
         datasets.append(dataset)
     return Corpus(tuple(datasets), found)
 
@@ -195,10 +195,10 @@ def training_order(corpus: Corpus, config: Config) -> DataOrder | MixedOrder:
     names = ", ".join(dataset.name for dataset in corpus.datasets)
     if data.weights:
         for dataset in corpus.datasets:
-            _check_length(dataset.name, "training", dataset.tokens("train"), length)
-    _check_length(names, "training", corpus.tokens("train"), length)
+            check_length(dataset.name, "training", dataset.tokens("train"), length)
+    check_length(names, "training", corpus.tokens("train"), length)
     if corpus.tokens("val"):
-        _check_length(names, "validation", corpus.tokens("val"), length)
+        check_length(names, "validation", corpus.tokens("val"), length)
     if not data.weights:
         return DataOrder(corpus.tokens("train"), length, data.order, data.stride, seed)
     shares = mixture_shares(data.weights, [dataset.name for dataset in corpus.datasets])
@@ -209,9 +209,10 @@ def training_order(corpus: Corpus, config: Config) -> DataOrder | MixedOrder:
     return MixedOrder(orders, shares, seed)
 
 
-def _check_length(name: str, part: str, tokens: int, length: int) -> None:
+def check_length(name: str, part: str, tokens: int, length: int, more: str = "") -> None:
+    """A DataError if the tokens do not fill one context; ``more`` is another fix."""
     if tokens <= length:
         fix = f"add more, or --model.context_length {tokens // 2}" if tokens > 1 else "add more"
         raise DataError(
-            f"{name}: {tokens:,} {part} tokens are fewer than one context of {length} and its target; {fix}"
+            f"{name}: {tokens:,} {part} tokens are fewer than one context of {length} and its target; {fix}{more}"
         )

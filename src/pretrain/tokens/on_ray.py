@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pretrain.errors import PretrainError, UsageError
-from pretrain.tokens.workers import Function, Report
+from pretrain.tokens.source import Report
 
 RETRIES = 3
 """How often Ray may start a task again."""
 
 
-def run_on_ray(function: Function, arguments: Sequence[tuple], report: Report, shared: Path, workers: int) -> list[Any]:
+def run_on_ray(
+    function: Callable[..., Any], arguments: Sequence[tuple], report: Report, shared: Path, workers: int
+) -> list[Any]:
     """The results of calls of ``function`` with each of ``arguments``, from tasks of one core each on a Ray cluster.
 
     ``report`` is told of a task when it is done. Every machine must see the file ``shared``. Where no cluster is found,
@@ -64,7 +66,7 @@ def run_on_ray(function: Function, arguments: Sequence[tuple], report: Report, s
             ray.shutdown()
 
 
-def _perform(function: Function, arguments: tuple, folder: str, shared: str) -> tuple[Any, int, int]:
+def _perform(function: Callable[..., Any], arguments: tuple, folder: str, shared: str) -> tuple[Any, int, int]:
     """Do a task: its result or what it raised, which Ray would wrap into an error of its own; the bytes and tokens."""
     reports: list[tuple[int, int]] = [(0, 0)]
     try:

@@ -158,7 +158,10 @@ class ShardWriter:
         digest = self._digest.hexdigest()
         return Shard(self.path.name, self.split, self.tokens, self.documents, self.text_bytes, digest)
 
-    def discard(self) -> None:
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Remove the file if it is unfinished."""
         self._out.close()
         self._temporary.unlink(missing_ok=True)
@@ -166,13 +169,10 @@ class ShardWriter:
 
 def write_shard(folder: Path, split: str, index: int, texts: Iterable[str], tokenizer: Tokenizer) -> Shard:
     """Tokenize documents into one shard; each begins with the BOS token, if the vocabulary has one."""
-    writer = ShardWriter(folder, f"{split}-{index:05d}.bin", split, tokenizer)
-    try:
+    with ShardWriter(folder, f"{split}-{index:05d}.bin", split, tokenizer) as writer:
         for text, ids in tokenizer.encode_documents((text, text) for text in texts):
             writer.write(ids, utf8_bytes(text))
         return writer.close()
-    finally:
-        writer.discard()
 
 
 def utf8_bytes(text: str) -> int:

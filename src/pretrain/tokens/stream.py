@@ -8,15 +8,16 @@
       └─ ...                                             └─ in a thread, some batches ahead ─> LiveBatches
 
 Which tokens are row j of the batch of step s does not depend on the number of processes nor on how far ahead was read:
-row j always comes from reader j % R, and each reader reads its own pieces. All that is needed to go on is one cursor
-for each reader, of the step in question: no text and no tokens are kept. The document in which a reader stopped is read
-and tokenized again, those before it in its piece are only read.
+row j always comes from reader j % R, and each reader reads its own pieces. Resuming needs only one cursor for each
+reader, of the step in question: no text and no tokens are kept. The document in which a reader stopped is read and
+tokenized again, those before it in its piece are only read.
 
 The validation tokens are written as a shard, so that a run with a stream validates as any other does, now and later.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import heapq
 import itertools
@@ -29,8 +30,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,16 +38,15 @@ import numpy as np
 
 from pretrain.config import Config, DataConfig
 from pretrain.errors import DataError, UsageError
-from pretrain.text import embedded_name
-from pretrain.text.pieces import EMBEDDED, Piece, find_pieces
+from pretrain.text.pieces import EMBEDDED, Piece
 from pretrain.text.split import TRAIN, VAL, Part
 from pretrain.tokenizer import Tokenizer, build_tokenizer
 from pretrain.tokens.datasets import is_tokens
-from pretrain.tokens.jobs import read_parts, training_texts
 from pretrain.tokens.order import key, permute
 from pretrain.tokens.packing import Cursor, Place, best_fit, concatenate
 from pretrain.tokens.prepare import TOKENIZER, Prepared
 from pretrain.tokens.shards import Manifest, Shard, ShardWriter, bytes_per_token, utf8_bytes
+from pretrain.tokens.source import HASH, NO_TEXT, TAIL, describe, find_sides, read_parts, training_texts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,17 +57,13 @@ SEARCHED_BYTES = 512_000_000  # read for them, once there are some: a small shar
 MEASURED_BYTES = 2**18  # of text, to know the bytes of a token
 SAMPLED_BYTES = 64 * 1024  # hashed at the beginning and at the end of each file, to know it again
 
-PACKED_TOKENS, PACKED_ROWS = (
-    2**20,
-    256,
-)  # that best_fit packs at once, at least; more cuts fewer documents (docs/data.md)
+# What best_fit packs at once, at least; more cuts fewer documents (docs/data.md).
+PACKED_TOKENS, PACKED_ROWS = 2**20, 256
 AHEAD_TOKENS, MOST_AHEAD = 2**21, 64  # tokens and batches made ahead, at most, but at least 2 batches
 KEPT = 3  # batches that can be asked for again, as after running out of memory
 KEPT_EPOCHS = 8  # whose assignments are kept; others are computed again
-END_SECONDS = (
-    10.0  # wait for the thread to end; it looks after each document whether it should, a slow server may hold it
-)
-WAIT_SECONDS = 0.2  # for a batch, before looking whether the thread is alive
+END_SECONDS = 10.0  # to wait for the thread, which may be held by a slow server
+WAIT_SECONDS = 0.2  # for a batch, in turn: between two waits Python's signal handlers run on every system
 
 
 @dataclass(frozen=True)
@@ -80,43 +75,43 @@ class LiveText:
     field: str
     val_fraction: float  # share of the documents of `train` that is held out by a hash of their text; 0: none
 
-    def parts(self, piece: Piece, problems: Counter[str] | None = None) -> Iterator[Part]:
-        """The documents of a piece, each on its side of the split, in bounded memory."""
-        split = "hash" if self.val_fraction else VAL if piece in self._held_out else TRAIN
-        problems = Counter() if problems is None else problems
-        first = self._first_pieces[piece.file]
-        before = None if first == piece else first
-        return read_parts([piece], self.field, split, problems, val_fraction=self.val_fraction, before=before)
+    def parts(self, piece: Piece, side: str = TRAIN, problems: Counter[str] | None = None) -> Iterator[Part]:
+        """The documents of a piece of ``train`` or ``val``, as ``side`` says; by a hash some are of the other side."""
+        split = HASH if self.val_fraction else side
+        return read_parts([piece], self.field, split, self.val_fraction, Counter() if problems is None else problems)
 
     @property
     def size(self) -> int:
         """About how many bytes of text an epoch has."""
         return round(sum(piece.size for piece in self.train) * (1 - self.val_fraction))
 
-    @cached_property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of the pieces, of the names of their files and of samples of those on this machine.
 
         Files may be moved or copied, but not changed, since the place in a stream is counted in them.
         """
         digest = hashlib.sha256(json.dumps([self.field, self.val_fraction]).encode())
-        for piece in (*self.train, *self.val):
+        pieces = [*self.train, *self.val]
+        for piece in pieces:
             digest.update(json.dumps([Path(piece.file).name, piece.size, piece.begin, piece.end]).encode())
-        for file in self._first_pieces:
+        for file in dict.fromkeys(piece.file for piece in pieces):
             digest.update(_sample(file))
         return digest.hexdigest()
 
-    @cached_property
-    def _held_out(self) -> frozenset[Piece]:
-        return frozenset(self.val)
 
-    @cached_property
-    def _first_pieces(self) -> dict[str, Piece]:
-        first: dict[str, Piece] = {}
-        for piece in (*self.train, *self.val):
-            if piece.file not in first or piece.begin < first[piece.file].begin:
-                first[piece.file] = piece
-        return first
+def _sample(file: str) -> bytes:
+    """A hash of both ends of a file on this machine; empty for others, which are known by their pieces only."""
+    if file == EMBEDDED or "://" in file:
+        return b""
+    try:
+        with open(os.path.expanduser(file), "rb") as source:
+            head = source.read(SAMPLED_BYTES)
+            end = source.seek(0, os.SEEK_END)
+            source.seek(max(0, end - SAMPLED_BYTES))
+            return hashlib.sha256(end.to_bytes(8, "big") + head + source.read(SAMPLED_BYTES)).digest()
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror}); fix its permissions") from error
 
 
 def find_text(data: DataConfig) -> LiveText:
@@ -131,45 +126,28 @@ def find_text(data: DataConfig) -> LiveText:
     """
     if data.paths and is_tokens(data.paths):
         raise UsageError(f"{data.paths[0]} holds tokens already, which need no data.stream; leave that out")
-    if data.order == "random":
-        raise UsageError("data.order random needs token shards; a stream is read shuffled or sequential")
-    if data.stride:
-        raise UsageError("data.stride needs token shards; leave out --data.stride or --data.stream")
-    if data.weights:
-        raise UsageError("data.weights needs token shards; make some of each text with: pretrain data prepare")
-    pieces = train = find_pieces(data.paths, data.field, data.separator)
-    val, by_hash = [], 0.0
-    if data.val_paths:
-        val = find_pieces(data.val_paths, data.field, data.separator)
-        names = {os.path.realpath(piece.file) for piece in val}
-        train = [piece for piece in pieces if os.path.realpath(piece.file) not in names]
-        if not train:
-            raise DataError("all text of data.paths is held out by data.val_paths; give other text to train on")
-    elif data.split == "last_file":
-        last = pieces[-1].file
-        train = [piece for piece in pieces if piece.file != last]
-        val = [piece for piece in pieces if piece.file == last]
-        if not train:
-            raise DataError(
-                f"data.split last_file needs two files or more, and there is only {last}; use --data.split hash, or"
-                f" name a file with --data.val_paths"
+    for name, given in (("order random", data.order == "random"), ("stride", data.stride), ("weights", data.weights)):
+        if given:
+            raise UsageError(
+                f"data.{name} needs token shards, not a stream; leave it out, or make shards: pretrain data prepare"
             )
-    elif data.val_fraction and data.split == "hash":
-        val, by_hash = pieces, data.val_fraction
-    elif data.val_fraction:
-        wanted = data.val_fraction * sum(piece.size for piece in pieces)
-        first, held = len(pieces), 0
-        while first > 1 and held + pieces[first - 1].size <= wanted:
+    train, val, split = find_sides(data)
+    if split == HASH:
+        val = train
+    elif split == TAIL:
+        left = data.val_fraction * sum(piece.size for piece in train)
+        first = len(train)
+        while first > 1 and train[first - 1].size <= left:
             first -= 1
-            held += pieces[first].size
-        train, val = pieces[:first], pieces[first:]
-        if not val:
+            left -= train[first].size
+        if first == len(train):
             raise DataError(
-                f"data.split tail of a stream holds out its last pieces, and the last of {len(pieces)} (about"
-                f" {pieces[-1].size:,} bytes) is more than data.val_fraction {data.val_fraction} of the text; use"
+                f"data.split tail of a stream holds out its last pieces, and the last of {first} (about"
+                f" {train[-1].size:,} bytes) is more than data.val_fraction {data.val_fraction} of the text; use"
                 f" --data.split hash, --data.split last_file or --data.val_paths, or leave out --data.stream"
             )
-    return LiveText(tuple(train), tuple(val), data.field, by_hash)
+        train, val = train[:first], train[first:]
+    return LiveText(tuple(train), tuple(val), data.field, data.val_fraction if split == HASH else 0.0)
 
 
 def prepare_stream(
@@ -183,29 +161,29 @@ def prepare_stream(
         UsageError: the tokenizer is of kind char.
         DataError: a side of the split is empty, or the text cannot be read or does not fit the vocabulary.
     """
-    kind = config.tokenizer.kind
+    data, kind = config.data, config.tokenizer.kind
     if kind == "char":
         raise UsageError(
             "tokenizer.kind char needs every character of the text beforehand, which a stream does not know; use"
             " --tokenizer.kind byte, bpe or gpt2, or leave out --data.stream"
         )
-    name = embedded_name() if text.train[0].file == EMBEDDED else ", ".join(config.data.paths)
-    say(f"text      {name}: about {text.size / 1e6:,.0f} MB in {len(text.train):,} pieces, tokenized while training")
+    say(f"{describe(data, text.size)} in {len(text.train):,} pieces, tokenized while training")
     tokenizer = build_tokenizer(kind, config.tokenizer.vocab_size, _learning_texts(text), config.tokenizer.pattern)
     temporary = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    problems: Counter[str] = Counter()
     try:
-        shards = [_write_validation(temporary, text, tokenizer, problems)] if text.val else []
-        for shard in shards:
+        shards, problems = [], Counter[str]()
+        if text.val:
+            shard = _write_validation(temporary, text, tokenizer, problems)
             if shard.tokens < 2:
                 raise DataError(
-                    f"no text is left for validation (data.split {config.data.split}, data.val_fraction"
-                    f" {config.data.val_fraction}); give more text, another split or --data.val_paths, or hold nothing"
-                    f" out with --data.val_fraction 0"
+                    f"no text is left for validation (data.split {data.split}, data.val_fraction {data.val_fraction});"
+                    f" give more text, another split or --data.val_paths, or hold nothing out with"
+                    f" --data.val_fraction 0"
                 )
             say(f"held out  {shard.tokens:,} tokens of {shard.documents:,} documents are kept for validation")
+            shards.append(shard)
         tokenizer.save(temporary / TOKENIZER)
         manifest = Manifest.of(tokenizer, shards, problems)
         manifest.save(temporary)
@@ -223,66 +201,54 @@ def _learning_texts(text: LiveText) -> Iterator[str]:
         mean = max(1, size // len(pieces))
         pieces = pieces[:: max(1, len(pieces) // max(16, LEARN_BYTES // mean))]
         limit = LEARN_BYTES // len(pieces)
-    training = ((part for part in text.parts(piece) if part.split == TRAIN) for piece in pieces)
-    return training_texts((parts, limit) for parts in training)
+    return itertools.chain.from_iterable(training_texts(text.parts(piece), limit) for piece in pieces)
 
 
 def _write_validation(folder: Path, text: LiveText, tokenizer: Tokenizer, problems: Counter[str]) -> Shard:
     """Tokenize what is held out, up to VALIDATION_TOKENS."""
 
-    def texts() -> Iterator[tuple[Part, str]]:
+    def parts() -> Iterator[tuple[Part, str]]:
         searched = 0
-        for piece in text.val:
-            for part in text.parts(piece, problems):
-                if part.split == VAL and part.text:
-                    yield part, part.text
-                searched += utf8_bytes(part.text)
-                if searched >= SEARCHED_BYTES and writer.tokens:
-                    return
+        for part in itertools.chain.from_iterable(text.parts(piece, VAL, problems) for piece in text.val):
+            if part.split == VAL and part.text:
+                yield part, part.text
+            searched += utf8_bytes(part.text)
+            if searched >= SEARCHED_BYTES and writer.tokens:
+                return
 
-    writer = ShardWriter(folder, "val-00000.bin", VAL, tokenizer)
-    try:
-        for part, ids in tokenizer.encode_documents(texts()):
+    with ShardWriter(folder, "val-00000.bin", VAL, tokenizer) as writer:
+        for part, ids in tokenizer.encode_documents(parts()):
             # Held-out text may begin in the middle of a document, the rest of which is trained on.
             writer.write(ids, utf8_bytes(part.text), part.begins or not writer.tokens)
             if writer.tokens >= VALIDATION_TOKENS:
                 break
         return writer.close()
-    finally:
-        writer.discard()
-
-
-def _sample(file: str) -> bytes:
-    """A hash of both ends of a file on this machine; empty for others, which are known by their pieces only."""
-    if file == EMBEDDED or "://" in file:
-        return b""
-    try:
-        with open(os.path.expanduser(file), "rb") as source:
-            head = source.read(SAMPLED_BYTES)
-            end = source.seek(0, os.SEEK_END)
-            source.seek(max(0, end - SAMPLED_BYTES))
-            return hashlib.sha256(end.to_bytes(8, "big") + head + source.read(SAMPLED_BYTES)).digest()
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror}); fix its permissions") from error
 
 
 def _measure(text: LiveText, tokenizer: Tokenizer) -> float:
     """UTF-8 bytes that a token of the training text stands for, at its beginning. Raises DataError if it is empty."""
     texts: list[str] = []
     size = 0
-    parts = (part for piece in text.train for part in text.parts(piece) if part.split == TRAIN and part.text)
-    for part in parts:
-        texts.append(part.text[:MEASURED_BYTES])
-        size += utf8_bytes(texts[-1])
+    for part in itertools.chain.from_iterable(map(text.parts, text.train)):
+        if part.split == TRAIN and part.text:
+            texts.append(part.text[:MEASURED_BYTES])
+            size += utf8_bytes(texts[-1])
         if size >= MEASURED_BYTES:
             break
     if not texts:
-        raise _no_text()
+        raise DataError(NO_TEXT)
     return bytes_per_token(texts, tokenizer)
 
 
-def _no_text() -> DataError:
-    return DataError("there is no text to train on; give files that hold some with --data.paths, or hold out less")
+def reader_count(text: LiveText, most: int, rows: int) -> int:
+    """How many readers to have: the largest number that divides the rows of a batch, at most ``most`` and one a piece.
+
+    The largest piece is at most half as large again as an even share, or several readers would read it at the same
+    time, in different epochs.
+    """
+    sizes = [max(1, piece.size) for piece in text.train]
+    limit = min(most, len(sizes), max(1, 3 * sum(sizes) // (2 * max(sizes))))
+    return next(number for number in range(limit, 0, -1) if rows % number == 0)
 
 
 class Assignment:
@@ -324,43 +290,35 @@ class Assignment:
             self._loads.append([load for _, load in sorted((reader, load) for load, _, reader in heap)])
 
 
-def reader_count(text: LiveText, most: int, rows: int) -> int:
-    """How many readers to have: the largest number that divides the rows of a batch, at most ``most`` and one a piece.
-
-    The largest piece is at most half as large again as an even share, or several readers would read it at the same
-    time, in different epochs.
-    """
-    sizes = [max(1, piece.size) for piece in text.train]
-    limit = min(most, len(sizes), max(1, 3 * sum(sizes) // (2 * max(sizes))))
-    return next(number for number in range(limit, 0, -1) if rows % number == 0)
-
-
 class _Stopped(Exception):
     """Nobody wants more batches."""
 
 
 @dataclass(frozen=True)
-class _Reading:
-    """All that the thread needs; it must not hold the LiveBatches, or that would never be freed."""
+class Readers:
+    """The readers that feed the rows of one rank: all of a stream that a thread needs.
+
+    It must not hold the LiveBatches, which would then never be freed.
+    """
 
     text: LiveText
     tokenizer: Tokenizer
     packing: str
     assignment: Assignment
-    rows: int
+    rows: int  # of the global batch
     mine: range  # the rows of this rank
     length: int
     seed: int
-    empty: set[int] = field(default_factory=set)  # pieces known to have no training text
     stop: threading.Event = field(default_factory=threading.Event)
+    empty: set[int] = field(default_factory=set)  # pieces known to have no training text
 
-    def readers(self) -> list[int]:
+    def numbers(self) -> list[int]:
         """Those that feed this rank's rows."""
         return sorted({row % self.assignment.readers for row in self.mine})
 
     def batches(self, cursors: Mapping[int, Cursor]) -> Iterator[tuple[np.ndarray, dict[int, Cursor]]]:
         """Batches (rows of this rank, T + 1), each with the cursors of the next one. Endless."""
-        cursors = {reader: cursors[reader] for reader in self.readers()}
+        cursors = dict(cursors)
         streams = {reader: self.packed(reader, cursor) for reader, cursor in cursors.items()}
         while True:
             batch = np.empty((len(self.mine), self.length + 1), dtype=self.tokenizer.dtype)
@@ -390,37 +348,83 @@ class _Reading:
 
         Raises DataError when there turn out to be none.
         """
-        first_epoch, first_turn, first_document = start
         pieces = self.text.train
         idle = 0  # turns without text, one after another
-        for epoch in itertools.count(first_epoch):
-            turns = self.assignment.pieces(epoch, reader)
-            for turn in range(first_turn, len(turns)):
-                number = turns[turn]
-                found = False
+        for epoch in itertools.count(start[0]):
+            before = None  # the piece of the turn before
+            for turn, number in enumerate(self.assignment.pieces(epoch, reader)):
+                previous, before = before, number
+                if (epoch, turn) < start[:2]:
+                    continue
                 # The later part of a large file goes on only if it comes right after the part before.
-                follows = turn > 0 and turns[turn - 1] == number - 1 and pieces[number - 1].file == pieces[number].file
-                parts = self.text.parts(pieces[number]) if number not in self.empty else ()
-                for document, part in enumerate(parts):
+                goes_on = previous == number - 1 and pieces[number - 1].file == pieces[number].file
+                found = False
+                for document, part in enumerate(() if number in self.empty else self.text.parts(pieces[number])):
                     if self.stop.is_set():
                         raise _Stopped
                     if part.split != TRAIN or not part.text:
                         continue
-                    begins = part.begins or not (found or follows)
+                    begins = part.begins or not (found or goes_on)
                     found = True
-                    if document >= first_document:
+                    if (epoch, turn, document) >= start:
                         yield (epoch, turn, document), part.text, begins
-                first_document = 0
                 if found:
                     idle = 0
                 else:
                     self.empty.add(number)
                     idle += 1
-            first_turn = 0
-            idle += not turns
+            idle += 1  # an epoch may have no turn for this reader
             # All pieces come round to every reader sooner or later; the limit is there should they not.
             if len(self.empty) == len(pieces) or idle > 1000 + 100 * len(pieces):
-                raise _no_text()
+                raise DataError(NO_TEXT)
+
+
+class ReadAhead:
+    """The items of an endless iterator, which a thread makes up to ``most`` ahead of the one who asks for them.
+
+    The thread ends when ``close`` is called, when nobody has this object any more, and at the end of the process. It
+    looks for ``stop`` between two items, and the iterator should do so more often.
+    """
+
+    def __init__(self, items: Iterator[Any], most: int, stop: threading.Event):
+        self._made, self._room = queue.SimpleQueue[Any](), threading.Semaphore(most)
+        self._failure: BaseException | None = None
+        arguments = (items, self._made, self._room, stop)
+        self.thread = threading.Thread(target=self._make, args=arguments, name="stream", daemon=True)
+        self.close = weakref.finalize(self, self._end, self._room, stop, self.thread)
+        self.thread.start()
+
+    def __next__(self) -> Any:
+        while self._failure is None:
+            try:
+                item = self._made.get(timeout=WAIT_SECONDS)
+            except queue.Empty:
+                continue
+            self._room.release()
+            if not isinstance(item, BaseException):
+                return item
+            self._failure = item
+        raise self._failure
+
+    @staticmethod
+    def _make(items: Iterator[Any], made: queue.SimpleQueue[Any], room: threading.Semaphore, stop: threading.Event):
+        """Put items, and at last what went wrong, until nobody wants more."""
+        try:
+            while room.acquire() and not stop.is_set():
+                made.put(next(items))
+        except _Stopped:
+            pass
+        except BaseException as error:  # whatever it is belongs to the one who waits
+            made.put(error)
+
+    @staticmethod
+    def _end(room: threading.Semaphore, stop: threading.Event, thread: threading.Thread) -> None:
+        stop.set()
+        room.release()  # the thread may wait for some
+        # A thread that is in the middle of a library cannot outlive the interpreter, so it is waited for. Garbage may
+        # be collected in the thread itself.
+        if thread is not threading.current_thread():
+            thread.join(END_SECONDS)
 
 
 class LiveBatches:
@@ -457,16 +461,15 @@ class LiveBatches:
         self.bytes_per_token = _measure(text, tokenizer)
         sizes = [piece.size for piece in text.train]
         assignment = Assignment(sizes, self.readers, data.order == "shuffled", seed)
-        mine = range(rank, rows, world)
-        self._reading = _Reading(text, tokenizer, data.packing, assignment, rows, mine, length, seed)
-        self._thread: threading.Thread | None = None
-        self._begin(0, dict.fromkeys(self._reading.readers(), Cursor()))
+        arguments = (text, tokenizer, data.packing, assignment, rows, range(rank, rows, world), length, seed)
+        self._new_readers = functools.partial(Readers, *arguments)
+        self._ahead: ReadAhead | None = None
+        self._begin(0, dict.fromkeys(range(self.readers), Cursor()))
 
     def _begin(self, step: int, cursors: dict[int, Cursor]) -> None:
         self._next = step
-        self._cursors = {step: cursors}
+        self._cursors = {step: {reader: cursors[reader] for reader in self._new_readers().numbers()}}
         self._made: dict[int, np.ndarray] = {}
-        self._failure: BaseException | None = None
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of this process of a step, both int64 (rows / world, T); waits until they are made.
@@ -477,43 +480,22 @@ class LiveBatches:
 
         if step not in self._made:
             assert step == self._next, f"batches come in order: step {step} after {self._next - 1}"
-            self._made[step], self._cursors[step + 1] = self._take()
+            if self._ahead is None:
+                readers = self._new_readers()
+                most = min(MOST_AHEAD, max(2, AHEAD_TOKENS // (self.rows * self.length)))
+                self._ahead = ReadAhead(readers.batches(self._cursors[step]), most, readers.stop)
+            self._made[step], self._cursors[step + 1] = next(self._ahead)
             self._next += 1
             self._made.pop(step - KEPT, None)
             self._cursors.pop(step - KEPT, None)
         tokens = torch.from_numpy(self._made[step].astype(np.int64))
         return tokens[:, :-1], tokens[:, 1:]
 
-    def _take(self) -> tuple[np.ndarray, dict[int, Cursor]]:
-        thread = self._thread or self._start()
-        while self._failure is None:
-            try:  # in short waits, between which Python's signal handlers run on every system
-                made = self._queue.get(timeout=WAIT_SECONDS)
-            except queue.Empty:
-                assert thread.is_alive(), "the thread that tokenizes ended without a word"
-                continue
-            self._places.release()
-            if not isinstance(made, BaseException):
-                return made
-            self._failure = made
-        raise self._failure
-
-    def _start(self) -> threading.Thread:
-        self._queue = queue.SimpleQueue[Any]()
-        self._places = threading.Semaphore(min(MOST_AHEAD, max(2, AHEAD_TOKENS // (self.rows * self.length))))
-        reading = replace(self._reading, stop=threading.Event())
-        arguments = (self._queue, reading.batches(self._cursors[self._next]), self._places, reading.stop)
-        self._thread = threading.Thread(target=_fill, args=arguments, name="stream", daemon=True)
-        # Called once: by close, or when nobody has this object any more, or at the end of the process.
-        self._end = weakref.finalize(self, _end, self._places, reading.stop, self._thread)
-        self._thread.start()
-        return self._thread
-
     def close(self) -> None:
         """End the thread; a later batch starts it anew."""
-        if self._thread is not None:
-            self._end()
-            self._thread = None
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
 
     def epoch(self, step: int) -> float:
         """About how many epochs are completed before a step, by the sizes of the files."""
@@ -539,9 +521,8 @@ class LiveBatches:
                 "the text of this stream is not what the run was trained on (other files, other contents or another"
                 " split), so it cannot go on exactly; restore the text, or start anew with another --out"
             )
-        cursors = {int(reader): Cursor(*cursor) for reader, cursor in state["readers"].items()}
         self.close()
-        self._begin(state["step"], {reader: cursors[reader] for reader in self._reading.readers()})
+        self._begin(state["step"], {int(reader): Cursor(*cursor) for reader, cursor in state["readers"].items()})
 
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -554,27 +535,3 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for reader, cursor in state["readers"].items():
             assert merged["readers"].setdefault(reader, cursor) == cursor, f"reader {reader} stands at two places"
     return merged
-
-
-def _fill(
-    made: queue.SimpleQueue[Any], batches: Iterator[Any], places: threading.Semaphore, stop: threading.Event
-) -> None:
-    """Put batches, and at last what went wrong, until nobody wants more."""
-    try:
-        for batch in batches:
-            places.acquire()
-            if stop.is_set():
-                return
-            made.put(batch)
-    except _Stopped:
-        return
-    except BaseException as error:  # whatever it is belongs to the one who waits
-        made.put(error)
-
-
-def _end(places: threading.Semaphore, stop: threading.Event, thread: threading.Thread) -> None:
-    """End the thread, and wait for it: a thread that is in the middle of a library cannot outlive the interpreter."""
-    stop.set()
-    places.release()  # the thread may wait for one
-    if thread is not threading.current_thread():  # where garbage may be collected too
-        thread.join(END_SECONDS)

@@ -8,25 +8,20 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import queue
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
-from multiprocessing.connection import wait
+from contextlib import contextmanager
+from multiprocessing import connection
 from types import ModuleType
 from typing import Any
 
 from pretrain.errors import PretrainError
-
-Function = Callable[..., Any]
-"""A function at the top of a module; its last argument is a Report."""
-Report = Callable[[int, int], None]
-"""Is told how many more bytes of text and tokens are done."""
+from pretrain.tokens.source import Report
 
 TRIES = 2
 POLL_SECONDS = 0.2  # between looks at the progress; on Windows a wait without end could not be interrupted
@@ -38,44 +33,44 @@ ENVIRONMENT = {
 }
 
 
-def run_in_processes(function: Function, arguments: Sequence[tuple], report: Report, workers: int) -> list[Any]:
-    """The results of calls of ``function`` with each of ``arguments``, from up to ``workers`` processes side by side.
+def run_in_processes(
+    function: Callable[..., Any], arguments: Sequence[tuple], report: Report, workers: int
+) -> list[Any]:
+    """The results of calls of ``function`` with each of ``arguments`` and a Report, from up to ``workers`` processes.
 
-    Raises what a task raises, and a PretrainError if workers die twice and no task is done in between. However it ends,
-    no worker is left.
+    The function is at the top of its module. Raises what a task raises, and a PretrainError if workers die twice and no
+    task is done in between. However it ends, no worker is left.
     """
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
     results: dict[int, Any] = {}
     deaths = 0  # since a task was done
     while todo := [task for task in range(len(arguments)) if task not in results]:
+        side_by_side = min(workers, len(todo))
+        # The tokenizer's library has threads of its own; together they are as many as there are cores.
+        threads = max(1, (os.cpu_count() or 1) // side_by_side)
         reports = context.SimpleQueue()
-        done: queue.SimpleQueue[Future] = queue.SimpleQueue()
-        pool = ProcessPoolExecutor(min(workers, len(todo)), context, _initialize, (reports,))
-        others, processes = set(multiprocessing.active_children()), set()
+        pool = ProcessPoolExecutor(side_by_side, context, _initialize, (reports, threads))
+        others = set(multiprocessing.active_children())
+        processes = set()
         try:
-            with _starting_workers(min(workers, len(todo))):
+            with _starting_workers():
                 try:
                     tasks = {pool.submit(_perform, function, arguments[task]): task for task in todo}
                 finally:
                     processes = set(multiprocessing.active_children()) - others
-            for future in tasks:
-                future.add_done_callback(done.put)
-            for _ in todo:
-                future = None
-                while future is None:
-                    with suppress(queue.Empty):
-                        future = done.get(timeout=POLL_SECONDS)
-                    while not reports.empty():
-                        report(*reports.get())
-                results[tasks[future]] = future.result()
-                deaths = 0
+            running = set(tasks)
+            while running:
+                done, running = wait(running, POLL_SECONDS, "FIRST_COMPLETED")
+                while not reports.empty():
+                    report(*reports.get())
+                for future in done:
+                    results[tasks[future]] = future.result()
+                    deaths = 0
         except BrokenProcessPool:
             deaths += 1
             if deaths == TRIES:
                 pool.shutdown()  # which ends the other workers, by SIGTERM
-                codes = [process.exitcode for process in processes]
-                code = next((each for each in codes if each not in (None, -signal.SIGTERM)), -signal.SIGTERM)
-                raise PretrainError(_died(code)) from None
+                raise PretrainError(_died([process.exitcode for process in processes])) from None
         finally:
             for process in processes:
                 process.kill()
@@ -84,38 +79,33 @@ def run_in_processes(function: Function, arguments: Sequence[tuple], report: Rep
 
 
 @contextmanager
-def _starting_workers(workers: int) -> Iterator[None]:
+def _starting_workers() -> Iterator[None]:
     """While entered, processes start with the environment of workers, deaf to Ctrl-C, and without our main module."""
-    # The tokenizer's library has threads of its own; together they are as many as there are cores.
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    before, main = dict(os.environ), sys.modules["__main__"]
+    added = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
     # A spawned process imports the main module of its parent: a user's script without a main guard would run again.
-    sys.modules["__main__"] = ModuleType("__main__")
-    os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in before})
-    os.environ.update(RAYON_NUM_THREADS=str(threads), TOKENIZERS_PARALLELISM=str(threads > 1).lower())
+    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    os.environ.update(added)
     # Ctrl-C goes to all processes of a terminal, and the parent decides; what is blocked here stays so in a child.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]) if hasattr(signal, "pthread_sigmask") else None
     try:
         yield
     finally:
         sys.modules["__main__"] = main
-        for name in (*ENVIRONMENT, "RAYON_NUM_THREADS", "TOKENIZERS_PARALLELISM"):
-            if name in before:
-                os.environ[name] = before[name]
-            else:
-                del os.environ[name]
+        for name in added:
+            del os.environ[name]
         if mask is not None:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _died(code: int) -> str:
+def _died(codes: Sequence[int | None]) -> str:
+    """Why a worker died, by the exit codes of all; SIGTERM is how the pool ends the others."""
+    code = next((code for code in codes if code not in (None, -signal.SIGTERM)), -signal.SIGTERM)
     if code >= 0:
         return f"a worker process ended by itself, twice (exit code {code}); see its message above, if there is one"
-    name = next((each.name for each in signal.Signals if each == -code), f"signal {-code}")
-    memory = " (the system does that when memory runs out)" if name == "SIGKILL" else ""
+    memory = " (the system does that when memory runs out)" if code == -9 else ""
     return (
-        f"a worker process was ended by {name}{memory}, and again when tried once more; what is committed stays: "
-        f"give the same command again, with fewer --workers if memory is short"
+        f"a worker process was ended by {signal.Signals(-code).name}{memory}, and again when tried once more; what is"
+        f" committed stays: give the same command again, with fewer --workers if memory is short"
     )
 
 
@@ -124,9 +114,10 @@ def _died(code: int) -> str:
 _reports: Any = None
 
 
-def _initialize(reports: Any) -> None:
+def _initialize(reports: Any, threads: int) -> None:
     global _reports
     _reports = reports
+    os.environ.update(RAYON_NUM_THREADS=str(threads), TOKENIZERS_PARALLELISM=str(threads > 1).lower())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -134,11 +125,11 @@ def _initialize(reports: Any) -> None:
 def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
-    wait([parent.sentinel])
+    connection.wait([parent.sentinel])
     os._exit(1)
 
 
-def _perform(function: Function, arguments: tuple) -> Any:
+def _perform(function: Callable[..., Any], arguments: tuple) -> Any:
     size = tokens = 0
     sent = 0.0
 

@@ -1,0 +1,88 @@
+"""The text of a run before it is tokenized: its pieces, which documents are held out, what a tokenizer learns from.
+
+data.paths ──find_sides──> pieces ──read_parts──> Part, Part, ... ──> tokenizer
+                                                                  ──> token shards (jobs) or batches (stream)
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
+
+from pretrain.config import DataConfig
+from pretrain.errors import DataError
+from pretrain.text import embedded_name
+from pretrain.text.pieces import RANGE_BYTES, Piece, find_pieces, read_piece
+from pretrain.text.split import TRAIN, Part, all_to, side_by_hash, split_hash
+from pretrain.tokens.shards import utf8_bytes
+
+HASH, TAIL = "hash", "tail"  # how to split pieces that hold documents of both sides
+NO_TEXT = "there is no text to train on; give files that hold some with --data.paths, or hold less of it out"
+
+Report = Callable[[int, int], None]
+"""Called with the bytes of text and the tokens done since the last call."""
+
+
+def describe(data: DataConfig, size: int) -> str:
+    """A line that names the text, of about ``size`` bytes."""
+    paths = [*data.paths[:3], *(["..."] if len(data.paths) > 3 else [])]
+    return f"text      {', '.join(paths) or embedded_name()}: about {size / 1e6:,.1f} MB"
+
+
+def find_sides(data: DataConfig) -> tuple[list[Piece], list[Piece], str]:
+    """The pieces to train on, those held out whole, and how documents of the former are split: train, hash or tail.
+
+    Raises DataError if the text is missing or cannot be read, or none is left to train on.
+    """
+    train, held_out, split = find_pieces(data.paths, data.field, data.separator), [], TRAIN
+    if data.val_paths:
+        held_out = find_pieces(data.val_paths, data.field, data.separator)
+        names = {os.path.realpath(piece.file) for piece in held_out}
+        train = [piece for piece in train if os.path.realpath(piece.file) not in names]
+    elif train and data.split == "last_file":
+        last = train[-1].file
+        held_out = [piece for piece in train if piece.file == last]
+        train = train[: -len(held_out)]
+        if not train:
+            raise DataError(
+                f"data.split last_file needs two files or more, and there is only {last}; use another data.split, or"
+                f" name a file with --data.val_paths"
+            )
+    elif data.val_fraction:
+        split = data.split
+    if not train:  # all of it is held out, or it is a folder of Parquet files without rows
+        raise DataError(NO_TEXT)
+    return train, held_out, split
+
+
+def read_parts(
+    pieces: Sequence[Piece], field: str, split: str, val_fraction: float, problems: Counter[str]
+) -> Iterator[Part]:
+    """The documents of consecutive pieces, each on its side of the split: all train, all val, or by hash."""
+    documents = chain.from_iterable(read_piece(piece, field, problems) for piece in pieces)
+    if split != HASH:
+        yield from all_to(split, documents)
+    elif first := next(documents, None):
+        opened = TRAIN
+        if first.continues:  # a large plain text, whose side the beginning of the file decides
+            start = replace(pieces[0], begin=0, end=RANGE_BYTES)
+            for document in read_piece(start, field, Counter()):
+                opened = side_by_hash(document.text, val_fraction)
+                break
+        yield from split_hash(chain([first], documents), val_fraction, opened)
+
+
+def training_texts(parts: Iterable[Part], limit: float, report: Report = lambda _size, _tokens: None) -> Iterator[str]:
+    """The texts of the training side, from parts of together about ``limit`` bytes."""
+    taken = 0
+    for part in parts:
+        if part.split == TRAIN:
+            yield part.text
+        size = utf8_bytes(part.text)
+        report(size, 0)
+        taken += size
+        if taken >= limit:
+            break
