@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -86,7 +85,7 @@ def is_tokens(paths: Sequence[str]) -> bool:
             return _is_ours(path) or bool(token_files(place))
         return "://" not in path and place.suffix in SUFFIXES
 
-    tokens = [path for path in paths if names_tokens(path)]
+    tokens = list(filter(names_tokens, paths))
     text = [path for path in paths if path not in tokens]
     if tokens and text:
         raise UsageError(
@@ -121,20 +120,16 @@ def open_corpus(paths: Sequence[str], tokenizer: str = "") -> Corpus:
         if given is not None and given.fingerprint != found.fingerprint:
             raise UsageError(f"{first} was not made with --tokenizer.kind {tokenizer}; leave that out")
     elif given is None:
-        kind = f"kind {tokenizer} is made from a text" if tokenizer else "none is given"
         raise UsageError(
-            f"{paths[0]} holds tokens without their vocabulary, and {kind}; name the one that they were made with:"
+            f"{paths[0]} holds tokens without their vocabulary; name the one that they were made with:"
             f" --tokenizer.kind gpt2, or the path of its tokenizer.json"
         )
     else:
         found = given
-    datasets = []
-    for path in paths:
-        dataset = ours.get(path) or foreign_dataset(path, found)
-        if dataset.tokenizer not in ("", found.fingerprint):
+    for path, dataset in ours.items():
+        if dataset.tokenizer != found.fingerprint:
             raise DataError(f"{path} was made with another tokenizer than that in {first}; prepare it again")
-        datasets.append(dataset)
-    return Corpus(tuple(datasets), found)
+    return Corpus(tuple(ours.get(path) or foreign_dataset(path, found) for path in paths), found)
 
 
 def prepared_dataset(folder: Path) -> Dataset:
@@ -155,13 +150,11 @@ def foreign_dataset(path: str, tokenizer: Tokenizer) -> Dataset:
 
     Raises DataError if there are none, or one of them is torn or has ids that the tokenizer lacks.
     """
-    place = Path(path).expanduser()
-    if place.is_dir():
-        found = token_files(place)
-    elif place.exists() or not glob.has_magic(path):
-        found = [place]
-    else:
-        found = [Path(match) for match in sorted(glob.glob(os.path.expanduser(path), recursive=True))]
+    found = [Path(path).expanduser()]
+    if found[0].is_dir():
+        found = token_files(found[0])
+    elif glob.has_magic(path) and not found[0].exists():
+        found = [Path(match) for match in sorted(glob.glob(str(found[0]), recursive=True))]
     if not found:
         raise DataError(
             f"{path}: there are no such files; name token shards ({', '.join(SUFFIXES)}) or a folder of them"
@@ -187,21 +180,20 @@ def training_order(corpus: Corpus, config: Config) -> DataOrder | MixedOrder:
         UsageError: a weight is too small, or there is not one for each data set.
     """
     length, data, seed = config.model.context_length, config.data, config.train.seed
-    if data.weights and len(data.weights) != len(corpus.datasets):
+    names = [dataset.name for dataset in corpus.datasets]
+    if data.weights and len(data.weights) != len(names):
         raise UsageError(
             "data.weights are of token shards, and data.paths is text; make shards of each path first:"
             " pretrain data prepare"
         )
-    names = ", ".join(dataset.name for dataset in corpus.datasets)
-    if data.weights:
-        for dataset in corpus.datasets:
-            check_length(dataset.name, "training", dataset.tokens("train"), length)
-    check_length(names, "training", corpus.tokens("train"), length)
+    for dataset in corpus.datasets if data.weights else ():
+        check_length(dataset.name, "training", dataset.tokens("train"), length)
+    check_length(", ".join(names), "training", corpus.tokens("train"), length)
     if corpus.tokens("val"):
-        check_length(names, "validation", corpus.tokens("val"), length)
+        check_length(", ".join(names), "validation", corpus.tokens("val"), length)
     if not data.weights:
         return DataOrder(corpus.tokens("train"), length, data.order, data.stride, seed)
-    shares = mixture_shares(data.weights, [dataset.name for dataset in corpus.datasets])
+    shares = mixture_shares(data.weights, names)
     orders = tuple(
         DataOrder(dataset.tokens("train"), length, data.order, data.stride, int(key(seed, number, 3)[0]))
         for number, dataset in enumerate(corpus.datasets)

@@ -1,7 +1,4 @@
-"""Look into token shards: counts, how long the documents are, and some of the text.
-
-corpus  →  of up to SCANNED tokens of a split: document lengths, frequent tokens; some documents decoded
-"""
+"""Look into token shards: of up to SCANNED tokens of a split, document lengths and frequent tokens; some documents."""
 
 from __future__ import annotations
 
@@ -14,8 +11,7 @@ from pretrain.tokenizer import Tokenizer
 from pretrain.tokens.datasets import Corpus
 from pretrain.tokens.windows import TokenStream
 
-SCANNED = 100_000_000
-"""Tokens of a split that are looked at: seconds, and enough for lengths and frequencies."""
+SCANNED = 100_000_000  # tokens: seconds, and enough for lengths and frequencies
 CHUNK = 2**20
 BAR = 40
 SAMPLE_TOKENS = 100
@@ -35,13 +31,12 @@ def inspect_split(corpus: Corpus, split: str, samples: int, seed: int) -> Iterat
     title = "training" if split == "train" else "validation"
     yield ""
     yield f"{title}: {len(stream):,} tokens" + (f", the first {seen:,} of which are looked at" * (seen < len(stream)))
-    if tokenizer.bos_id is not None:
-        lengths = document_lengths(bos_places, seen, whole=seen == len(stream))
-        if len(lengths):
-            yield from histogram(lengths)
-    most = np.argsort(-counts, kind="stable")[:FREQUENT]
-    texts = {id: json.dumps(tokenizer.decode([id], show_special=True), ensure_ascii=False) for id in most.tolist()}
-    shown = [f"{text} {counts[id] / seen:.1%}" for id, text in texts.items() if counts[id]]
+    lengths = document_lengths(bos_places, seen, whole=seen == len(stream))
+    if tokenizer.bos_id is not None and len(lengths):
+        yield from histogram(lengths)
+    most = [id for id in np.argsort(-counts, kind="stable")[:FREQUENT].tolist() if counts[id]]
+    texts = [json.dumps(tokenizer.decode([id], show_special=True), ensure_ascii=False) for id in most]
+    shown = [f"{text} {counts[id] / seen:.1%}" for id, text in zip(most, texts, strict=True)]
     yield "  frequent tokens   " + "   ".join(shown)
     draw = np.random.default_rng(seed)
     for number in range(samples):
@@ -66,11 +61,10 @@ def document_lengths(bos_places: np.ndarray, seen: int, whole: bool) -> np.ndarr
 
     ``seen`` tokens were looked at; where these are not ``whole``, the last document is cut off and does not count.
     """
-    if not len(bos_places):
-        return np.array([seen] if whole else [], dtype=np.int64)
-    before, after = int(bos_places[0]), seen - int(bos_places[-1]) - 1
-    inner = np.diff(bos_places) - 1
-    return np.concatenate(([before] if before else [], inner, [after] if whole and after else [])).astype(np.int64)
+    lengths = np.diff(bos_places, prepend=-1, append=seen).astype(np.int64) - 1
+    first = 1 if len(bos_places) and lengths[0] == 0 else 0  # nothing stands before the first BOS, or after the last
+    end = -1 if not whole or (len(bos_places) and lengths[-1] == 0) else None
+    return lengths[first:end]
 
 
 def histogram(lengths: np.ndarray) -> Iterator[str]:

@@ -57,26 +57,20 @@ def concatenate(
 
     ``documents`` are endless, from the place of ``start`` on; ids with the BOS token, never empty.
     """
-    held: list[tuple[Place, np.ndarray]] = []
-    begin, size = start.token, -start.token
-    for document in documents:
-        if not held:
-            _check_start(*document, start)
-        held.append(document)
-        size += len(document[1])
-        while size > length:
-            parts, index, at, needed = [], 0, begin, length + 1
-            while True:
-                part = held[index][1][at : at + needed]
-                parts.append(part)
-                needed -= len(part)
-                if not needed:
-                    break
-                index, at = index + 1, 0
-            begin = at + len(part) - 1  # the next row begins with the last token of this one
-            del held[:index]
-            size -= length
-            yield np.concatenate(parts), Cursor(*held[0][0], begin)
+    parts: list[np.ndarray] = []
+    filled, at = 0, start.token
+    for number, (place, ids) in enumerate(documents):
+        if number == 0:
+            _check_start(place, ids, start)
+        while True:
+            parts.append(ids[at : at + length + 1 - filled])
+            filled += len(parts[-1])
+            if filled <= length:
+                break
+            at += len(parts[-1]) - 1  # the next row begins with the last token of this one
+            yield np.concatenate(parts), Cursor(*place, at)
+            parts, filled = [], 0
+        at = 0
 
 
 def best_fit(

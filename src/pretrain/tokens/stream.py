@@ -80,6 +80,11 @@ class LiveText:
         split = HASH if self.val_fraction else side
         return read_parts([piece], self.field, split, self.val_fraction, Counter() if problems is None else problems)
 
+    def training(self, pieces: Sequence[Piece]) -> Iterator[Part]:
+        """The documents to train on of pieces of ``train``."""
+        parts = itertools.chain.from_iterable(map(self.parts, pieces))
+        return (part for part in parts if part.split == TRAIN and part.text)
+
     @property
     def size(self) -> int:
         """About how many bytes of text an epoch has."""
@@ -201,7 +206,7 @@ def _learning_texts(text: LiveText) -> Iterator[str]:
         mean = max(1, size // len(pieces))
         pieces = pieces[:: max(1, len(pieces) // max(16, LEARN_BYTES // mean))]
         limit = LEARN_BYTES // len(pieces)
-    return itertools.chain.from_iterable(training_texts(text.parts(piece), limit) for piece in pieces)
+    return itertools.chain.from_iterable(training_texts(text.training([piece]), limit) for piece in pieces)
 
 
 def _write_validation(folder: Path, text: LiveText, tokenizer: Tokenizer, problems: Counter[str]) -> Shard:
@@ -227,14 +232,7 @@ def _write_validation(folder: Path, text: LiveText, tokenizer: Tokenizer, proble
 
 def _measure(text: LiveText, tokenizer: Tokenizer) -> float:
     """UTF-8 bytes that a token of the training text stands for, at its beginning. Raises DataError if it is empty."""
-    texts: list[str] = []
-    size = 0
-    for part in itertools.chain.from_iterable(map(text.parts, text.train)):
-        if part.split == TRAIN and part.text:
-            texts.append(part.text[:MEASURED_BYTES])
-            size += utf8_bytes(texts[-1])
-        if size >= MEASURED_BYTES:
-            break
+    texts = [part[:MEASURED_BYTES] for part in training_texts(text.training(text.train), MEASURED_BYTES)]
     if not texts:
         raise DataError(NO_TEXT)
     return bytes_per_token(texts, tokenizer)
