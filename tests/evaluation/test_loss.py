@@ -11,7 +11,7 @@ from tests.conftest import TINY
 from pretrain.config import Config, load_config
 from pretrain.evaluation import evaluate_loss
 from pretrain.evaluation.compare import EvalRequest, measure
-from pretrain.runs.run import empty_model
+from pretrain.model import meta_model
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokens import prepare, prepared_dataset, validation_batches
 from pretrain.training import train
@@ -20,7 +20,7 @@ from pretrain.training import train
 @pytest.mark.parametrize("rows", [1, 3, 64])
 def test_loss_and_bits_per_byte_equal_a_float64_sum(tiny: Config, tmp_path: Path, rows: int):
     prepared = prepare(tiny, tmp_path / "data")
-    model = empty_model(tiny, prepared.tokenizer, torch.device("cpu"))
+    model = meta_model(tiny.model, prepared.tokenizer.vocab_size, prepared.tokenizer.bos_id).to_empty(device="cpu")
     model.init_weights(torch.Generator().manual_seed(5))
     stream = prepared_dataset(prepared.folder).stream("val")
     result = evaluate_loss(model, validation_batches(stream, 32, rows, tokens=0), prepared.tokenizer.token_bytes())
@@ -44,7 +44,9 @@ def test_loss_and_bits_per_byte_equal_a_float64_sum(tiny: Config, tmp_path: Path
 
 def test_evaluation_leaves_training_as_it_was(tiny: Config, tmp_path: Path):
     prepared = prepare(tiny, tmp_path / "data")
-    model = empty_model(tiny, prepared.tokenizer, torch.device("cpu")).train()
+    model = (
+        meta_model(tiny.model, prepared.tokenizer.vocab_size, prepared.tokenizer.bos_id).to_empty(device="cpu").train()
+    )
     model.init_weights(torch.Generator().manual_seed(5))
     state = torch.get_rng_state()
     evaluate_loss(

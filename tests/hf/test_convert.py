@@ -174,10 +174,10 @@ def test_a_field_that_the_export_has_never_heard_of_is_not_lost():
 
 CHANGES = {
     "model_type": ({"model_type": "mixtral"}, "model_type 'mixtral' cannot be read"),
-    "rope_scaling": ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling other than"),
-    "rope_parameters": ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_parameters other than"),
-    "partial rotation": ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters other than"),
-    "activation": ({"hidden_act": "gelu"}, "activation 'gelu'"),
+    "rope_scaling": ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters .*llama3"),
+    "rope_parameters": ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_parameters .*yarn"),
+    "partial rotation": ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters .*partial"),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     "experts": ({"num_experts": 8}, "num_experts 8"),
     "quantisation": ({"quantization_config": {"bits": 4}}, "quantization_config"),
     "window on the last layer": ({"layer_types": ["sliding_attention"] * 3}, "layer_types"),
@@ -206,9 +206,9 @@ def test_a_model_may_be_smaller_than_its_checkpoint_not_larger(tmp_path: Path):
     x = tokens(length=8, vocabulary=VOCABULARY - 7)
     assert torch.allclose(small(x), model(x).logits[..., : VOCABULARY - 7], atol=1e-5)
     assert not small.embedding.weight[VOCABULARY - 7 :].any()
-    with pytest.raises(CheckpointError, match=r"wpe.weight is 32×32, .*64×32; use --model.context_length 32 or less"):
+    with pytest.raises(CheckpointError, match=r"wpe.weight .*\[32, 32\], .*\[64, 32\]; use --model.context_length 32"):
         load_weights(GPT(dataclasses.replace(config, context_length=64), VOCABULARY), tmp_path)
-    with pytest.raises(CheckpointError, match=r"wte.weight is 257×32, which does not fit embedding.weight: 300×32"):
+    with pytest.raises(CheckpointError, match=r"wte.weight is .*\[257, 32\], .* embedding.weight: \[300, 32\]"):
         load_weights(GPT(config, 300), tmp_path)
 
 
@@ -258,7 +258,7 @@ def test_files_of_many_kinds(tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"no tensor transformer\.h\.1\.mlp\.c_fc\.bias"):
         load_hf(tmp_path)
     save_file({**state, "h.0.mlp.c_fc.bias": torch.ones(7)}, file)
-    with pytest.raises(CheckpointError, match=r"c_fc\.bias is 7"):
+    with pytest.raises(CheckpointError, match=r"c_fc\.bias is .*\[7\]"):
         load_hf(tmp_path)
     save_file({**state, "lm_head.weight": state["wte.weight"] + 1}, file)
     with pytest.raises(CheckpointError, match="tie_word_embeddings"):

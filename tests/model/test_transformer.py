@@ -5,15 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from pretrain.config import ModelConfig
-from pretrain.model import GPT
+from pretrain.model import GPT, meta_model
 from pretrain.model.cache import KVCache
 
 
 def build(config: ModelConfig, vocab_size: int = 40, dtype: torch.dtype = torch.float32) -> GPT:
-    with torch.device("meta"):
-        model = GPT(config, vocab_size, bos_id=0)
-    model = model.to_empty(device="cpu")
-    model.tie_head()
+    model = meta_model(config, vocab_size, bos_id=0).to_empty(device="cpu")
     model.init_weights(torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(2)
     for parameter in model.parameters():  # no zeros: every path must matter
@@ -56,8 +53,7 @@ VARIANTS = {
     ],
 )  # fmt: skip
 def test_parameter_counts_are_as_published(changes: dict, vocab_size: int, count: int):
-    with torch.device("meta"):
-        model = GPT(ModelConfig(**{**GPT2, **changes}), vocab_size)
+    model = meta_model(ModelConfig(**{**GPT2, **changes}), vocab_size)
     assert sum(p.numel() for p in model.parameters()) == count
 
 

@@ -14,19 +14,20 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pretrain.config import ModelConfig
 from pretrain.errors import CheckpointError, UsageError
-from pretrain.model.transformer import GPT, Norm, head_dim, layer_kinds, mlp_width, window_length
+from pretrain.model import GPT, meta_model
+from pretrain.model.transformer import Norm, head_dim, layer_kinds, mlp_width, window_length
 
 OWN = "pretrain"
 """The model_type of an export that transformers loads with a model file of ours."""
@@ -56,6 +57,7 @@ _LEFT_OUT = {"n_inner": 0, "layer_norm_epsilon": 1e-5, "num_key_value_heads": 0,
 """What fields mean that a config.json may leave out; ``head_dim`` depends on the architecture."""
 
 _GPT2_ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu2": "relu2"}
+_GPT2_MLPS = {theirs: ours for ours, theirs in _GPT2_ACTIVATIONS.items()} | {"gelu_pytorch_tanh": "gelu_tanh"}
 
 _GPT2_TENSORS = {
     "transformer.wte": ["embedding"],
@@ -91,9 +93,6 @@ _QWEN3_TENSORS = {
 _TENSORS = {"gpt2": _GPT2_TENSORS, "llama": _LLAMA_TENSORS, "qwen3": _QWEN3_TENSORS}
 """Their layers and ours whose parameters these hold, one below the other."""
 
-_TABLES = ("embedding", "position_embedding", "head", "value_embeddings")
-"""Layers with a row for each token or position, of which a model may have fewer than its checkpoint."""
-
 # Fields of a config.json that do not change what the model computes. Dropout is among them: it is a choice of the
 # training that follows (model.dropout).
 # fmt: off
@@ -116,17 +115,14 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """The config.json of a Hugging Face checkpoint. A CheckpointError when there is none."""
     file = Path(folder) / "config.json"
     try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
+        return dict(json.loads(file.read_text(encoding="utf-8")))
     except OSError as error:
         raise CheckpointError(
             f"{folder} is not a Hugging Face checkpoint: config.json cannot be read ({error.strerror}); give a local"
             f" folder, as save_pretrained writes it"
         ) from None
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise CheckpointError(f"{file} is damaged: {error}") from None
-    if not isinstance(tree, dict):
-        raise CheckpointError(f"{file} is damaged: it is not a JSON object")
-    return tree
 
 
 def config_from_hf(tree: Mapping[str, Any]) -> ModelConfig:
@@ -148,15 +144,15 @@ def _read_fields(tree: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a ModelConfig that a config.json of transformers gives."""
     kind = tree["model_type"]
     left = {name: value for name, value in tree.items() if name not in _HARMLESS and value is not None}
-    del left["model_type"]
+    left.pop("model_type")
     values: dict[str, Any] = {"norm_weight": True, "embedding_norm": False, "logit_softcap": 0.0, "init": "gpt2"}
-    missing = dict(_LEFT_OUT)
-    if "hidden_size" in left and "num_attention_heads" in left:
-        missing["head_dim"] = 128 if kind == "qwen3" else left["hidden_size"] // left["num_attention_heads"]
     for ours, theirs in _FIELDS[kind].items():
-        if theirs not in left and theirs not in missing:
+        if theirs == "head_dim":
+            values[ours] = left.pop(theirs, 128 if kind == "qwen3" else 0)
+        elif theirs in left or theirs in _LEFT_OUT:
+            values[ours] = left.pop(theirs, _LEFT_OUT.get(theirs))
+        else:
             raise UsageError(f"the config.json of this {kind} checkpoint does not say {theirs}")
-        values[ours] = left.pop(theirs, missing.get(theirs))
     values |= _read_gpt2(left) if kind == "gpt2" else _read_llama(left, kind, values["layers"])
     # What was not taken and is not switched off would change the model.
     if unknown := [f"{name} {value!r}" for name, value in left.items() if value]:
@@ -165,13 +161,13 @@ def _read_fields(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_gpt2(left: dict[str, Any]) -> dict[str, Any]:
-    only = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
-    for name, value in only.items():
-        if left.pop(name, value) != value:
-            raise UsageError(f"this checkpoint has another {name} than {value!r}, which our Transformer does not have")
-    known = {theirs: ours for ours, theirs in _GPT2_ACTIVATIONS.items()} | {"gelu_pytorch_tanh": "gelu_tanh"}
+    if not left.pop("scale_attn_weights", True):
+        left["scale_attn_weights"] = "off"
+    mlp = _GPT2_MLPS.get(left.get("activation_function", "gelu_new"))
+    if mlp:
+        left.pop("activation_function", None)
     return {
-        "mlp": _activation(left.pop("activation_function", "gelu_new"), known),
+        "mlp": mlp,
         "tied_head": left.pop("tie_word_embeddings", True),
         "position": "learned",
         "norm": "layernorm",
@@ -182,27 +178,21 @@ def _read_gpt2(left: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_llama(left: dict[str, Any], kind: str, layers: int) -> dict[str, Any]:
-    theta = left.pop("rope_theta", 10000.0)
-    for name in ("rope_scaling", "rope_parameters"):  # of transformers 4 and 5
-        rope = dict(left.pop(name, {}))
-        theta = rope.pop("rope_theta", theta)
-        if {rope.pop("rope_type", "default"), rope.pop("type", "default")} != {"default"} or any(rope.values()):
-            raise UsageError(f"this {kind} checkpoint has {name} other than the default, which our rope does not have")
+    rope = {**left.pop("rope_scaling", {}), **left.pop("rope_parameters", {})}  # of transformers 4 and 5
+    theta = rope.pop("rope_theta", left.pop("rope_theta", 10000.0))
+    left["rope_parameters"] = {name: value for name, value in rope.items() if value and value != "default"}
+    if left.get("hidden_act") == "silu":
+        del left["hidden_act"]
     attention_bias, mlp_bias = left.pop("attention_bias", False), left.pop("mlp_bias", False)
     window, from_layer = left.pop("sliding_window", 0), left.pop("max_window_layers", 28)
     window = window if left.pop("use_sliding_window", False) else 0
-    first_sliding = from_layer if window else layers
-    types = ["full_attention" if layer < first_sliding else "sliding_attention" for layer in range(layers)]
-    types = left.pop("layer_types", types)
-    names = {"full_attention": "L", "sliding_attention": "S"}
-    sliding = "sliding_attention" in types
-    if set(types) - set(names) or types[-1] != "full_attention" or (sliding and not window):
-        raise UsageError(
-            f"this {kind} checkpoint has layer_types {types}; ours are full_attention or sliding_attention with a"
-            f" sliding_window, and the last layer sees the whole context"
-        )
+    kinds = ["full_attention" if layer < from_layer or not window else "sliding_attention" for layer in range(layers)]
+    kinds = left.pop("layer_types", kinds)
+    pattern = "".join({"full_attention": "L", "sliding_attention": "S"}.get(each, "?") for each in kinds)
+    if "?" in pattern or pattern[-1] == "S" or ("S" in pattern and not window):
+        left["layer_types"] = kinds  # ours see a window or everything, and the last one everything
     return {
-        "mlp": _activation(left.pop("hidden_act", "silu"), {"silu": "swiglu"}),
+        "mlp": "swiglu",
         "tied_head": left.pop("tie_word_embeddings", False),
         "position": "rope",
         "rope_theta": theta,
@@ -210,15 +200,9 @@ def _read_llama(left: dict[str, Any], kind: str, layers: int) -> dict[str, Any]:
         "qk_norm": kind == "qwen3",
         "bias": attention_bias or mlp_bias,  # those that the checkpoint does not have begin at zero
         "qkv_bias": attention_bias,
-        "window_pattern": "".join(names[name] for name in types) if sliding else "L",
-        "window": window if sliding else 0,
+        "window_pattern": pattern if "S" in pattern else "L",
+        "window": window if "S" in pattern else 0,
     }
-
-
-def _activation(name: str, known: Mapping[str, str]) -> str:
-    if name not in known:
-        raise UsageError(f"this checkpoint has the activation {name!r}; known here: {', '.join(known)}")
-    return known[name]
 
 
 def load_hf(folder: str | Path) -> GPT:
@@ -229,13 +213,9 @@ def load_hf(folder: str | Path) -> GPT:
         CheckpointError: files are missing, damaged, or not what config.json says.
     """
     tree = read_config(folder)
-    vocab_size = tree.get("vocab_size")
-    if not isinstance(vocab_size, int):
+    if not isinstance(vocab_size := tree.get("vocab_size"), int):
         raise CheckpointError(f"{Path(folder) / 'config.json'} does not say vocab_size")
-    with torch.device("meta"):
-        model = GPT(config_from_hf(tree), vocab_size, tree.get("boundary"))
-    model = model.to_empty(device="cpu")
-    model.tie_head()
+    model = meta_model(config_from_hf(tree), vocab_size, tree.get("boundary")).to_empty(device="cpu")
     load_weights(model, folder)
     return model.eval()
 
@@ -251,96 +231,58 @@ def load_weights(model: GPT, folder: str | Path) -> None:
         CheckpointError: files or tensors are missing, damaged, left over or of another shape; they are named.
     """
     tree = read_config(folder)
-    ours = dict(model.named_parameters())
-    waiting = set(ours)
-    with ExitStack() as stack:
-        tensors = _open_tensors(Path(folder), stack)
-        prefix = {"gpt2": "transformer.", OWN: "gpt."}.get(tree["model_type"], "model.")
-        if not any(name.startswith(prefix) for name in tensors):  # saved without its head, or by us without its shell
-            tensors = {name if name == "lm_head.weight" else prefix + name: file for name, file in tensors.items()}
-        left = {name for name in tensors if not _BUFFERS.search(name)}
-
-        def take(name: str) -> Tensor:
-            if name not in left:
-                raise CheckpointError(f"{folder} has no tensor {name}")
-            left.remove(name)
-            file, stored_name = tensors[name]
-            tensor = file.get_tensor(stored_name)
-            if not tensor.is_floating_point():
-                raise CheckpointError(f"{folder}: {name} is {tensor.dtype}; quantised weights cannot be read")
-            return tensor
-
-        for entry in _entries(tree, model):
-            tensor = take(entry.theirs)
-            tensor = tensor.T if entry.transposed else tensor
-            targets = [ours[name] for name in entry.ours]
-            waiting -= set(entry.ours)
-            sizes, fix = [len(target) for target in targets], ""
-            shape, whole = list(tensor.shape), tensor
-            if entry.rows:  # the first rows are enough
-                positions = entry.ours == ["position_embedding.weight"]
-                sizes = [model.config.context_length if positions else model.vocab_size]
-                fix = f"; use --model.context_length {len(tensor)} or less" if positions else ""
-                tensor = tensor[: sizes[0]]
-            needed = [sum(sizes), *targets[0].shape[1:]]
-            if list(tensor.shape) != needed:
-                raise CheckpointError(
-                    f"{folder}: {entry.theirs} is {_product(shape)}, which does not fit {', '.join(entry.ours)}:"
-                    f" {_product(needed)}{fix}"
-                )
-            for target, part in zip(targets, tensor.split(sizes), strict=True):
-                target.zero_()
-                target[: len(part)] = part
-            twice = entry.ours == ["embedding.weight"] and model.config.tied_head and "lm_head.weight" in left
-            if twice and not torch.equal(take("lm_head.weight"), whole):
-                raise CheckpointError(f"{folder}: tie_word_embeddings is on, but lm_head.weight is not {entry.theirs}")
-    if left:
-        raise CheckpointError(f"{folder} has tensors that have no place in the model: {_some(left)}")
-    if missing := {name for name in waiting if not name.endswith(".bias")}:
-        raise CheckpointError(f"{folder} holds nothing for {_some(missing)}")
-    for name in waiting:
-        ours[name].zero_()
-
-
-def _product(shape: list[int]) -> str:
-    return "×".join(map(str, shape))
-
-
-def _some(names: set[str]) -> str:
-    shown = sorted(names)
-    return ", ".join(shown[:5]) + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")
-
-
-def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, tuple[Any, str]]:
-    """Every tensor of the folder's safetensors files by name: (open file, its name there). None is read yet."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{index} is damaged: {error!r}") from None
-        files = [folder / Path(name).name for name in names]
-    else:
-        files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-    if not files:
-        if any(path.suffix in (".bin", ".pt", ".pth") for path in folder.iterdir()):
-            convert = f"M.from_pretrained({str(folder)!r}).save_pretrained({str(folder) + '-safe'!r})"
-            raise CheckpointError(
-                f"{folder} has its weights pickled, which could run any code; if you trust them, convert them once:"
-                f' python -c "from transformers import AutoModelForCausalLM as M; {convert}"'
+    state, waiting = _read_tensors(Path(folder), tree["model_type"]), dict(model.named_parameters())
+    for entry in _entries(tree, model):
+        if entry.theirs not in state:
+            raise CheckpointError(f"{folder} has no tensor {entry.theirs}")
+        tensor = state.pop(entry.theirs)
+        tied = entry.ours == ["embedding.weight"] and model.config.tied_head
+        if tied and not torch.equal(state.pop("lm_head.weight", tensor), tensor):
+            raise CheckpointError(f"{folder}: tie_word_embeddings is on, but lm_head.weight is not {entry.theirs}")
+        targets = [waiting.pop(name) for name in entry.ours]
+        sizes = [entry.rows or len(target) for target in targets]
+        needed, given = [sum(sizes), *targets[0].shape[1:]], list(tensor.shape)
+        tensor = tensor.T if entry.transposed else tensor[: entry.rows or None]
+        if list(tensor.shape) != needed or not tensor.is_floating_point():
+            fix = (
+                f"; use --model.context_length {given[0]} or less" if "position_embedding.weight" in entry.ours else ""
             )
-        raise CheckpointError(f"{folder} has no *.safetensors file")
-    found: dict[str, tuple[Any, str]] = {}
-    for path in files:
-        try:
-            file = stack.enter_context(safe_open(str(path), framework="pt"))
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from None
-        for name in file.keys():  # noqa: SIM118 - not a mapping
-            if name in found:
-                raise CheckpointError(f"{folder} has the tensor {name} in more than one file")
-            found[name] = (file, name)
-    return found
+            ours = f"{', '.join(entry.ours)}: {needed}"
+            raise CheckpointError(f"{folder}: {entry.theirs} is {tensor.dtype} {given}, which does not fit {ours}{fix}")
+        for target, part in zip(targets, tensor.split(sizes), strict=True):
+            target.zero_()
+            target[: len(part)] = part
+    if state:
+        raise CheckpointError(f"{folder} has tensors that have no place in the model: {', '.join(sorted(state)[:5])}")
+    if missing := [name for name in waiting if not name.endswith(".bias")]:
+        raise CheckpointError(f"{folder} holds nothing for {', '.join(missing[:5])}")
+    for bias in waiting.values():
+        bias.zero_()
+
+
+def _read_tensors(folder: Path, kind: str) -> dict[str, Tensor]:
+    """Every tensor of the folder's safetensors files by its full name; memory-mapped, so that none is read yet."""
+    file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    files, state = [file], {}
+    pickled = [] if index.is_file() or file.is_file() else [*folder.glob("*.bin"), *folder.glob("*.pt*")]
+    if pickled:
+        convert = f"M.from_pretrained({str(folder)!r}).save_pretrained({str(folder) + '-safe'!r})"
+        raise CheckpointError(
+            f"{pickled[0]} is pickled, which could run any code; if you trust it, convert it once:"
+            f' python -c "from transformers import AutoModelForCausalLM as M; {convert}"'
+        )
+    try:
+        if index.is_file():
+            file = index
+            files = {folder / Path(name).name for name in json.loads(index.read_text())["weight_map"].values()}
+        for file in files:
+            state |= load_file(file)
+    except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from None
+    prefix = {"gpt2": "transformer.", OWN: "gpt."}.get(kind, "model.")
+    if not any(name.startswith(prefix) for name in state):  # saved without its head, or by us without its shell
+        state = {name if name == "lm_head.weight" else prefix + name: tensor for name, tensor in state.items()}
+    return {name: tensor for name, tensor in state.items() if not _BUFFERS.search(name)}
 
 
 # --------------------------------------------------------------------------------------------------- both ways
@@ -352,28 +294,33 @@ class _Entry:
 
     theirs: str
     ours: list[str]
-    rows: bool
+    rows: int
+    """Of a table of tokens or positions: how many our model uses, while the tensor may have more. 0: no table."""
     transposed: bool = False  # GPT-2's Conv1D keeps (in, out)
 
 
 def _entries(tree: Mapping[str, Any], model: GPT) -> Iterator[_Entry]:
     """Every tensor that a checkpoint with this config.json has."""
     kind = tree["model_type"]
+    rows: dict[str, int] = dict.fromkeys(("embedding", "head", "value_embeddings"), model.vocab_size)
+    rows["position_embedding"] = model.config.context_length
     if kind == OWN:
         for name, _ in model.named_parameters():
-            yield _Entry(f"gpt.{name}", [name], name.split(".")[0] in _TABLES)
+            yield _Entry(f"gpt.{name}", [name], rows.get(name.split(".")[0], 0))
         return
     for theirs, ours in _TENSORS[kind].items():
-        rows = ours[0] in _TABLES
         if theirs == "lm_head" and model.config.tied_head:
             continue
-        bias = kind == "gpt2"
+        bias = kind == "gpt2" and ours[0] not in rows
         if kind != "gpt2" and theirs.endswith("_proj"):
             bias = bool(tree.get("mlp_bias" if ".mlp." in theirs else "attention_bias"))
         for layer in range(model.config.layers if "{}" in theirs else 1):
-            for leaf in ("weight", "bias") if bias and not rows else ("weight",):
-                names = [f"{each.format(layer)}.{leaf}" for each in ours]
-                yield _Entry(f"{theirs.format(layer)}.{leaf}", names, rows, leaf == "weight" and ".c_" in theirs)
+            for leaf in ("weight", "bias") if bias else ("weight",):
+                names, transposed = (
+                    [f"{each.format(layer)}.{leaf}" for each in ours],
+                    leaf == "weight" and ".c_" in theirs,
+                )
+                yield _Entry(f"{theirs.format(layer)}.{leaf}", names, rows.get(ours[0], 0), transposed)
 
 
 # --------------------------------------------------------------------------------------------------------- out
@@ -431,10 +378,8 @@ def to_hf(model: GPT, kind: str = "") -> tuple[dict[str, Any], dict[str, Tensor]
     ours = {name: parameter.detach() for name, parameter in model.named_parameters()}
     state = {}
     for entry in _entries(tree, model):
-        parts = [ours[name] if name in ours else _neutral(model, name) for name in entry.ours]
-        tensor = torch.cat(parts)
-        if entry.rows and entry.ours != ["position_embedding.weight"]:
-            tensor = tensor[: model.vocab_size]
+        tensor = torch.cat([ours[name] if name in ours else _neutral(model, name) for name in entry.ours])
+        tensor = tensor[: entry.rows or None]
         state[entry.theirs] = (tensor.T if entry.transposed else tensor).contiguous()
     return tree, state
 

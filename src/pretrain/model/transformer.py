@@ -188,7 +188,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A decoder-only Transformer over a vocabulary of ``vocab_size`` tokens.
 
-    Build it under ``torch.device("meta")``, give it memory with ``to_empty`` and values with :meth:`init_weights`.
+    Build it with :func:`meta_model`, give it memory with :meth:`to_empty` and values with :meth:`init_weights`.
     ``bos_id`` is the token that begins a document, for ``model.document_mask``.
     """
 
@@ -221,12 +221,17 @@ class GPT(nn.Module):
         )
         self.norm = Norm(config, config.width)
         self.head = Linear(config.width, rows, bias=False)
-        self.tie_head()
+        self._tie_head()
 
-    def tie_head(self) -> None:
-        """Share the embedding with the head if ``model.tied_head``; once more after ``to_empty``, which parts them."""
+    def _tie_head(self) -> None:
         if self.config.tied_head:
             self.head.weight = self.embedding.weight
+
+    def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> GPT:
+        """The model with memory on a device but no values; a tied head stays tied."""
+        super().to_empty(device=device, recurse=recurse)
+        self._tie_head()
+        return self
 
     def compute_as_on(self, device_type: str) -> None:
         """Take the paths of another type of device than the tensors', for a dry run that counts its memory."""
@@ -372,6 +377,12 @@ class GPT(nn.Module):
                 self.embedding.weight.mul_(width**-0.5)
             for table in self.value_embeddings.values():
                 table.weight.mul_(width**-0.5)  # type: ignore[operator]
+
+
+def meta_model(config: ModelConfig, vocab_size: int, bos_id: int | None = None) -> GPT:
+    """The model without memory for its parameters."""
+    with torch.device("meta"):
+        return GPT(config, vocab_size, bos_id)
 
 
 VALUE_GATE_CHANNELS, SMEAR_GATE_CHANNELS = 12, 24

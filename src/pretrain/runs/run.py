@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from pretrain.config import Config, config_from_dict, config_to_dict
 from pretrain.errors import CheckpointError, DataError, UsageError
 from pretrain.io import read_jsonl, sha256_of, write_atomically
-from pretrain.model import GPT
+from pretrain.model import GPT, meta_model
 from pretrain.runs.checkpoint import COMMIT, Checkpoint, checkpoints, newest
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokens import Corpus, is_tokens, open_corpus
@@ -204,19 +204,10 @@ class Run:
 
     def load_model(self, device: torch.device | None = None, checkpoint: Checkpoint | None = None) -> GPT:
         """The model with the weights of a checkpoint, by default the newest, in evaluation mode."""
-        checkpoint = checkpoint or self.newest_checkpoint()
-        model = empty_model(self.config, self.tokenizer(), device or torch.device("cpu"))
+        checkpoint, tokenizer = checkpoint or self.newest_checkpoint(), self.tokenizer()
+        model = meta_model(self.config.model, tokenizer.vocab_size, tokenizer.bos_id).to_empty(device=device or "cpu")
         checkpoint.load({f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()})
         return model.eval()
-
-
-def empty_model(config: Config, tokenizer: Tokenizer, device: torch.device) -> GPT:
-    """The model with memory but no values, built on the meta device so that nothing is filled twice."""
-    with torch.device("meta"):
-        model = GPT(config.model, tokenizer.vocab_size, tokenizer.bos_id)
-    model = model.to_empty(device=device)
-    model.tie_head()
-    return model
 
 
 def stored_core(run: Run, checkpoint: Checkpoint) -> dict[str, Any] | None:

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from pretrain.config import Config, TrainConfig
 from pretrain.device import Precision, free_memory
 from pretrain.errors import UsageError
-from pretrain.model import GPT
+from pretrain.model import GPT, meta_model
 from pretrain.optim import Optimizer, Replicated, RowSharded, alone
 from pretrain.sizing import count_parameters, kind_that_fits
 from pretrain.training.world import World
@@ -70,7 +70,6 @@ def parallelize(
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     model.to_empty(device=device)
-    model.tie_head()
 
 
 def init_parameters(model: GPT, world: World, fill: Callable[[GPT], None]) -> None:
@@ -84,11 +83,9 @@ def init_parameters(model: GPT, world: World, fill: Callable[[GPT], None]) -> No
         return
     values: dict[str, Any] = {}
     if world.is_rank0:
-        with torch.device("meta"):
-            whole = GPT(model.config, model.vocab_size, model.bos_id)
+        whole = meta_model(model.config, model.vocab_size, model.bos_id)
         size = sum(p.numel() for p in whole.parameters()) * 4
-        whole = whole.to_empty(device=world.device if size < free_memory(world.device) / 2 else "cpu")
-        whole.tie_head()
+        whole.to_empty(device=world.device if size < free_memory(world.device) / 2 else "cpu")
         fill(whole)
         values = whole.state_dict()
     set_model_state_dict(model, values, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
