@@ -32,7 +32,7 @@ import tyro
 from tests.conftest import TINY
 
 import pretrain
-from pretrain.cli import COMMANDS, data, main, tokenizer
+from pretrain.cli import COMMANDS, main
 from pretrain.config import Config
 
 ROOT = Path(__file__).parents[1]
@@ -267,9 +267,7 @@ def help_of(path: str) -> str:
 def known_options() -> dict[str, set[str]]:
     """The options of each command of ours, and under "" of the benchmarks."""
     scripts = "".join(file.read_text(encoding="utf-8") for file in ROOT.glob("benchmarks/*.py"))
-    paths = [*COMMANDS, *(f"data {name}" for name in data.COMMANDS)]
-    paths += [f"tokenizer {name}" for name in tokenizer.COMMANDS]
-    ours = {path: {typed(name) for name in re.findall(r"--[a-z][\w.-]*", help_of(path))} for path in paths}
+    ours = {path: {typed(name) for name in re.findall(r"--[a-z][\w.-]*", help_of(path))} for path in COMMANDS}
     return {**ours, "": {typed(name) for name in re.findall(r'add_argument\(\s*"(--[\w-]+)"', scripts)}}
 
 

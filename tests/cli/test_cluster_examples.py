@@ -14,18 +14,16 @@ import pytest
 import yaml
 
 from pretrain.cli.parsing import parse
-from pretrain.cli.train import TrainArguments
-from pretrain.config import load_config
+from pretrain.cli.train import Train
 
 CLUSTER = Path(__file__).parents[2] / "examples" / "cluster"
 SCRIPTS = ["slurm.sbatch", "two-machines.sh"]
 
 
-def check_train(words: list[str]) -> TrainArguments:
+def check_train(words: list[str]) -> Train:
     """The arguments behind `train`, read as the command does."""
     assert words[0] == "train"
-    recipe = words[1] if not words[1].startswith("-") else "quickstart"
-    return parse(TrainArguments, words[1:], "train", TrainArguments(config=load_config(recipe)))
+    return parse(Train, words[1:], "train")
 
 
 def put_on_path(folder: Path, **programs: str) -> dict[str, str]:
@@ -116,5 +114,4 @@ def test_every_command_in_the_page_is_one_of_ours():
     commands = re.findall(r"pretrain (train(?: [^\n|#;]*)?)", code)
     assert len(commands) >= 4
     for command in commands:
-        words = shlex.split(command.replace("RECIPE", "quickstart"))
-        check_train(words if len(words) > 1 else [*words, "quickstart"])
+        check_train(shlex.split(command.replace("RECIPE", "quickstart")))

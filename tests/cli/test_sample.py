@@ -98,7 +98,7 @@ def test_a_prompt_longer_than_the_context_says_so(sample):
         (["--top-p", "0"], "top_p must be above 0"),
         (["--num-samples", "0"], "--num-samples must be at least 1"),
         (["--interactive", "--json"], "--interactive"),
-        (["--stpo", "x"], "did you mean '--stop'?"),
+        (["--temprature", "1"], "did you mean '--temperature'?"),
         (["--stop", ""], "stop must not be empty"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import re
 import sys
 from pathlib import Path
@@ -82,17 +83,19 @@ def test_it_learns_from_so_many_bytes_and_says_so(tmp_path: Path, capsys: Any):
     assert "cut" not in capsys.readouterr().out
 
 
-def test_the_sample_is_spread_over_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from pretrain.text import read_documents
-    from pretrain.tokens.progress import Progress
-
-    monkeypatch.setattr(command, "SAMPLE_CHARACTERS", 40)
-    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "row {number:02}"}}\n' for number in range(60)))
-    progress = Progress()
-    text = command._TrainingText(read_documents((str(tmp_path / "a.jsonl"),)), 0, progress)
-    with progress.stage("reading", 0):
-        assert len(list(text)) == 60
-    assert text.sample == ["row 00", "row 16", "row 32", "row 48"]
+def test_the_sample_is_spread_over_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    monkeypatch.setattr(command, "SAMPLES", 10)
+    rows = ["all the same words"] * 500 + ["".join(random.Random(i).choices("qxzjk", k=18)) for i in range(500)]
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{row}"}}\n' for row in rows))
+    out = tmp_path / "t.json"
+    args = ["tokenizer", "train", str(tmp_path / "a.jsonl"), "--vocab-size", "280", "--out", str(out), "--json"]
+    assert main(args) == 0
+    measured = json.loads(capsys.readouterr().out)["bytes_per_token"]
+    first, whole = (
+        sum(map(len, some)) / sum(len(Tokenizer.load(out).encode(row)) for row in some) for some in (rows[:500], rows)
+    )
+    assert measured == pytest.approx(whole, rel=0.3)
+    assert measured < first / 2
 
 
 def test_bad_places_and_numbers_are_one_line(text_file: Path, tmp_path: Path, capsys: Any):
@@ -128,12 +131,12 @@ def test_tokens_stand_beside_their_bytes(capsys: Any, gpt2: Tokenizer):
     ]
 
 
-def test_a_terminal_gets_a_table(capsys: Any, monkeypatch: pytest.MonkeyPatch):
+def test_a_terminal_gets_the_text_first(capsys: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     assert main(["tokenizer", "show", "byte", "h\ni[/]"]) == 0  # which rich could take for its own markup
     printed = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)  # without colours
     assert printed.startswith("h⏎\ni[/]\n")
-    assert "id  token  bytes" in printed
+    assert "104\th\t68" in printed
     assert "bytes per token 1.00 (GPT-2's are not known" in printed
 
 
@@ -165,7 +168,7 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch, capsys: Any):
 def test_what_cannot_be_shown_is_one_line(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch):
     assert "give the text: TEXT" in refusal(capsys, "show", "byte")
     assert "only one of them" in refusal(capsys, "show", "byte", "text", "--file", "file")
-    assert "no tokenizer 'gpt3'" in refusal(capsys, "show", "gpt3", "x")
+    assert "'gpt3' is unknown" in refusal(capsys, "show", "gpt3", "x")
     assert "a char tokenizer is made of a text" in refusal(capsys, "show", "char", "x")
     assert "tokenizer.json" in refusal(capsys, "show", tmp_path, "x")
     assert "no such file" in refusal(capsys, "show", "byte", "--file", tmp_path / "none.txt").lower()

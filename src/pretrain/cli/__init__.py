@@ -1,7 +1,7 @@
-"""The command line: a file for each command or topic, which reads its arguments and calls the packages below.
+"""The command line: a file for each command or topic.
 
-A command's module is imported when it runs, and what is heavy only after its arguments are read, so that ``--help``
-answers at once.
+A command is a dataclass: its fields are the options, its docstring is the help, and calling it runs it. Its module is
+imported when it is asked for, and what is heavy only when it runs, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
@@ -10,38 +10,39 @@ import contextlib
 import os
 import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
-from types import FrameType
-from typing import Any
+from itertools import takewhile
 
 from pretrain.cli.launch import LOCAL_RANK, is_process
-from pretrain.errors import Interrupted, PretrainError, UsageError, did_you_mean
+from pretrain.errors import Interrupted, PeerError, PretrainError, UsageError, did_you_mean
 from pretrain.io import signals_to_handle
 
 SILENT_WAIT = 10.0
 """Seconds that a process with nothing to say waits before it exits with an error."""
 
 COMMANDS = {
-    "plan": ("plan.plan", "Parameters, memory, time and unusual settings of a training, before it begins."),
-    "train": ("train.train", "Train a model, or resume a run that was stopped."),
-    "eval": ("evaluate.evaluate", "Loss, perplexity, bits per byte and CORE of runs, side by side."),
-    "sample": ("sample.sample", "Generate text with a run's model."),
-    "export": ("export.export", "Write a run's model as a folder that Hugging Face transformers loads."),
-    "report": ("report.report", "Write runs as one HTML page: curves, samples, and what they mean."),
-    "watch": ("report.watch", "Show a run in the browser while it trains, and prompt its newest checkpoint."),
-    "data": ("data.COMMANDS", "Download, prepare, verify or inspect data: 'pretrain data' lists the commands."),
-    "tokenizer": ("tokenizer.COMMANDS", "Train or show a tokenizer: 'pretrain tokenizer' lists the commands."),
-    "recipes": ("recipes.recipes", "List the recipes, or print one as TOML."),
-    "doctor": ("doctor.doctor", "What this machine can do, what is missing, and the command that fixes it."),
+    "plan": ("plan.Plan", "Parameters, memory, time and unusual settings of a training, before it begins."),
+    "train": ("train.Train", "Train a model, or resume a run that was stopped."),
+    "eval": ("evaluate.Evaluate", "Loss, perplexity, bits per byte and CORE of runs, side by side."),
+    "sample": ("sample.Sample", "Generate text with a run's model."),
+    "export": ("export.Export", "Write a run's model as a folder that Hugging Face transformers loads."),
+    "report": ("report.Report", "Write runs as one HTML page: curves, samples, and what they mean."),
+    "watch": ("report.Watch", "Show a run in the browser while it trains, and prompt its newest checkpoint."),
+    "data download": ("download.DownloadArguments", "Download a public set of text, or files by their URLs."),
+    "data prepare": ("data.Prepare", "Make token shards of text."),
+    "data verify": ("data.Verify", "Find damaged, missing or mismatched token shards."),
+    "data inspect": ("data.Inspect", "Show what token shards hold."),
+    "tokenizer train": ("tokenizer.Train", "Train a tokenizer on text."),
+    "tokenizer show": ("tokenizer.Show", "Show the tokens of a text beside it."),
+    "recipes": ("recipes.Recipes", "List the recipes, or print one as TOML."),
+    "doctor": ("doctor.Doctor", "What this machine can do, what is missing, and the command that fixes it."),
 }
-"""Each command: its function in a module of this folder, or a table of subcommands, and its line in the help."""
+"""Each command: its dataclass in a module of this folder, and its line in the help."""
 
-HELP = f"""usage: pretrain COMMAND [ARGUMENTS]
+HELP = """usage: pretrain COMMAND [ARGUMENTS]
 
 Pretrain a GPT-style language model from raw text.
 
@@ -51,15 +52,16 @@ Pretrain a GPT-style language model from raw text.
   pretrain COMMAND --help              everything about one command
 
 commands:
-{chr(10).join(f"  {name:<11}{summary}" for name, (_, summary) in COMMANDS.items())}"""
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and give its exit code: 0 done, 1 failed, 2 wrong use, 130 interrupted and safely stopped."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:  # these signals stop a command as Ctrl-C does; training has its own handlers
+        for number in signals_to_handle("SIGTERM", "SIGHUP", "SIGUSR1"):
+            signal.signal(number, signal.default_int_handler)
     try:
-        with _signals_interrupt():
-            return _run(args)
+        return _run(sys.argv[1:] if argv is None else list(argv))
     except PretrainError as error:
         if str(error):
             print(f"pretrain: {error}", file=sys.stderr)
@@ -84,38 +86,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: list[str]) -> int:
-    name = args[0] if args else "help"
-    if name in ("-h", "--help", "help"):
-        print(HELP)
-        return 0
-    if name == "--version":
+    if args == ["--version"]:
         print(f"pretrain {version('pretrain')}")
         return 0
-    if name not in COMMANDS:
-        raise UsageError(f"no command 'pretrain {name}'{did_you_mean(name, COMMANDS)}")
-    module, attribute = COMMANDS[name][0].split(".")
-    command: Any = getattr(import_module(f"pretrain.cli.{module}"), attribute)
-    if not isinstance(command, dict):
-        return command(args[1:])
+    words = list(takewhile(lambda word: word not in ("-h", "--help", "help"), args[:2]))
+    name = next((name for name in (" ".join(words), *words[:1]) if name in COMMANDS), "")
+    if not name:
+        listed = {command: line for command, (_, line) in COMMANDS.items() if command.split()[: len(words)] == words}
+        if not listed:
+            raise UsageError(f"no command 'pretrain {' '.join(words)}'{did_you_mean(' '.join(words), COMMANDS)}")
+        print(HELP + "\n".join(f"  {command:<17}{line}" for command, line in listed.items()))
+        return 0
 
-    from pretrain.cli.parsing import dispatch
+    from pretrain.cli.parsing import parse
 
-    return dispatch(args[1:], command, f"pretrain {name}")
-
-
-@contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """Let SIGTERM, SIGHUP and SIGUSR1 stop a command as Ctrl-C does; training has its own handlers."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    numbers = signals_to_handle("SIGTERM", "SIGHUP", "SIGUSR1")
-    if threading.current_thread() is not threading.main_thread():  # where Python cannot install handlers
-        numbers = []
-    before = {number: signal.signal(number, interrupt) for number in numbers}
+    module, kind = COMMANDS[name][0].split(".")
     try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        command = parse(getattr(import_module(f"pretrain.cli.{module}"), kind), args[len(name.split()) :], name)
+    except PretrainError as error:
+        if LOCAL_RANK:  # all processes were given the same arguments: the first one says what is wrong
+            raise PeerError(error.exit_code) from None
+        raise
+    return command()

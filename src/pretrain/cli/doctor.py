@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 
-from pretrain.cli.parsing import parse
+from pretrain.cli.parsing import Command
 
 OK, WARN, BAD = "ok", "warn", "bad"
 
-MINIMUM_PYTHON = (3, 11)
+NVIDIA = Path("/dev/nvidia0")
+"""There if the system shows an NVIDIA GPU, whatever torch can do."""
+
 EXTRAS = (
     ("pyarrow", "data", "Parquet files"),
     ("aiohttp", "data", "text from https://"),
@@ -31,8 +31,7 @@ EXTRAS = (
     ("trackio", "trackio", "trackio"),
     ("torchao", "fp8", "fp8 on Hopper and later GPUs"),
 )
-"""Optional modules, the extra that installs each, and what it is for."""
-REINSTALL = "pip install --force-reinstall torch"
+"""Optional packages, the extra that installs each, and what it is for."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Finding:
 
 
 @dataclass
-class DoctorArguments:
+class Doctor(Command):
     """What this machine can do, what is missing, and the command that fixes it.
 
     Exits with 1 if something makes training impossible.
@@ -58,185 +57,102 @@ class DoctorArguments:
     json: bool = False
     """Print one JSON object: a list of findings, each with name, status (ok, warn, bad), text and fix."""
 
-
-def doctor(args: list[str]) -> int:
-    """What this machine can do, what is missing, and the command that fixes it."""
-    a = parse(DoctorArguments, args, "doctor")
-    findings = []
-    for found in examine(a.quick):
-        findings.append(found)
-        if not a.json:
-            print(f"{found.status:<5} {found.name:<13} {'; '.join(filter(None, (found.text, found.fix)))}", flush=True)
-    if a.json:
-        print(json.dumps({"findings": [asdict(found) for found in findings]}))
-    return int(any(found.status == BAD for found in findings))
+    def __call__(self) -> int:
+        findings = []
+        for found in examine(self.quick):
+            findings.append(found)
+            if not self.json:
+                print(f"{found.status:<5} {found.name:<13} {found.text}{found.fix and f'; {found.fix}'}", flush=True)
+        if self.json:
+            print(json.dumps({"findings": [asdict(found) for found in findings]}))
+        return int(any(found.status == BAD for found in findings))
 
 
 def examine(quick: bool) -> Iterator[Finding]:
-    """All findings, one after another."""
+    """All findings, each as soon as it is known."""
     text = f"{platform.python_version()} ({platform.system()} {platform.machine()}) at {sys.executable}"
-    needed = f"pretrain needs Python {'.'.join(map(str, MINIMUM_PYTHON))} or newer"
-    yield _finding("python", BAD if sys.version_info < MINIMUM_PYTHON else OK, text, needed)
-    yield (torch_found := check_torch())
-    checks = [check_disk, check_limits, check_extras]
-    if torch_found.status != BAD:
-        slow = [] if quick else [check_precision, check_compiler]
-        checks = [check_devices, check_memory, *slow, check_distributed, *checks]
-    for check in checks:
+    yield Finding("python", OK, text)
+    yield _disk()
+    for package, extra, purpose in EXTRAS:
         try:
-            yield from check()
-        except Exception as error:  # one failing check must not hide the others
-            name = check.__name__.removeprefix("check_")
-            yield Finding(name, WARN, f"could not be examined ({(str(error) or type(error).__name__).splitlines()[0]})")
-
-
-def _finding(name: str, status: str, text: str, fix: str) -> Finding:
-    return Finding(name, status, text, "" if status == OK else fix)
-
-
-def check_torch() -> Finding:
-    """PyTorch, and what it was built for."""
+            yield Finding(package, OK, f"{metadata.version(package)}, for {purpose}")
+        except metadata.PackageNotFoundError:
+            yield Finding(package, WARN, f"not installed; it is for {purpose}", f"pip install 'pretrain[{extra}]'")
     try:
         import torch
+
+        from pretrain import device as machine
     except Exception as error:  # missing, or a library that it needs
-        return Finding("torch", BAD, f"cannot be imported ({str(error).splitlines()[0]})", "pip install torch")
-    cuda, rocm = torch.version.cuda, getattr(torch.version, "hip", None)
-    text = f"{torch.__version__}, built for {f'ROCm {rocm}' if rocm else f'CUDA {cuda}' if cuda else 'CPU'}"
-    if has_nvidia_gpu() and not torch.cuda.is_available():
-        fix = "install a newer NVIDIA driver" if cuda else REINSTALL
-        return Finding("torch", WARN, f"{text}; this machine has an NVIDIA GPU that it cannot use", fix)
-    return Finding("torch", OK, text)
+        yield Finding("torch", BAD, f"cannot be imported ({str(error).splitlines()[0]})", "pip install torch")
+        return
+    yield Finding("torch", OK, f"{torch.__version__}, {torch.get_num_threads()} threads on {machine.cpu_name()}")
+    total = machine.total_memory(torch.device("cpu"))
+    free = min(machine.free_memory(torch.device("cpu")), total)
+    text, fix = (
+        f"{free / 1e9:.1f} GB free of {total / 1e9:.1f} GB",
+        "stop other programs; the smallest run takes about 1 GB",
+    )
+    yield _unless("memory", free > 2e9, text, fix)
+    if Path("/dev/shm").is_dir():
+        free = shutil.disk_usage("/dev/shm").free
+        fix = "several processes need more; in a container: docker run --shm-size 8g"
+        yield _unless("shared memory", free > 512e6, f"{free / 1e9:.1f} GB free in /dev/shm", fix)
+    for check in (_gpu,) if quick else (_gpu, _precision, _compiler):
+        try:
+            yield check()
+        except Exception as error:  # such as a driver that fails: the other checks tell more
+            yield Finding(check.__name__[1:], WARN, f"could not be examined ({str(error).splitlines()[0]})")
 
 
-def has_nvidia_gpu() -> bool:
-    """Whether the system shows one, whatever torch can do."""
-    return Path("/dev/nvidia0").exists() or Path("/proc/driver/nvidia/version").exists()
+def _unless(name: str, good: bool, text: str, fix: str) -> Finding:
+    return Finding(name, OK, text) if good else Finding(name, WARN, text, fix)
 
 
-def check_devices() -> Iterator[Finding]:
-    """Processor and GPUs."""
+def _disk() -> Finding:
+    usage = shutil.disk_usage(".")
+    text = f"{usage.free / 1e9:,.1f} GB free of {usage.total / 1e9:,.0f} GB in {Path.cwd()}"
+    if not os.access(".", os.W_OK | os.X_OK):
+        return Finding(
+            "disk", BAD, f"{text}, which is not writable", "go to a folder of yours, or give train --out one"
+        )
+    if usage.free > 5e9:
+        return Finding("disk", OK, text)
+    fix = "free some space, or give train --out a folder elsewhere; a run takes 200 MB to many GB"
+    return Finding("disk", WARN if usage.free > 200e6 else BAD, text, fix)
+
+
+def _gpu() -> Finding:
     import torch
 
-    from pretrain.device import cpu_name, known_gpu
-
-    yield Finding("cpu", OK, f"{cpu_name()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
-    for index in range(torch.cuda.device_count()):
-        gpu = torch.cuda.get_device_properties(index)
-        text = f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB, capability {gpu.major}.{gpu.minor}"
-        text += f", peak {known.tflops:g} TFLOP/s" if (known := known_gpu(gpu.name)) else ""
-        fix = "too old for torch.compile: use --train.compile off"
-        yield _finding(f"cuda:{index}", WARN if gpu.major < 7 else OK, text, fix)
     if torch.backends.mps.is_available():
-        yield Finding("mps", OK, f"{torch.mps.recommended_max_memory() / 1e9:.0f} GB for the GPU")
-    elif not torch.cuda.is_available():
-        yield Finding("gpu", WARN, "none; small models train on the CPU, larger ones take long")
+        return Finding("gpu", OK, f"Apple's, with {torch.mps.recommended_max_memory() / 1e9:.0f} GB")
+    if torch.cuda.is_available():
+        gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        text = "; ".join(
+            f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB, capability {gpu.major}.{gpu.minor}" for gpu in gpus
+        )
+        new = min(gpu.major for gpu in gpus) >= 7
+        return _unless("gpu", new, text, "too old for torch.compile: use --train.compile off")
+    if NVIDIA.exists():
+        fix = "install a newer NVIDIA driver" if torch.version.cuda else "pip install --force-reinstall torch"
+        return Finding("gpu", WARN, "torch cannot use the NVIDIA GPU of this machine", fix)
+    return Finding("gpu", WARN, "none; small models train on the CPU, larger ones take long")
 
 
-def check_memory() -> Iterator[Finding]:
-    """Memory of the machine, or of its container."""
-    import torch
-
-    from pretrain.device import container_limit, free_memory, total_memory
-
-    total = total_memory(torch.device("cpu"))
-    free = min(free_memory(torch.device("cpu")), total)
-    text = f"{free / 1e9:.1f} GB free of {total / 1e9:.1f} GB"
-    text += " (this container's limit)" if container_limit() == total else ""
-    fix = "stop other programs; the smallest run takes about 1 GB"
-    yield _finding("memory", WARN if free < 2e9 else OK, text, fix)
-
-
-def check_precision() -> Iterator[Finding]:
-    """The speed of matrix products in each precision, and which of them training uses."""
+def _precision() -> Finding:
     from pretrain.device import DTYPES, choose_device, choose_precision, matmul_flops
 
     device = choose_device("auto")
-    rates = []
-    for name, dtype in DTYPES.items():
-        try:
-            rates.append(f"{name} {matmul_flops(device, dtype, 0.2) / 1e9:,.0f} GFLOP/s")
-        except RuntimeError:
-            rates.append(f"{name} not possible")
+    speeds = [f"{name} {matmul_flops(device, dtype, 0.2) / 1e9:,.0f} GFLOP/s" for name, dtype in DTYPES.items()]
     taken = choose_precision("auto", device).name
-    yield Finding("precision", OK, f"{', '.join(rates)} on {device.type}; training uses {taken}")
+    return Finding("precision", OK, f"{', '.join(speeds)} on {device.type}; training uses {taken}")
 
 
-def check_compiler() -> Iterator[Finding]:
-    """torch.compile, tried."""
+def _compiler() -> Finding:
     from pretrain.device import choose_device
     from pretrain.training.parallel import compiler_problem
 
-    device = choose_device("auto")
-    begin = time.perf_counter()
-    if not (problem := compiler_problem(device)):
-        took = time.perf_counter() - begin
-        yield Finding("compiler", OK, f"torch.compile works ({took:.0f} s for the smallest program)")
-        return
-    fix = "install Python's headers (Debian, Ubuntu: apt-get install python3-dev)"
-    if not any(map(shutil.which, ("cc", "gcc", "clang", "cl"))):
-        fix = "install a C++ compiler (Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++)"
-    without = "training is slower without it" if device.type == "cuda" else "on a CPU it is used only if asked for"
-    yield Finding("compiler", WARN, f"torch.compile fails ({problem}); {without}", fix)
-
-
-def check_distributed() -> Iterator[Finding]:
-    """What several processes need: backends."""
-    import torch
-    import torch.distributed as dist
-
-    gpus = torch.cuda.device_count()
-    backends = [name for name in ("gloo", "nccl") if dist.is_available() and getattr(dist, f"is_{name}_available")()]
-    needed = "nccl" if gpus > 1 else "gloo"
-    text = f"backends {', '.join(backends) or 'none'}"
-    if needed not in backends:
-        yield Finding("distributed", WARN, f"{text}; several processes need {needed}", REINSTALL)
-    else:
-        yield Finding("distributed", OK, text + (f"; {gpus} GPUs train together with: --nproc gpu" * (gpus > 1)))
-
-
-def check_limits() -> Iterator[Finding]:
-    """What several processes need: shared memory and open files."""
-    if (shared := Path("/dev/shm")).is_dir():
-        free = shutil.disk_usage(shared).free
-        fix = "several processes need more; in a container: docker run --shm-size 8g"
-        yield _finding("shared memory", WARN if free < 512e6 else OK, f"{free / 1e9:.1f} GB free in /dev/shm", fix)
-    if sys.platform != "win32":
-        import resource
-
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        text = "no limit" if soft < 0 else f"at most {soft:,}"
-        fix = f"ulimit -n {4096 if hard < 0 else min(4096, hard)}"
-        yield _finding("open files", WARN if 0 < soft < 1024 else OK, text, fix)
-
-
-def check_disk() -> Iterator[Finding]:
-    """Space in the current folder."""
-    here = Path.cwd()
-    usage = shutil.disk_usage(here)
-    status, text = OK, f"{usage.free / 1e9:,.1f} GB free of {usage.total / 1e9:,.0f} GB in {here}"
-    fix = "free some space, or give train --out a folder elsewhere; the smallest run takes 200 MB"
-    if not os.access(here, os.W_OK | os.X_OK):
-        status, text, fix = BAD, f"{here} is not writable", "go to a folder of yours, or give train --out one"
-    elif usage.free < 200e6:
-        status = BAD
-    elif usage.free < 5e9:
-        status, fix = WARN, "checkpoints of larger models take gigabytes"
-    yield _finding("disk", status, text, fix)
-
-
-def check_extras() -> Iterator[Finding]:
-    """Optional packages."""
-    installed, missing = [], []
-    for module, extra, purpose in EXTRAS:
-        spec = importlib.util.find_spec(module)
-        if spec is None or spec.origin is None:
-            fix = f"pip install 'pretrain[{extra}]'"
-            missing.append(Finding(module, WARN, f"not installed; it is for {purpose}", fix))
-        else:
-            try:
-                installed.append(f"{module} {importlib.metadata.version(module)}")
-            except importlib.metadata.PackageNotFoundError:
-                installed.append(module)
-    if installed:
-        yield Finding("packages", OK, ", ".join(installed))
-    yield from missing
+    if not (problem := compiler_problem(choose_device("auto"))):
+        return Finding("compiler", OK, "torch.compile works")
+    fix = "install a C++ compiler and Python's headers (Debian, Ubuntu: apt-get install g++ python3-dev)"
+    return Finding("compiler", WARN, f"torch.compile fails ({problem}); training on a GPU is slower without it", fix)

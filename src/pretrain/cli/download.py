@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 import tyro
 from rich.filesize import decimal
 
-from pretrain.cli.parsing import parse
+from pretrain.cli.parsing import Command
 from pretrain.errors import DataError, Interrupted, UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class DownloadArguments:
+class DownloadArguments(Command):
     """Download a public set of text from the catalogue, or files by their URLs.
 
     Without NAME the catalogue is listed. Complete files are kept, partial ones resumed. Sizes and hashes are verified
@@ -57,10 +57,12 @@ class DownloadArguments:
         if self.base_url and not _is_url(self.base_url):
             raise ValueError(f"--base-url must begin with http:// or https://, not {self.base_url!r}")
 
+    def __call__(self) -> int:
+        return download(self)
 
-def download(args: list[str]) -> int:
+
+def download(a: DownloadArguments) -> int:
     """Download a public set of text, or files by their URLs."""
-    a = parse(DownloadArguments, args, "data download")
     from pretrain.text.catalogue import CATALOGUE
 
     if a.list or not a.names:

@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 
 import tyro
 
-from pretrain.cli.parsing import parse
+from pretrain.cli.parsing import Command
 
 
 @dataclass
-class ExportArguments:
+class Export(Command):
     """Write a run's model into a folder for others.
 
     hf: transformers loads it with AutoModelForCausalLM and AutoTokenizer, as GPT-2, Llama or Qwen3 if the model
@@ -29,15 +29,11 @@ class ExportArguments:
     step: int = 0
     """Use the checkpoint of this step. 0: the newest."""
 
+    def __call__(self) -> int:
+        from pretrain.hf.export import export_run
+        from pretrain.runs import Run
 
-def export(args: list[str]) -> int:
-    """Write the folder, and print how Python loads it."""
-    a = parse(ExportArguments, args, "export")
-
-    from pretrain.hf.export import export_run
-    from pretrain.runs import Run
-
-    run = Run.open(a.run)
-    how = export_run(run, a.format, Path(a.out), run.checkpoint(a.step) if a.step else None)
-    print(f"Wrote {a.out}. In Python:  {how}")
-    return 0
+        run = Run.open(self.run)
+        how = export_run(run, self.format, Path(self.out), run.checkpoint(self.step) if self.step else None)
+        print(f"Wrote {self.out}. In Python:  {how}")
+        return 0

@@ -1,73 +1,79 @@
-"""From arguments to dataclasses, and one line about what is wrong with them."""
+"""From arguments to a command, and one line about what is wrong with them."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import dataclasses
 import io
 import re
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
 
 import tyro
 
-from pretrain.config import Config
-from pretrain.errors import UsageError, did_you_mean
-
-T = TypeVar("T")
-Command = Callable[[list[str]], int]
+from pretrain.config import Config, load_config
+from pretrain.config.validate import checked
+from pretrain.errors import UsageError
 
 
-def dispatch(args: list[str], commands: dict[str, Command], program: str) -> int:
-    """Run the subcommand that the first argument names with the rest, or list them with their docstrings."""
-    if not args or args[0] in ("-h", "--help", "help"):
-        width = max(map(len, commands)) + 2
-        lines = "\n".join(f"  {name:<{width}}{(command.__doc__ or '').strip()}" for name, command in commands.items())
-        print(f"usage: {program} COMMAND [ARGUMENTS]\n\n{lines}\n\nMore about each: {program} COMMAND --help")
-        return 0
-    if args[0] not in commands:
-        raise UsageError(f"no command '{program} {args[0]}'{did_you_mean(args[0], commands)}")
-    return commands[args[0]](args[1:])
+class Command:
+    """Base of the dataclasses that are commands. Calling one runs it and gives the exit code."""
+
+    typed: list[str]
+    """The arguments as they were typed."""
+
+    def __call__(self) -> int:
+        raise NotImplementedError
 
 
-def parse(kind: type[T], args: list[str], command: str, default: T | None = None) -> T:
-    """Parse arguments into a dataclass. What tyro would print as a box becomes a one-line UsageError."""
-    start: dict[str, Any] = {} if default is None else {"default": default}
+C = TypeVar("C", bound=Command)
+
+
+def parse(kind: type[C], args: list[str], name: str) -> C:
+    """Read the options of the command ``name``. A UsageError of one line replaces the box that tyro would print.
+
+    A field ``config`` starts from the recipe, or the run to resume, that the arguments name.
+    """
+    hints = get_type_hints(kind, include_extras=True)
+    start: dict[str, Any] = {"default": kind(**{"config": _base_config(args)})} if "config" in hints else {}
+    # --core may stand without its value, which tyro has no type for.
+    pairs = zip(args, [*args[1:], "--"], strict=False)
+    filled = [f"{a}=default" if a == "--core" and following.startswith("--") else a for a, following in pairs]
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(kind, prog=f"pretrain {command}", args=args, **start)
+            command = tyro.cli(kind, prog=f"pretrain {name}", args=filled, **start)
+        for field in fields(kind):  # type: ignore[arg-type]
+            checked(f"--{field.name.replace('_', '-')}", getattr(command, field.name), hints[field.name])
+        if start and command.recipe not in ("quickstart", *args[:1]):  # type: ignore[attr-defined]
+            raise UsageError(f"the recipe comes first: pretrain {name} {command.recipe} ...")  # type: ignore[attr-defined]
+        command.typed = args
+        return command
     except SystemExit as stop:
         if not stop.code:
             raise
-    except ValueError as error:  # from a __post_init__, which tyro lets through
+    except ValueError as error:  # tyro lets through what a __post_init__ raises
         raise UsageError(str(error)) from None
     lines = [line.strip("│╭╮╰╯─ ") for line in complaint.getvalue().splitlines()]
     text = " ".join(line for line in lines[1:] if line.strip("-"))  # without Unicode the box is drawn with dashes
+    near = re.search(r"Perhaps you meant: (--[\w.-]+)", text)
     message = re.split(r" (?:Perhaps you meant:|Argument helptext:|For full helptext)", text)[0]
-    message = re.sub(r"^Error parsing (?:\w*Arguments: |[\w.]*: (?=\w+\.))", "", message)
-    unknown = re.match(r"Unrecognized options: (--[\w.-]+)", message)
-    if unknown:
-        message = f"no option {unknown[1]}{did_you_mean(unknown[1], list(options(kind)))}"
-    raise UsageError(f"{message}; see pretrain {command} --help")
+    message = re.sub(r"^Error parsing (?:[\w.]*: (?=\w+\.))?", "", message)
+    message = re.sub(r"^Missing from [\w ]+: (\S+).*", r"\1 is missing", message)
+    message = re.sub(r"^Unrecognized options: (--[\w.-]+).*", r"no option \1", message)
+    hint = f"; did you mean '{near[1]}'?" if near else ""
+    raise UsageError(f"{message}{hint}; see pretrain {name} --help")
 
 
-def options(kind: Any, prefix: str = "--") -> Iterator[str]:
-    """The options of an arguments dataclass, as typed."""
-    for each in dataclasses.fields(kind):
-        if each.name in ("config", "options"):  # nested dataclasses without a name of their own
-            yield from options(each.default_factory)
-        elif prefix == "--" and kind is Config:
-            yield from options(each.default_factory, f"--{each.name}.")
-        else:
-            yield prefix + (each.name if "." in prefix else each.name.replace("_", "-"))
+def _base_config(args: list[str]) -> Config:
+    """What the arguments override: the recipe they begin with, or the configuration of the run to resume."""
+    recipe = args[0] if args and not args[0].startswith("-") else ""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--out", nargs="?")
+    out = finder.parse_known_args(args)[0].out
+    if out and not recipe and Path(out, "config.toml").is_file():
+        from pretrain.runs.run import Run
 
-
-def value_of(args: list[str], option: str) -> str:
-    """The value of an option in arguments that are not parsed yet."""
-    for argument, following in zip(args, [*args[1:], ""], strict=False):
-        if argument == option:
-            return following
-        if argument.startswith(f"{option}="):
-            return argument.removeprefix(f"{option}=")
-    return ""
+        return Run.open(out).config
+    return load_config(recipe or "quickstart")

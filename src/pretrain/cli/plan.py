@@ -8,12 +8,13 @@ from typing import Annotated, Literal
 
 import tyro
 
-from pretrain.cli.parsing import parse
-from pretrain.config import Config, load_config
+from pretrain.cli.parsing import Command
+from pretrain.config import Config
+from pretrain.config.schema import Count, Fraction, Positive
 
 
 @dataclass
-class PlanArguments:
+class Plan(Command):
     """What a run will need, before it starts: parameters, memory, time; and what is unusual about it.
 
     Takes the recipe and the fields that 'pretrain train' takes. The speed is measured here for some seconds, or with
@@ -25,13 +26,13 @@ class PlanArguments:
     gpu: str = ""
     """Plan for a GPU by name, such as h100, h200, b200, a100, l4, rtx4090 or mi300x; none: for this machine's CPU.
     Empty: for this machine."""
-    gpus: int = 1
+    gpus: Count = 1
     """Processes, each with such a GPU, eight a machine."""
     parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
     """How they share the model. auto: as parallel.kind says."""
-    mfu: float = 0.0
+    mfu: Fraction = 0.0
     """Share of the GPU's peak to assume, 0 to 1. 0: what is usual for this width."""
-    disk_gb: float = 1.0
+    disk_gb: Positive = 1.0
     """Gigabytes a second that a machine can write, for the time of a checkpoint."""
     no_measure: bool = False
     """Assume a share of the peak on this machine too, instead of measuring."""
@@ -40,27 +41,15 @@ class PlanArguments:
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
     def __post_init__(self):
-        if self.gpus < 1:
-            raise ValueError(f"--gpus must be at least 1, not {self.gpus}")
         if self.gpus > 1 and self.gpu in ("", "none"):
             raise ValueError(f"--gpus {self.gpus} needs --gpu, the name of the GPU, such as h100")
-        if not 0 <= self.mfu <= 1:
-            raise ValueError(f"--mfu must be between 0 and 1, not {self.mfu}")
-        if self.disk_gb <= 0:
-            raise ValueError(f"--disk-gb must be positive, not {self.disk_gb}")
 
+    def __call__(self) -> int:
+        from pretrain.plan import describe, make_plan, warnings
+        from pretrain.training.init_from import resolve_init
 
-def plan(args: list[str]) -> int:
-    """What a run will need: parameters, memory, time; and what is unusual about it."""
-    given = args[0] if args and not args[0].startswith("-") else ""
-    a = parse(PlanArguments, args, "plan", PlanArguments(config=load_config(given or "quickstart")))
-
-    from pretrain.plan import describe, make_plan, warnings
-    from pretrain.training.init_from import resolve_init
-
-    made = make_plan(
-        resolve_init(a.config), a.gpu, a.gpus, a.parallel, not a.no_measure and not a.mfu, a.mfu, a.disk_gb * 1e9
-    )
-    found = warnings(made)
-    print(json.dumps({**made.as_dict(), "warnings": found}) if a.json else describe(made, found))
-    return 0
+        config, measure = resolve_init(self.config), not self.no_measure and not self.mfu
+        made = make_plan(config, self.gpu, self.gpus, self.parallel, measure, self.mfu, self.disk_gb * 1e9)
+        found = warnings(made)
+        print(json.dumps({**made.as_dict(), "warnings": found}) if self.json else describe(made, found))
+        return 0

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from msgspec import Meta
 
-from pretrain.cli.parsing import parse
+from pretrain.cli.parsing import Command
 from pretrain.errors import UsageError
 
 
 @dataclass
-class ReportArguments:
+class Report(Command):
     """Write runs as one HTML page that loads nothing: docs/report.md.
 
     Curves, samples, the loss in plain words, data, configuration, environment, commands; several runs overlaid.
@@ -32,29 +33,25 @@ class ReportArguments:
         if not self.runs:
             raise ValueError("RUN is missing: give a run directory; see pretrain report --help")
 
+    def __call__(self) -> int:
+        from pretrain.report import write_report
+        from pretrain.report.page import run_names
+        from pretrain.report.plot import plot_runs
+        from pretrain.runs import Run
 
-def report(args: list[str]) -> int:
-    """Write runs as one HTML page: curves, samples, and what they mean."""
-    a = parse(ReportArguments, args, "report")
-
-    from pretrain.report import write_report
-    from pretrain.report.page import run_names
-    from pretrain.report.plot import plot_runs
-    from pretrain.runs import Run
-
-    runs = [Run.open(folder) for folder in dict.fromkeys(a.runs)]
-    file = Path(a.out) if a.out else runs[0].folder / "report.html" if len(runs) == 1 else Path("comparison.html")
-    if file.is_dir() or not file.absolute().parent.is_dir():
-        raise UsageError(f"cannot write {file}: give a file in a folder that exists with --out")
-    print(f"Wrote {write_report(runs, file)}")
-    if a.png:
-        for picture in plot_runs(runs, run_names(runs), file.parent):
-            print(f"Wrote {picture}")
-    return 0
+        runs = [Run.open(folder) for folder in dict.fromkeys(self.runs)]
+        file = Path(self.out or (runs[0].folder / "report.html" if len(runs) == 1 else "comparison.html"))
+        if file.is_dir() or not file.absolute().parent.is_dir():
+            raise UsageError(f"cannot write {file}: give a file in a folder that exists with --out")
+        print(f"Wrote {write_report(runs, file)}")
+        if self.png:
+            for picture in plot_runs(runs, run_names(runs), file.parent):
+                print(f"Wrote {picture}")
+        return 0
 
 
 @dataclass
-class WatchArguments:
+class Watch(Command):
     """Show a run in the browser while it trains: the page of 'pretrain report', which reloads itself.
 
     A server on this machine only (127.0.0.1), which also answers prompts with the newest checkpoint. Ctrl-C ends it;
@@ -63,32 +60,24 @@ class WatchArguments:
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """A run directory; it may not have begun yet."""
-    port: int = 8765
+    port: Annotated[int, Meta(ge=0, le=65535)] = 8765
     """The port to serve on. 0: any that is free."""
     open: bool = False
     """Open the page in the browser."""
 
-    def __post_init__(self):
-        if not 0 <= self.port < 65536:
-            raise ValueError(f"--port must be from 0 to 65535, not {self.port}")
+    def __call__(self) -> int:
+        from pretrain.report.watch import Watcher
 
+        with Watcher(Path(self.run), self.port) as watcher:
+            print(f"Watching {self.run} on {watcher.address} (Ctrl-C ends)", flush=True)
+            if watcher.view.run is None:
+                print("It has not begun yet; the page shows it when it does.", flush=True)
+            if hasattr(os, "nice"):
+                os.nice(5)  # training comes first
+            if self.open:
+                import webbrowser
 
-def watch(args: list[str]) -> int:
-    """Show a run in the browser while it trains, and prompt its newest checkpoint."""
-    a = parse(WatchArguments, args, "watch")
-
-    from pretrain.report.watch import Watcher
-
-    with Watcher(Path(a.run), a.port) as watcher:
-        print(f"Watching {a.run} on {watcher.address} (Ctrl-C ends)", flush=True)
-        if watcher.view.run is None:
-            print("It has not begun yet; the page shows it when it does.", flush=True)
-        if hasattr(os, "nice"):
-            os.nice(5)  # training comes first
-        if a.open:
-            import webbrowser
-
-            webbrowser.open(watcher.address)
-        with suppress(KeyboardInterrupt):
-            watcher.serve_forever()
-    return 0
+                webbrowser.open(watcher.address)
+            with suppress(KeyboardInterrupt):
+                watcher.serve_forever()
+        return 0

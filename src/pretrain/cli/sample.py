@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Literal
 
 import tyro
 
-from pretrain.cli.parsing import parse
+from pretrain.cli.parsing import Command
+from pretrain.config.schema import Count
 from pretrain.generation.options import SamplingOptions
 
 
 @dataclass
-class SampleArguments:
+class Sample(Command):
     """Generate text with a run's model.
 
     A single text is printed as it is generated. Of several (--num-samples, --prompt given again, --prompts-file) each
@@ -29,7 +29,7 @@ class SampleArguments:
     """Text to continue; may be given several times. -: read it from standard input. None: begin a new document."""
     prompts_file: str = ""
     """A file of prompts, one per line; or .jsonl, the field 'prompt' of each object."""
-    num_samples: int = 1
+    num_samples: Count = 1
     """Texts for each prompt."""
     interactive: bool = False
     """Read prompts from the terminal, one per line, until Ctrl-D or 'quit'. Ctrl-C stops an answer."""
@@ -42,57 +42,51 @@ class SampleArguments:
     """Where to compute."""
 
     def __post_init__(self):
-        if self.num_samples < 1:
-            raise ValueError(f"--num-samples must be at least 1, not {self.num_samples}")
         if self.interactive and (self.prompt or self.prompts_file or self.json or self.num_samples > 1):
             raise ValueError(
                 "--interactive reads its prompts from the terminal and prints one text for each; leave out --prompt,"
                 " --prompts-file, --json and --num-samples"
             )
 
+    def __call__(self) -> int:
+        from pretrain.device import choose_device, choose_precision
+        from pretrain.generation import encode_prompt, sample_text, sample_texts
+        from pretrain.generation.terminal import converse, print_as_it_comes, read_prompts
+        from pretrain.runs import Run
 
-def sample(args: list[str]) -> int:
-    """Generate a text for each prompt and sample."""
-    a = parse(SampleArguments, args, "sample")
+        run = Run.open(self.run)
+        prompts = [sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt for prompt in self.prompt]
+        prompts += read_prompts(self.prompts_file) if self.prompts_file else []
+        prompts = prompts or [""]
+        device = choose_device(self.device)
+        model = run.load_model(device, run.checkpoint(self.step) if self.step else None)
+        # On a CPU fp32, in which a text is the same in any batch; elsewhere bf16 for its speed.
+        model.activation_dtype = choose_precision("fp32" if device.type == "cpu" else "auto", device).dtype
+        tokenizer, options, context = run.tokenizer(), vars(self.options), model.config.context_length
 
-    from pretrain.device import choose_device, choose_precision
-    from pretrain.generation import encode_prompt, sample_text, sample_texts
-    from pretrain.generation.terminal import converse, print_as_it_comes, read_prompts
-    from pretrain.runs import Run
+        def warn_if_long(prompt: str) -> None:
+            if (tokens := len(encode_prompt(tokenizer, prompt))) > context:
+                print(
+                    f"pretrain: the prompt has {tokens:,} tokens; the model sees the last {context:,}", file=sys.stderr
+                )
 
-    run = Run.open(a.run)
-    prompts = [sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt for prompt in a.prompt]
-    prompts += read_prompts(a.prompts_file) if a.prompts_file else []
-    device = choose_device(a.device)
-    model, tokenizer = run.load_model(device, run.checkpoint(a.step) if a.step else None), run.tokenizer()
-    # On a CPU fp32, in which a text is the same in any batch; elsewhere bf16 for its speed.
-    model.activation_dtype = choose_precision("fp32" if device.type == "cpu" else "auto", device).dtype
-    options = vars(a.options)
+        def answer(prompt: str, number: int = 0) -> Iterator[str]:
+            warn_if_long(prompt)
+            return sample_text(model, tokenizer, prompt, **{**options, "seed": self.options.seed + number})
 
-    def warn_if_long(prompt: str) -> None:
-        tokens, context = len(encode_prompt(tokenizer, prompt)), model.config.context_length
-        if tokens > context:
-            print(f"pretrain: the prompt has {tokens:,} tokens; the model sees the last {context:,}", file=sys.stderr)
-
-    def answer(prompt: str, number: int) -> Iterator[str]:
-        warn_if_long(prompt)
-        return sample_text(model, tokenizer, prompt, **{**options, "seed": a.options.seed + number})
-
-    if a.interactive:
-        converse(answer)
-        return 0
-    prompts = prompts or [""]
-    if len(prompts) * a.num_samples == 1 and not a.json:
-        pieces = answer(prompts[0], 0)  # a prompt that cannot be encoded is refused before anything is printed
-        print_as_it_comes(prompts[0], pieces)
-        return 0
-    for prompt in prompts:
-        warn_if_long(prompt)
-    for number, text in enumerate(sample_texts(model, tokenizer, prompts, a.num_samples, **options)):
-        if a.json:
-            print(json.dumps(dataclasses.asdict(text), ensure_ascii=False), flush=True)
+        if self.interactive:
+            converse(answer)
+        elif len(prompts) * self.num_samples == 1 and not self.json:
+            pieces = answer(prompts[0])  # a prompt that cannot be encoded is refused before anything is printed
+            print_as_it_comes(prompts[0], pieces)
         else:
-            which, index = divmod(number, a.num_samples)
-            print(f"--- prompt {which + 1}, sample {index + 1}, seed {text.seed} ---")
-            print(f"{text.prompt}{text.text}", flush=True)
-    return 0
+            for prompt in prompts:
+                warn_if_long(prompt)
+            for number, text in enumerate(sample_texts(model, tokenizer, prompts, self.num_samples, **options)):
+                if self.json:
+                    print(json.dumps(asdict(text), ensure_ascii=False), flush=True)
+                else:
+                    which, index = divmod(number, self.num_samples)
+                    print(f"--- prompt {which + 1}, sample {index + 1}, seed {text.seed} ---")
+                    print(f"{text.prompt}{text.text}", flush=True)
+        return 0

@@ -11,15 +11,15 @@ from typing import Annotated
 
 import tyro
 
-from pretrain.cli.launch import count_processes, is_process, launch, machines_join, one_voice
-from pretrain.cli.parsing import parse, value_of
-from pretrain.config import Config, load_config
+from pretrain.cli.launch import count_processes, is_process, launch, machines_join
+from pretrain.cli.parsing import Command
+from pretrain.config import Config
 
 STARTED = time.monotonic()
 
 
 @dataclass
-class TrainArguments:
+class Train(Command):
     """Train a model, or resume a run that was stopped.
 
     Without arguments: the recipe 'quickstart' on the embedded corpus. On your own text: --data FILE_OR_FOLDER.
@@ -41,44 +41,30 @@ class TrainArguments:
         if self.nproc not in ("", "gpu", "auto") and not (self.nproc.isdecimal() and int(self.nproc) >= 1):
             raise ValueError(f"--nproc must be a number of processes, gpu or auto, not '{self.nproc}'")
 
+    def __call__(self) -> int:
+        """Train, then write the plot, the report and a summary of what was learned."""
+        out = self.out or f"runs/{Path(self.recipe).stem}"
+        command = ["pretrain", "train", "--out", out] + (["--nproc", self.nproc] if self.nproc else [])
+        unused = 0
+        if not is_process():
+            count = count_processes(self.nproc or "auto", self.config.train.device)
+            if self.nproc and (count > 1 or machines_join()):
+                return launch(["train", *self.typed], count, self.config.guard.grace_seconds, shlex.join(command))
+            unused = count - 1 if "WORLD_SIZE" not in os.environ else 0
 
-def train(args: list[str]) -> int:
-    """Train, then write the plot, the report and a summary of what was learned."""
-    with one_voice():
-        arguments = parse(TrainArguments, args, "train", TrainArguments(config=_base_config(args)))
-    config, out = arguments.config, arguments.out or f"runs/{Path(arguments.recipe).stem}"
-    command = ["pretrain", "train", "--out", out] + (["--nproc", arguments.nproc] if arguments.nproc else [])
-    unused = 0
-    if not is_process():
-        count = count_processes(arguments.nproc or "auto", config.train.device)
-        if arguments.nproc and (count > 1 or machines_join()):
-            return launch(["train", *args], count, config.guard.grace_seconds, shlex.join(command))
-        unused = count - 1 if "WORLD_SIZE" not in os.environ else 0
+        from pretrain.report import explain, plot_run, write_report
+        from pretrain.training import Console, train
 
-    from pretrain.report import explain, plot_run, write_report
-    from pretrain.training import Console, train
-
-    console = Console(command=command)
-    if unused:
-        console.say(f"gpus      1 of {unused + 1} will train; all of them with: --nproc gpu")
-    run = train(config, out, console, STARTED, arguments.resume_from)
-    if os.environ.get("RANK", "0") == "0":
-        plot_run(run)
-        try:
-            page = write_report([run], run.folder / "report.html")
-        except Exception as error:  # a failed report must not make a finished training look failed
-            console.say(f"no report was written ({error}); try: pretrain report {out}")
-            page = None
-        console.say("\n" + explain(run, page))
-    return 0
-
-
-def _base_config(args: list[str]) -> Config:
-    """What the arguments override: the recipe they name, or the configuration of the run to resume."""
-    recipe = args[0] if args and not args[0].startswith("-") else ""
-    out = value_of(args, "--out")
-    if out and not recipe and Path(out, "config.toml").is_file():
-        from pretrain.runs.run import Run
-
-        return Run.open(out).config
-    return load_config(recipe or "quickstart")
+        console = Console(command=command)
+        if unused:
+            console.say(f"gpus      1 of {unused + 1} will train; all of them with: --nproc gpu")
+        run = train(self.config, out, console, STARTED, self.resume_from)
+        if os.environ.get("RANK", "0") == "0":
+            plot_run(run)
+            try:
+                page = write_report([run], run.folder / "report.html")
+            except Exception as error:  # a failed report must not make a finished training look failed
+                console.say(f"no report was written ({error}); try: pretrain report {out}")
+                page = None
+            console.say("\n" + explain(run, page))
+        return 0
