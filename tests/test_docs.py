@@ -267,7 +267,10 @@ def help_of(path: str) -> str:
 def known_options() -> dict[str, set[str]]:
     """The options of each command of ours, and under "" of the benchmarks."""
     scripts = "".join(file.read_text(encoding="utf-8") for file in ROOT.glob("benchmarks/*.py"))
-    ours = {path: {typed(name) for name in re.findall(r"--[a-z][\w.-]*", help_of(path))} for path in COMMANDS}
+    ours = {
+        path: {typed(name) for name in re.findall(r"--[a-z][\w.-]*", help_of(path))}
+        for path in ("data", "tokenizer", *COMMANDS)
+    }
     return {**ours, "": {typed(name) for name in re.findall(r'add_argument\(\s*"(--[\w-]+)"', scripts)}}
 
 

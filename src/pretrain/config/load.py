@@ -30,7 +30,14 @@ def load_config(recipe: str = "quickstart", **overrides: Any) -> Config:
     Raises:
         UsageError: there is no such recipe or file, a field is unknown or of the wrong type, or values contradict.
     """
-    tree = tomllib.loads(recipe_text(recipe)) if recipe in recipe_names() else _read_toml(recipe)
+    if recipe not in recipe_names() and not Path(recipe).expanduser().is_file():
+        hint = did_you_mean(recipe, recipe_names(), or_list=False) or "; 'pretrain recipes' lists them"
+        raise UsageError(f"no recipe or TOML file named '{recipe}'{hint}")
+    try:
+        text = recipe_text(recipe) if recipe in recipe_names() else Path(recipe).expanduser().read_text("utf-8")
+        tree = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{recipe} is not valid TOML: {error}") from None
     for name, value in overrides.items():
         section, _, leaf = name.partition(".")
         if not leaf:
@@ -53,17 +60,6 @@ def recipe_text(name: str) -> str:
 def recipe_summary(name: str) -> str:
     """What a named recipe is, in one line: the first comment of its file."""
     return recipe_text(name).partition("\n")[0].lstrip("# ")
-
-
-def _read_toml(path: str) -> dict[str, Any]:
-    file = Path(path).expanduser()
-    if not file.is_file():
-        hint = did_you_mean(path, recipe_names(), or_list=False) or "; 'pretrain recipes' lists them"
-        raise UsageError(f"no recipe or TOML file named '{path}'{hint}")
-    try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not valid TOML: {error}") from None
 
 
 def config_from_dict(tree: Mapping[str, Any], source: str) -> Config:

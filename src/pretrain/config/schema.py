@@ -62,12 +62,11 @@ class DataConfig(Section):
         super().__post_init__()
         if any(self.separator.startswith(self.separator[-k:]) for k in range(1, len(self.separator))):
             raise ValueError(
-                f"data.separator {self.separator!r} ends as it begins, so it may overlap itself; choose another, or"
-                f" replace it in the text"
+                f"data.separator {self.separator!r} ends as it begins, so it may overlap itself; choose another"
             )
         if self.weights and len(self.weights) != len(self.paths):
             raise ValueError(
-                f"data.weights has {len(self.weights)} values for {len(self.paths)} data.paths; give one for each"
+                f"data.weights has {len(self.weights)} values; give one for each of {len(self.paths)} data.paths"
             )
 
 
@@ -86,9 +85,7 @@ class TokenizerConfig(Section):
     def __post_init__(self):
         super().__post_init__()
         if self.kind == "bpe" and self.vocab_size < 257:
-            raise ValueError(
-                f"tokenizer.vocab_size must be at least 257 (256 bytes and the BOS token), not {self.vocab_size}"
-            )
+            raise ValueError(f"tokenizer.vocab_size must be at least 257 (256 bytes and BOS), not {self.vocab_size}")
 
 
 @dataclass(frozen=True)
@@ -132,7 +129,7 @@ class ModelConfig(Section):
     """Normalise queries and keys, so that attention cannot saturate."""
     attention_scale: NonNegative = 0.0
     """Scale of the attention scores before the softmax. 0: head dimension ** -0.5."""
-    window_pattern: NonEmpty = "L"
+    window_pattern: Annotated[str, Meta(pattern="^[LS]+$")] = "L"
     """Attention of the layers, repeated: L sees the whole context, S a sliding window. The last layer is always L."""
     window: Natural = 0
     """Tokens that an S layer sees, including the current one. 0: a quarter of the context."""
@@ -164,8 +161,6 @@ class ModelConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        if not set(self.window_pattern) <= {"L", "S"}:
-            raise ValueError(f"model.window_pattern must be made of L and S, not '{self.window_pattern}'")
         zeros = [name for name in ("layers", "heads", "width") if not getattr(self, name)]
         if zeros and not self.depth:
             raise ValueError(f"model.{zeros[0]} must be at least 1, not 0 (0 needs model.depth)")
@@ -180,11 +175,9 @@ class ModelConfig(Section):
             raise ValueError(f"model.kv_heads {self.kv_heads} does not divide model.heads {self.heads}")
         head_dimension = self.head_width or self.width // self.heads
         rotated = head_dimension * self.rope_fraction
-        if self.position == "rope" and (rotated % 2 or not rotated):
-            raise ValueError(
-                f"model.rope_fraction {self.rope_fraction} of the head dimension {head_dimension} is not an even number"
-                f" of channels; rotary positions turn them in pairs"
-            )
+        if self.position == "rope" and (rotated % 2 or not rotated):  # rotary positions turn channels in pairs
+            share = f"model.rope_fraction {self.rope_fraction} of the head dimension {head_dimension}"
+            raise ValueError(f"{share} is not an even number of channels")
 
 
 @dataclass(frozen=True)
@@ -416,15 +409,11 @@ class Config:
         if not tokens and not self.model.depth:
             raise ValueError("train.batch_tokens must be at least 1 (0 needs model.depth)")
         if tokens % length:
-            raise ValueError(
-                f"train.batch_tokens {tokens} is not a multiple of model.context_length {length};"
-                f" try --train.batch_tokens {_nearest_multiple(tokens, length)}"
-            )
+            hint = f"try --train.batch_tokens {_nearest_multiple(tokens, length)}"
+            raise ValueError(f"train.batch_tokens {tokens} is not a multiple of model.context_length {length}; {hint}")
         if self.train.micro_batch and self.batch_rows % self.train.micro_batch:
-            raise ValueError(
-                f"train.micro_batch {self.train.micro_batch} does not divide the {self.batch_rows} rows of the batch"
-                f" (train.batch_tokens / model.context_length)"
-            )
+            rows = f"the {self.batch_rows} rows of the batch (train.batch_tokens / model.context_length)"
+            raise ValueError(f"train.micro_batch {self.train.micro_batch} does not divide {rows}")
 
     @property
     def batch_rows(self) -> int:
