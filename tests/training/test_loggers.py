@@ -14,7 +14,7 @@ from pretrain.config import Config, load_config
 from pretrain.errors import UsageError
 from pretrain.io import without_secrets
 from pretrain.training import loggers
-from pretrain.training.loggers import Loggers, chosen, numbers
+from pretrain.training.loggers import Loggers, chosen
 
 
 def needs(module: str) -> pytest.MarkDecorator:
@@ -60,7 +60,7 @@ def test_tensorboard_reads_what_was_logged(tmp_path: Path):
     log = Loggers(tmp_path, config_of("auto"), 0, said)
     steps_of(log, [record(1), record(2)])
     log.on_evaluation({"step": 2}, "a sample with ``` in it")
-    log.close()
+    log.on_end(False)
     assert said == []
     assert events(tmp_path) == pytest.approx({1: 1.0, 2: 0.5})
     accumulator = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -74,10 +74,10 @@ def test_tensorboard_reads_what_was_logged(tmp_path: Path):
 def test_steps_done_again_after_a_resume_replace_the_first(tmp_path: Path):
     log = Loggers(tmp_path, config_of("tensorboard"), 0, Said())
     steps_of(log, (record(step) for step in range(1, 8)))
-    log.close()
+    log.on_end(False)
     log = Loggers(tmp_path, config_of("tensorboard"), 4, Said())  # killed after step 7, the checkpoint was of step 4
     steps_of(log, [record(5, 55.0), record(6, 66.0)])
-    log.close()
+    log.on_end(False)
     assert events(tmp_path) == pytest.approx({1: 1, 2: 1 / 2, 3: 1 / 3, 4: 1 / 4, 5: 55, 6: 66})
 
 
@@ -85,7 +85,7 @@ def test_steps_done_again_after_a_resume_replace_the_first(tmp_path: Path):
 def test_steps_taken_back_after_a_spike_are_replaced(tmp_path: Path):
     log = Loggers(tmp_path, config_of("tensorboard"), 0, Said())
     steps_of(log, [*(record(step) for step in range(1, 6)), record(3, 33.0), record(4, 44.0)])
-    log.close()
+    log.on_end(False)
     assert events(tmp_path) == pytest.approx({1: 1, 2: 1 / 2, 3: 33, 4: 44})
 
 
@@ -127,10 +127,10 @@ def test_wandb_goes_on_with_the_same_run_and_logs_no_step_twice(tmp_path: Path, 
     log = Loggers(run, config_of("wandb"), 0, Said())
     steps_of(log, (record(step) for step in range(1, 8)))
     log.on_evaluation({"step": 7}, "<b>")
-    log.close()
+    log.on_end(False)
     log = Loggers(run, config_of("wandb"), 4, Said())
     steps_of(log, (record(step) for step in range(5, 10)))
-    log.close()
+    log.on_end(False)
     assert [step for step, values in wandb.logged if "train/loss" in values] == list(range(1, 10))
     assert (7, {"sample": "<pre>&lt;b&gt;</pre>"}) in wandb.logged
     first, second = wandb.inits
@@ -142,7 +142,7 @@ def test_wandb_goes_on_with_the_same_run_and_logs_no_step_twice(tmp_path: Path, 
 def test_no_secret_reaches_a_logger(tmp_path: Path, wandb: FakeWandb):
     url = "https://me:hunter2@host.example/a.txt?X-Amz-Signature=hunter3#hunter4"
     log = Loggers(tmp_path, config_of("wandb", **{"data.paths": [url, "plain.txt"]}), 0, Said())
-    log.close()
+    log.on_end(False)
     assert wandb.inits[0]["config"]["data"]["paths"] == ["https://host.example/a.txt", "plain.txt"]
     assert "hunter" not in repr(wandb.inits)
     assert without_secrets(f"failed: {url} is gone") == "failed: https://host.example/a.txt is gone"
@@ -157,12 +157,12 @@ def test_without_a_key_wandb_is_offline(tmp_path: Path, wandb: FakeWandb, monkey
     netrc.chmod(0o600)
     monkeypatch.setenv("NETRC", str(netrc))
     said = Said()
-    Loggers(tmp_path, config_of("wandb"), 0, said).close()
+    Loggers(tmp_path, config_of("wandb"), 0, said).on_end(False)
     assert wandb.inits[0]["mode"] == "offline"
     assert len(said) == 1
     assert "wandb login" in said[0]
     netrc.write_text("machine api.wandb.ai login user password secret\n")
-    Loggers(tmp_path, config_of("wandb"), 0, said).close()
+    Loggers(tmp_path, config_of("wandb"), 0, said).on_end(False)
     assert wandb.inits[1]["mode"] is None
     assert len(said) == 1
 
@@ -175,14 +175,12 @@ def test_a_logger_that_fails_is_named_once_and_the_others_go_on(tmp_path: Path, 
 
     monkeypatch.setattr(wandb, "log", log)
     other: list[int] = []
-    fine = types.SimpleNamespace(
-        log=lambda step, values: other.append(step), text=lambda *_: None, close=lambda: other.append(-1)
-    )
-    monkeypatch.setattr(loggers, "Trackio", lambda *_: fine)
+    fine = types.SimpleNamespace(log=lambda _, step: other.append(step), finish=lambda: other.append(-1))
+    monkeypatch.setitem(sys.modules, "trackio", types.SimpleNamespace(init=lambda **_: fine))
     said = Said()
     handle = Loggers(tmp_path, config_of("wandb", "trackio"), 0, said)
     steps_of(handle, (record(step) for step in range(1, 6)))
-    handle.close()
+    handle.on_end(False)
     assert said == ["the logger wandb failed (no route to https://host/); training continues without it"]
     assert [step for step, _ in wandb.logged] == [1]
     assert other == [1, 2, 3, 4, 5, -1]
@@ -193,7 +191,7 @@ def test_a_logger_that_cannot_begin(tmp_path: Path, wandb: FakeWandb, monkeypatc
     said = Said()
     handle = Loggers(tmp_path, config_of("wandb"), 0, said)
     steps_of(handle, [record(1)])
-    handle.close()
+    handle.on_end(False)
     assert said == ["the logger wandb failed (3); training continues without it"]
 
 
@@ -201,11 +199,12 @@ def test_a_logger_that_hangs_holds_nothing_up(tmp_path: Path, wandb: FakeWandb, 
     free = threading.Event()
     monkeypatch.setattr(wandb, "log", lambda *_, **__: free.wait(30))
     monkeypatch.setattr(loggers, "LONGEST_QUEUE", 3)
+    monkeypatch.setattr(loggers, "CLOSE_SECONDS", 0.2)
     said = Said()
     handle = Loggers(tmp_path, config_of("wandb"), 0, said)
     for step in range(1, 11):
         steps_of(handle, [record(step)])
-    handle.close(seconds=0.2)
+    handle.on_end(False)
     free.set()
     assert len(said) == 2
     assert "slower than training" in said[0]
@@ -215,14 +214,14 @@ def test_a_logger_that_hangs_holds_nothing_up(tmp_path: Path, wandb: FakeWandb, 
 def test_missing_and_unwanted_loggers(monkeypatch, tmp_path: Path):
     monkeypatch.setattr(loggers, "installed", lambda name: False)
     said = Said()
-    assert chosen(("auto", "wandb"), said) == ()
+    assert chosen(("auto", "wandb"), said) == []
     assert said == ["log.backends names wandb, which is missing: pip install 'pretrain[wandb]'; continuing without it"]
     monkeypatch.setattr(loggers, "installed", lambda name: True)
-    assert chosen(("auto", "tensorboard", "wandb"), said) == ("tensorboard", "wandb")
-    assert chosen(("none",), said) == chosen((), said) == ()
+    assert chosen(("auto", "tensorboard", "wandb"), said) == ["tensorboard", "wandb"]
+    assert chosen(("none",), said) == chosen((), said) == []
     quiet = Loggers(tmp_path, config_of("none"), 0, said)
     steps_of(quiet, [record(1)])
-    quiet.close()
+    quiet.on_end(False)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UsageError, match=r"log.backends must be one of auto, none, tensorboard.*did you mean 'wandb'"):
         config_of("wandbb")
@@ -235,10 +234,6 @@ def test_a_folder_is_no_module(tmp_path: Path, monkeypatch):
     assert loggers.installed("json")
 
 
-def test_numbers_are_what_can_be_drawn():
-    assert numbers({"step": 3, "a": 1, "b": 0.5, "c": None, "d": "text", "e": True}) == {"a": 1, "b": 0.5}
-
-
 @needs("wandb")
 def test_the_real_wandb_offline(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -247,7 +242,7 @@ def test_the_real_wandb_offline(tmp_path: Path, monkeypatch):
         log = Loggers(tmp_path, config_of("wandb"), done, said)
         steps_of(log, (record(step) for step in steps))
         log.on_evaluation({"step": steps[-1]}, "a sample")
-        log.close()
+        log.on_end(False)
     assert said == []
     files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len({file.name for file in files}) == 1  # parts of one run
@@ -267,7 +262,7 @@ for done, steps in ((0, range(1, 4)), (2, range(3, 6))):
     for step in steps:
         log.on_step({"step": step, "train/loss": 1.0 / step})
     log.on_evaluation({"step": steps[-1]}, "a sample")
-    log.close()
+    log.on_end(False)
 """
     import subprocess
 
