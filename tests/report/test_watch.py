@@ -142,7 +142,7 @@ def test_how_the_run_is(make_run):
         assert said()[1]
         (run.folder / HEARTBEAT).write_text("{")
         assert said() == begun
-        run.write_summary({"steps": 40, "vocab_size": 257})
+        (run.folder / "summary.json").write_text(json.dumps({"steps": 40, "vocab_size": 257}))
         assert said() == ("Finished after 40 steps.", False)
 
 

@@ -9,7 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ from tests.evaluation.test_core import write_bundle
 from tests.training.test_loop import assert_same_run, change, learned, weights
 
 import pretrain.runs.checkpoint as checkpoint_module
-from pretrain.config import Config, GuardConfig
+from pretrain.config import Config, GuardConfig, ParallelConfig
 from pretrain.errors import CheckpointError, DataError, Interrupted, TrainingError
 from pretrain.evaluation import GPTScorer
 from pretrain.io import read_jsonl
@@ -32,6 +35,7 @@ from pretrain.training.guard import Guard, LossScale
 from pretrain.training.heartbeat import Heartbeat
 from pretrain.training.state import TrainState
 from pretrain.training.step import train_step
+from pretrain.training.world import World
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -430,45 +434,65 @@ def test_a_killed_process_leaves_no_lock(tiny: Config, tmp_path: Path):
 # ---------------------------------------------------------------- heartbeat
 
 
-def test_a_hang_is_told_with_every_stack(tmp_path: Path):
-    said: list[str] = []
+@pytest.fixture
+def hangs() -> list[str]:
+    """What is reported."""
+    return []
 
-    def stuck_here(watch: Heartbeat) -> None:
-        watch.on_phase(3, "training", 0.01)
-        deadline = time.monotonic() + 20
-        while not said and time.monotonic() < deadline:
-            time.sleep(0.02)
 
-    with Heartbeat(tmp_path, GuardConfig(hang_seconds=0.2), on_hang=said.append) as watch:
-        stuck_here(watch)
-        beat = json.loads((tmp_path / "heartbeat.json").read_text())
-        assert (beat["step"], beat["phase"], beat["pid"]) == (3, "training", os.getpid())
-        assert len(said) == 1
-    assert "while training after step 3" in said[0]
+@pytest.fixture
+def watch(tmp_path: Path, hangs: list[str]) -> Iterator[Callable[..., Heartbeat]]:
+    """Begin to watch: a heartbeat for these settings of the guard and the world."""
+    begun: list[Heartbeat] = []
+
+    def begin(timeout_seconds: float = 120.0, processes: int = 1, **guard: float) -> Heartbeat:
+        config = Config(guard=GuardConfig(**guard), parallel=ParallelConfig(timeout_seconds=timeout_seconds))
+        begun.append(Heartbeat(tmp_path, config, World(torch.device("cpu"), size=processes)))
+        trainer: Any = SimpleNamespace(event=lambda kind, text: hangs.append(text))
+        begun[0].on_start(trainer)
+        return begun[0]
+
+    yield begin
+    begun[0].on_end(False)
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def test_a_hang_is_told_with_every_stack(tmp_path: Path, watch: Callable[..., Heartbeat], hangs: list[str]):
+    def stuck_here() -> None:
+        watch(hang_seconds=0.2).on_phase(3, "training", 0.01)
+        wait_until(lambda: hangs)
+
+    stuck_here()
+    beat = json.loads((tmp_path / "heartbeat.json").read_text())
+    assert (beat["step"], beat["phase"], beat["pid"]) == (3, "training", os.getpid())
+    assert len(hangs) == 1
+    assert "while training after step 3" in hangs[0]
     assert "stuck_here" in (tmp_path / "hang.txt").read_text()
 
 
-def test_slow_steps_are_no_hang(tmp_path: Path):
-    with Heartbeat(tmp_path, GuardConfig(hang_seconds=0.05, hang_factor=100), on_hang=pytest.fail) as watch:
-        for _ in range(3):
-            watch.on_phase(1, "training", 1.0)
-        time.sleep(0.3)
-        assert watch.limit == 100.0
+def test_slow_steps_are_no_hang(watch: Callable[..., Heartbeat], hangs: list[str]):
+    heartbeat = watch(hang_seconds=0.05, hang_factor=100)
+    for _ in range(3):
+        heartbeat.on_phase(1, "training", 1.0)
+    time.sleep(0.3)
+    assert heartbeat.limit == 100.0
+    assert hangs == []
 
 
-def test_the_longest_silence_ends_earlier_but_not_while_saving(tmp_path: Path):
-    said: list[str] = []
-    with Heartbeat(tmp_path, GuardConfig(hang_seconds=0.4, hang_factor=1000), on_hang=said.append) as watch:
-        watch.on_phase(1, "saving", 1.0)
-        watch.longest_silence = 0.3
-        time.sleep(0.6)
-        assert not said
-        watch.on_phase(1, "validating")
-        for _ in range(6):
-            time.sleep(0.1)
-            watch.on_phase(1, "validating")
-        assert not said
-        deadline = time.monotonic() + 20
-        while not said and time.monotonic() < deadline:
-            time.sleep(0.02)
-    assert "while validating after step 1" in said[0]
+def test_others_time_out_earlier_but_not_while_saving(watch: Callable[..., Heartbeat], hangs: list[str]):
+    heartbeat = watch(timeout_seconds=0.3 / 0.7, processes=2, hang_seconds=0.4, hang_factor=1000)
+    heartbeat.on_phase(1, "saving", 1.0)
+    time.sleep(0.6)
+    assert not hangs
+    heartbeat.on_phase(1, "validating")
+    for _ in range(6):
+        time.sleep(0.1)
+        heartbeat.on_phase(1, "validating")
+    assert not hangs
+    wait_until(lambda: hangs)
+    assert "while validating after step 1" in hangs[0]

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from pretrain.config import CheckpointConfig
+from pretrain.errors import CheckpointError
 from pretrain.io import read_bounded, sha256_of, sync_folder, write_atomically
 
 SAVE_TIMEOUT = timedelta(hours=1)
@@ -230,12 +231,18 @@ def checkpoints(folder: Path) -> list[Checkpoint]:
 
 
 def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest intact checkpoint; damaged ones that are skipped are named through ``say``."""
-    for checkpoint in reversed(checkpoints(folder)):
+    """The newest intact checkpoint, None if there is none at all; damaged ones that are skipped are named.
+
+    Raises CheckpointError if all are damaged.
+    """
+    there = checkpoints(folder)
+    for checkpoint in reversed(there):
         problem = checkpoint.broken()
         if not problem:
             return checkpoint
         say(f"passing over damaged checkpoint {checkpoint.folder.name}: {problem}")
+    if there:
+        raise CheckpointError(f"every checkpoint in {folder} is damaged; start again with another --out")
     return None
 
 

@@ -161,8 +161,20 @@ class Run:
         file = self.folder / "summary.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
-    def write_summary(self, summary: dict[str, Any]) -> None:
-        """Write ``summary.json`` atomically; with it the run is finished."""
+    def write_summary(self, seconds: float, **facts: float) -> None:
+        """Write ``summary.json`` from metrics.jsonl and further ``facts``; with it the run is finished."""
+        records = read_jsonl(self.metrics)
+        last, recent = records[-1], [record["train/loss"] for record in records[-20:]]
+        summary = {
+            "val_loss": last.get("val/loss"),
+            "val_bpb": last.get("val/bpb"),
+            "train_loss": sum(recent) / len(recent) if None not in recent else None,
+            "steps": last["step"],
+            "tokens": last["tokens"],
+            "seconds": round(seconds, 1),
+            "tokens_per_second": round(last["tokens"] / seconds),
+            **facts,
+        }
         write_atomically(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     def tokenizer(self) -> Tokenizer:
@@ -185,11 +197,9 @@ class Run:
 
     def newest_checkpoint(self) -> Checkpoint:
         """The newest whole checkpoint. A CheckpointError when there is none."""
-        problems: list[str] = []
-        checkpoint = newest(self.checkpoints, problems.append)
+        checkpoint = newest(self.checkpoints, say=lambda _: None)
         if checkpoint is None:
-            detail = f" ({'; '.join(problems)})" if problems else ""
-            raise CheckpointError(f"{self.folder} has no whole checkpoint yet{detail}; train it further first")
+            raise CheckpointError(f"{self.folder} has no whole checkpoint yet; train it further first")
         return checkpoint
 
     def checkpoint(self, step: int) -> Checkpoint:

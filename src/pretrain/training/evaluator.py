@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
-import numpy as np
-
 from pretrain.config import Config
 from pretrain.evaluation import CoreResult, GPTScorer, Task, evaluate_core, evaluate_loss
 from pretrain.generation import sample_text
@@ -26,29 +24,33 @@ VALIDATION_TOKENS = 8192
 
 @dataclass
 class Evaluator:
-    """Measures a model; ``sharded`` says that it is spread over the processes, which must then all compute together."""
+    """Measures a model; ``check`` in its methods is called before each piece of work, and may raise to cut it short."""
 
     config: Config
     world: World
     model: GPT
     sharded: bool
+    """The model is spread over the processes, which must then all compute together."""
     tokenizer: Tokenizer
-    token_bytes: np.ndarray
-    """UTF-8 bytes of each token, (V)."""
     val_streams: dict[str, TokenStream]
     """The held-out tokens of each data set that has some."""
     core_tasks: list[Task]
 
+    def __post_init__(self):
+        self.token_bytes = self.tokenizer.token_bytes()
+        self.together = self.sharded or self.world.size == 1
+        """All processes do the same in :meth:`core` and :meth:`sample`, so they may all be stopped together there."""
+
     def validate(self, all_tokens: bool, micro_rows: int, check: Callable[[], None]) -> dict[str, float]:
         """Validation loss and bits per byte, of each data set too where there are several; nothing without held-out
-        text. ``all_tokens``: not only ``eval.tokens``. ``check`` is called between batches, and may raise.
+        text. ``all_tokens``: not only ``eval.tokens``.
         """
         length, results = self.config.model.context_length, {}
         rows = max(micro_rows, VALIDATION_TOKENS // length)
         limit = 0 if all_tokens else -(-self.config.eval.tokens // max(1, len(self.val_streams)))
         for name, stream in self.val_streams.items():
             batches = validation_batches(stream, length, rows, limit, self.world.rank, self.world.size)
-            results[name] = evaluate_loss(self.model, checked(batches, check), self.token_bytes, self.world.sum_on_cpu)
+            results[name] = evaluate_loss(self.model, checked(batches, check), self.token_bytes, self.world.sum)
         if not results:
             return {}
         whole = functools.reduce(operator.add, results.values())
@@ -60,19 +62,15 @@ class Evaluator:
 
     def core(self, check: Callable[[], None]) -> CoreResult:
         """CORE, or the mean over as many of its tasks as the bundle has; each process takes some of the tasks."""
-        shares = 1 if self.sharded else self.world.size
-        tasks = self.core_tasks[self.world.rank % shares :: shares]
+        shares = 1 if self.together else self.world.size
         scorer = GPTScorer(self.model, self.tokenizer, on_batch=check)
+        tasks = self.core_tasks[self.world.rank % shares :: shares]
         results = evaluate_core(scorer, tasks, self.config.eval.core_max_per_task).tasks
         return CoreResult(tuple(each for some in self.world.gather(results)[:shares] for each in some))
 
     def sample(self, check: Callable[[], None]) -> str | None:
         """The prompt of ``config.sample``, continued; None in a process that rank 0 does not need for it."""
-        if self.sharded or self.world.size == 1:
-            pass  # all processes sample the same text together, and may all be stopped together
-        elif self.world.is_rank0:
-            check = lambda: None  # noqa: E731 - the others do not sample, so they could not answer whether to stop
-        else:
+        if not (self.together or self.world.is_rank0):
             return None
         settings = self.config.sample
         pieces = sample_text(

@@ -5,80 +5,59 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
-import math
 import os
 import platform
 import statistics
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.config import GuardConfig
+from pretrain.config import Config
 from pretrain.io import write_atomically
 from pretrain.training.callbacks import Callback
+from pretrain.training.world import World
 
 if TYPE_CHECKING:
     from pretrain.training.loop import Trainer
 
 HEARTBEAT = "heartbeat.json"
 STACKS = "hang.txt"
-POLL = 1.0
-"""Seconds between looks."""
 SAVING = "saving"
-"""The phase of waiting for a checkpoint to be written."""
+"""The phase of waiting for a checkpoint to be written, which may take longer than any other."""
+WARNED_AFTER = 0.7
+"""Stragglers are named after this fraction of ``parallel.timeout_seconds``: at its end NCCL aborts the process before
+Python can."""
 
 
 class Heartbeat(Callback):
-    """While training, keeps ``heartbeat.json`` fresh and reports a hang.
+    """Keeps ``heartbeat.json`` in ``folder`` fresh on rank 0, tells the other processes, and reports a hang."""
 
-    Args:
-        folder: the run directory; None for processes that write nothing.
-        config: when silence counts as a hang: ``hang_factor`` usual steps, and at least ``hang_seconds``.
-        publish: also called with every heartbeat, in its own thread, since it may block on the network.
-    """
-
-    def __init__(
-        self,
-        folder: Path | None,
-        config: GuardConfig,
-        publish: Callable[[dict[str, Any]], None] | None = None,
-        on_hang: Callable[[str], None] = lambda text: None,
-    ):
-        self.folder, self.config, self.publish, self.on_hang = folder, config, publish, on_hang
+    def __init__(self, folder: Path, config: Config, world: World):
+        self.folder, self.config, self.world = folder, config, world
         self.step, self.phase = 0, "starting"
         self.beats = 0  # processes that do the same have as many
         self._last = time.monotonic()
         self._reported = False
         self._steps: deque[float] = deque(maxlen=50)  # seconds of the last steps
         self._end = threading.Event()
-        self.longest_silence = math.inf
-        """Silence of this many seconds counts as a hang in any phase but saving, which may take longer."""
-        self._threads = [threading.Thread(target=self._watch, name="heartbeat", daemon=True)]
-        if publish is not None:
-            self._threads.append(threading.Thread(target=self._publish, name="published heartbeat", daemon=True))
-
-    def __enter__(self) -> Heartbeat:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end.set()
-        for thread in self._threads:
-            if thread.is_alive():
-                thread.join(5)
+        # Two threads, since telling the other processes may block on the network.
+        work = (self._watch, self._publish) if world.size > 1 else (self._watch,)
+        self._threads = [threading.Thread(target=each, name="heartbeat", daemon=True) for each in work]
 
     def on_start(self, trainer: Trainer) -> None:
         """Begin to watch."""
-        self.on_hang = trainer.hang
-        self.__enter__()
+        self.trainer = trainer
+        for thread in self._threads:
+            thread.start()
 
     def on_end(self, interrupted: bool) -> None:
         """The last heartbeat."""
-        self.__exit__()
+        self._end.set()
+        for thread in self._threads:
+            thread.join(5)
 
     def on_phase(self, step: int, phase: str, seconds: float | None = None) -> None:
         """Something moved; the same phase again is not counted, as processes may call it unequally often."""
@@ -92,40 +71,44 @@ class Heartbeat(Callback):
     @property
     def limit(self) -> float:
         """Seconds of silence that count as a hang."""
-        usual = statistics.median(self._steps) if self._steps else 0.0
-        limit = max(self.config.hang_seconds, self.config.hang_factor * usual)
-        return limit if self.phase == SAVING else min(limit, self.longest_silence)
+        guard, usual = self.config.guard, statistics.median(self._steps or [0.0])
+        limit = max(guard.hang_seconds, guard.hang_factor * usual)
+        if self.world.size > 1 and self._steps and self.phase != SAVING:
+            limit = min(limit, WARNED_AFTER * self.config.parallel.timeout_seconds)
+        return limit
 
     def _publish(self) -> None:
-        assert self.publish is not None
         while True:
             with contextlib.suppress(RuntimeError):  # when the process that keeps the heartbeats is gone
-                self.publish(self._beat())
-            if self._end.wait(POLL):
+                self.world.publish_heartbeat(self._beat())
+            if self._end.wait(1.0):
                 break
 
     def _watch(self) -> None:
+        hang_seconds = self.config.guard.hang_seconds
         self._write()
-        while not self._end.wait(min(POLL, self.config.hang_seconds / 4 or POLL)):
+        while not self._end.wait(min(1.0, hang_seconds / 4 or 1.0)):
             self._write()
             silent = time.monotonic() - self._last
-            if self.config.hang_seconds and silent > self.limit and not self._reported:
+            if hang_seconds and silent > self.limit and not self._reported:
                 self._reported = True
-                self._report(silent)
+                self._report(f"no progress for {silent:.0f} s while {self.phase} after step {self.step}")
         self._write()
 
-    def _report(self, silent: float) -> None:
-        text = f"no progress for {silent:.0f} s while {self.phase} after step {self.step}"
-        if self.folder is not None:
-            try:
-                with (self.folder / STACKS).open("a", encoding="utf-8") as out:
-                    out.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')}: {text}\n")
-                    out.flush()
-                    faulthandler.dump_traceback(out, all_threads=True)
+    def _report(self, text: str) -> None:
+        """Write the stacks, and name the stragglers, from a process that is none."""
+        if self.world.is_rank0:
+            with contextlib.suppress(OSError), (self.folder / STACKS).open("a", encoding="utf-8") as out:
+                out.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')}: {text}\n")
+                out.flush()
+                faulthandler.dump_traceback(out, all_threads=True)
                 text += f"; the stack of every thread is in {self.folder / STACKS}"
-            except OSError as error:
-                text += f"; the threads' stacks could not be written ({error.strerror})"
-        self.on_hang(text)
+        stragglers = self.world.stragglers()
+        text = "; ".join([text, *stragglers.values()])
+        if self.world.is_rank0:
+            self.trainer.event("hang", text)
+        elif self.world.is_reporter(stragglers):
+            print(f"pretrain: rank {self.world.rank}: {text}", file=sys.stderr, flush=True)
 
     def _beat(self) -> dict[str, Any]:
         return {
@@ -139,6 +122,6 @@ class Heartbeat(Callback):
         }
 
     def _write(self) -> None:
-        if self.folder is not None:
+        if self.world.is_rank0:
             with contextlib.suppress(OSError):  # a full disk must not end the run; it is reported where it matters
                 write_atomically(self.folder / HEARTBEAT, json.dumps(self._beat()) + "\n", sync=False)

@@ -72,7 +72,7 @@ class Loggers(Callback):
         self.config, self.project = without_secrets(config_to_dict(config)), config.log.project
         self.name = config.log.name or folder.absolute().name
         self.kinds = chosen(config.log.backends, say)
-        self._tools: dict[str, tuple[Any, Callable[[str], Any]]] = {}  # with log and finish; and what shows a text there
+        self._tools: dict[str, tuple[Any, Callable[[str], Any]]] = {}  # see _open
         self._state: dict[str, Any] = {}
         self._queue: queue.SimpleQueue[tuple[int, dict[str, Any]] | None] = queue.SimpleQueue()
         self._full = False
@@ -126,7 +126,7 @@ class Loggers(Callback):
         self._store()
 
     def _open(self, kind: str) -> tuple[Any, Callable[[str], Any]]:
-        """A tool, under the names that the run had there before; and what shows a text there."""
+        """A tool, which has ``log`` and ``finish``, under the names that the run had there; and what shows a text."""
 
         def in_markdown(text: str) -> str:
             return "```text\n" + text.replace("```", "'''") + "\n```"

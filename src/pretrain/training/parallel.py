@@ -128,8 +128,7 @@ class Parameters:
     """
 
     def __init__(self, model: GPT, kind: str, world: World):
-        self.world = world
-        self.model = model
+        self.model, self.kind, self.world = model, kind, world
         self.whole = dict(model.named_parameters())
         self.local = {
             name: nn.Parameter(p.to_local().detach()) if isinstance(p, DTensor) else p for name, p in self.whole.items()

@@ -16,7 +16,7 @@ from pretrain.io import read_jsonl
 from pretrain.model import GPT
 from pretrain.optim import build_optimizers
 from pretrain.runs import Run
-from pretrain.runs.checkpoint import CheckpointWriter
+from pretrain.runs.checkpoint import CheckpointWriter, newest
 from pretrain.runs.environment import write_environment
 from pretrain.sizing import meta_model, rows_that_fit
 from pretrain.tokens import LiveBatches, TrainingBatches, ahead, find_text, training_order
@@ -27,7 +27,7 @@ from pretrain.training.guard import Guard, LossScale
 from pretrain.training.heartbeat import Heartbeat
 from pretrain.training.init_from import load_initial
 from pretrain.training.loggers import Loggers
-from pretrain.training.loop import Trainer, newest_checkpoint
+from pretrain.training.loop import Trainer
 from pretrain.training.parallel import Parameters, choose_kind, init_parameters, parallelize, training_forward
 from pretrain.training.state import Progress, TrainState
 from pretrain.training.world import World
@@ -71,7 +71,7 @@ def set_up(
     batches = ahead(batches, device)
 
     # The checkpoint decides the precision, and must be of this data.
-    checkpoint = newest_checkpoint(run, world, say)
+    checkpoint = world.run_on_rank0(lambda: newest(run.checkpoints, say))
     progress = Progress.of(checkpoint)
     if checkpoint and progress.data != corpus.fingerprint:
         place = ", ".join(dataset.name for dataset in corpus.datasets)
@@ -124,8 +124,7 @@ def set_up(
     state.progress.micro_rows = min(micro_rows, world.rows_per_rank(rows))
 
     # Callbacks: on rank 0 all of them, elsewhere only the heartbeat.
-    heartbeat = Heartbeat(run.folder if world.is_rank0 else None, config.guard, world.publish_heartbeat)
-    listeners: list[Callback] = [heartbeat]
+    listeners: list[Callback] = [Heartbeat(run.folder, config, world)]
     losses = {r["step"]: r["val/loss"] for r in read_jsonl(run.metrics) if r.get("val/loss") is not None}
     if world.is_rank0:
         finished = progress.step - bool(progress.pending)
@@ -135,20 +134,17 @@ def set_up(
         write_environment(run.folder, device, **facts)
     val_streams = {each.name: each.stream("val") for each in corpus.datasets if each.tokens("val")}
     tasks = read_tasks(open_bundle(config.eval.core_bundle)) if config.eval.core_every else []
-    token_bytes = tokenizer.token_bytes()
-    evaluator = Evaluator(config, world, model, parameters.sharded, tokenizer, token_bytes, val_streams, tasks)
+    evaluator = Evaluator(config, world, model, parameters.sharded, tokenizer, val_streams, tasks)
     return Trainer(
         run=run,
         corpus=corpus,
         state=state,
         evaluator=evaluator,
         writer=CheckpointWriter(run.checkpoints, parameters.as_dtensor, world.size > 1),
-        heartbeat=heartbeat,
         callbacks=listeners,
         say=say,
         command=console.command,
         clock_start=started - progress.seconds,
         val_losses=world.broadcast(losses),
         bytes_per_token=bytes_per_token,
-        kind=kind,
     )

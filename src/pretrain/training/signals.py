@@ -54,11 +54,6 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def check(self) -> None:
-        """Raise Stopped if a signal asked to stop: for places where the work at hand may be given up."""
-        if self.requested:
-            raise Stopped
-
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             if time.monotonic() - self._first > TOGETHER:

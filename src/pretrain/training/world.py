@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pretrain.config import ParallelConfig
 from pretrain.device import choose_device
-from pretrain.errors import Interrupted, PeerError, PretrainError, UsageError
+from pretrain.errors import PeerError, PretrainError, TrainingError, UsageError
 
 T = TypeVar("T")
 
@@ -58,39 +58,27 @@ class World:
         return -(-rows // self.size)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Add up a tensor on the device over all processes, in place."""
+        """Add up a tensor over all processes, in place."""
         if self.control is not None:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def sum_on_cpu(self, tensor: Tensor) -> Tensor:
-        """Add up a tensor on the CPU over all processes, in place."""
-        if self.control is not None:
-            dist.all_reduce(tensor, group=self.control)
+            dist.all_reduce(tensor, group=self.control if tensor.is_cpu else None)
         return tensor
 
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` is set in any process: the same answer in all of them."""
-        if self.control is None:
-            return flag
-        flags = torch.tensor(int(flag))
-        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.control)
-        return bool(flags)
+        return bool(self.sum(torch.tensor(int(flag))))
 
     def broadcast(self, value: T) -> T:
         """Rank 0's value, in every process."""
-        if self.control is None:
-            return value
         values = [value]
-        dist.broadcast_object_list(values, src=0, group=self.control)
+        if self.control is not None:
+            dist.broadcast_object_list(values, src=0, group=self.control)
         return values[0]
 
     def gather(self, value: T) -> list[T]:
         """The values of all processes by rank, in every process."""
-        if self.control is None:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.control)
+        values: list[Any] = [value] * self.size
+        if self.control is not None:
+            dist.all_gather_object(values, value, group=self.control)
         return values
 
     def run_on_rank0(self, work: Callable[[], T]) -> T:
@@ -99,33 +87,29 @@ class World:
         Raises:
             PretrainError: in rank 0 as it is; in the others as PeerError, which says nothing more.
         """
-        if self.control is None:
-            return work()
-        if not self.is_rank0:
-            result, error_code = self.broadcast((None, 0))
-            if error_code:
-                raise PeerError(error_code)
-            return result  # type: ignore[return-value]
-        try:
-            result = work()
-        except BaseException as error:
-            code = error.exit_code if isinstance(error, PretrainError) else 1
-            code = Interrupted.exit_code if isinstance(error, KeyboardInterrupt) else code
-            self.broadcast((None, code))
-            raise
-        return self.broadcast((result, 0))[0]
+        result, error, code = None, None, 0
+        if self.is_rank0:
+            try:
+                result = work()
+            except BaseException as raised:
+                error, code = raised, raised.exit_code if isinstance(raised, PretrainError) else 1
+        result, code = self.broadcast((result, code))
+        if code:
+            raise error or PeerError(code)
+        return result  # type: ignore[return-value]
 
     def check_same_on_all_ranks(self, facts: dict[str, str]) -> None:
         """A UsageError that names the ranks and the fact, unless all processes have the same facts."""
         everybody = self.gather(facts)
         for name, value in everybody[0].items():
-            if not self.is_rank0 and any(theirs != everybody[0] for theirs in everybody):
+            different = {rank: theirs[name] for rank, theirs in enumerate(everybody) if theirs[name] != value}
+            if different and not self.is_rank0:
                 raise PeerError(UsageError.exit_code)  # rank 0 says it
-            if different := [rank for rank, theirs in enumerate(everybody) if theirs[name] != value]:
-                ranks = ", ".join(map(str, different))
+            if different:
+                rank, other = next(iter(different.items()))
                 raise UsageError(
-                    f"the processes disagree on {name}: rank 0 has {value}, rank {different[0]} has"
-                    f" {everybody[different[0]][name]} (different from rank 0: {ranks}); start them all alike"
+                    f"the processes disagree on {name}: rank 0 has {value}, rank {rank} has {other} (different from"
+                    f" rank 0: {', '.join(map(str, different))}); start them all alike"
                 )
 
     def shorten_timeout(self, seconds: float, groups: Sequence[dist.ProcessGroup] = ()) -> None:
@@ -137,6 +121,8 @@ class World:
             set_timeout = dist.distributed_c10d._set_pg_timeout
             for group in {dist.group.WORLD, self.control, *groups}:
                 set_timeout(timedelta(seconds=seconds), group)
+
+    # Which of them fell silent ---------------------------------------------------------------------------------------
 
     def publish_heartbeat(self, beat: dict[str, Any]) -> None:
         """Leave word of what this process is doing, for the others to read when they wait in vain."""
@@ -153,24 +139,21 @@ class World:
 
     def stragglers(self) -> dict[int, str]:
         """Which processes are silent or behind the others, by rank, in words; empty if none is known to be."""
+        if (store := self.store) is None:
+            return {}
         found: list[dict[int, str]] = []
         # In a thread, since a machine that is cut off from the store would wait for it without end.
-        asking = threading.Thread(target=lambda: found.append(self._stragglers()), daemon=True)
+        asking = threading.Thread(target=lambda: found.append(self._stragglers(store)), daemon=True)
         asking.start()
         asking.join(STRAGGLER_SECONDS)
-        cut_off = {rank: "this machine cannot reach the others" for rank in range(self.size) if rank != self.rank}
-        return found[0] if found else dict(list(cut_off.items())[:1])
+        return found[0] if found else {int(self.is_rank0): "this machine cannot reach the others"}
 
-    def _stragglers(self) -> dict[int, str]:
-        if self.store is None:
-            return {}
-        beats: list[dict[str, Any]] = []
-        silent: dict[int, str] = {}
-        for rank in range(self.size):
-            key = f"heartbeat/{rank}"
-            beat = json.loads(self.store.get(key)) if self.store.check([key]) else {}
-            beats.append({"step": 0, "beats": 0, "phase": "starting", "time": 0.0, **beat})
+    def _stragglers(self, store: dist.Store) -> dict[int, str]:
+        unknown = {"step": 0, "beats": 0, "phase": "starting", "time": 0.0}
+        keys = [f"heartbeat/{rank}" for rank in range(self.size)]
+        beats = [unknown | (json.loads(store.get(key)) if store.check([key]) else {}) for key in keys]
         furthest = max(beat["beats"] for beat in beats)
+        silent: dict[int, str] = {}
         for rank, beat in enumerate(beats):
             age = self.now() - beat["time"]
             if age > STRAGGLER_SECONDS or beat["beats"] < furthest:
@@ -178,6 +161,16 @@ class World:
                 heard = f"silent for {age:.0f} s, " if age > STRAGGLER_SECONDS and beat["time"] else ""
                 silent[rank] = f"rank {rank}{where} ({heard}last seen {beat['phase']} after step {beat['step']})"
         return silent
+
+    def connection_lost(self, error: Exception) -> PretrainError:
+        """What to leave with when other processes did not answer: their names, from one process only."""
+        deadline = time.monotonic() + STRAGGLER_SECONDS + 2
+        while not (stragglers := self.stragglers()) and time.monotonic() < deadline:
+            time.sleep(0.5)  # one that has just died is missed only after a while
+        if not self.is_reporter(stragglers):
+            return PeerError(1)
+        names = "; ".join(stragglers.values()) or "it is not known which"
+        return TrainingError(f"waiting for other processes failed: {names} ({str(error).splitlines()[0][:200]})")
 
 
 @contextmanager
