@@ -1,5 +1,4 @@
 import io
-import math
 from typing import Any
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from pretrain.config import Config
 from pretrain.device import Precision
 from pretrain.training import Console, train
-from pretrain.training.console import Panel, clock
+from pretrain.training.console import Panel
 
 
 def record(step: int, loss: float | None = 4.0, **more: Any) -> dict[str, Any]:
@@ -24,34 +23,32 @@ def record(step: int, loss: float | None = 4.0, **more: Any) -> dict[str, Any]:
     }
 
 
+NOW = [100.0]
+
+
 @pytest.fixture
 def panel() -> Panel:
-    return Panel(Precision("bf16", torch.device("cpu")), share=1e-5, saved=0, done=0, steps=200)
+    terminal = rich.console.Console(file=io.StringIO(), width=120, get_time=lambda: NOW[0])
+    return Panel(terminal, Precision("bf16", torch.device("cpu")), share=1e-5, done=0, steps=200)
 
 
-def test_the_smoothed_loss_is_a_mean_of_the_last_steps(panel: Panel):
-    losses = [5.0, 4.0, 3.0, 2.0]
-    for step, loss in enumerate(losses, 1):
-        panel.step(record(step, loss))
-    weights = [0.95 ** (len(losses) - 1 - i) for i in range(len(losses))]
-    assert panel.smoothed == pytest.approx(sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights))
-    panel.step(record(5, None))  # a step whose loss was not finite
-    panel.step(record(6, math.inf))
-    assert panel.smoothed == pytest.approx(sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights))
+def shown(panel: Panel) -> str:
+    with panel.live.console.capture() as capture:
+        panel.live.console.print(panel.draw())
+    return capture.get()
 
 
-def test_what_the_panel_shows(panel: Panel, monkeypatch):
-    assert "first step" in panel.draw().plain
-    now = [100.0]
-    monkeypatch.setattr("pretrain.training.console.time.monotonic", lambda: now[0])
+def test_what_the_panel_shows(panel: Panel):
+    assert "first step" in shown(panel)
     for step in range(1, 51):
         panel.step(record(step, 4.0))
-        now[0] += 2.0
-    panel.validation = record(50, 4.0, **{"val/loss": 4.4, "val/bpb": 1.7})
-    text = panel.draw().plain
+        text = shown(panel)
+        NOW[0] += 2.0
     assert "step 50/200" in text
     assert "25%" in text
-    assert "5:06 left" in text  # 150 steps of 100/49 seconds
+    assert "05:00 left" in text
+    panel.validation = record(50, 4.0, **{"val/loss": 4.4, "val/bpb": 1.7})
+    text = shown(panel)
     assert "loss 4.000 (last 4.000)" in text
     assert "validation 1.700 bits per byte at step 50" in text
     assert "lr 1.00e-03" in text
@@ -60,12 +57,12 @@ def test_what_the_panel_shows(panel: Panel, monkeypatch):
     assert "12% of peak bf16" in text
     assert "no checkpoint yet" in text
     panel.saved = 40
-    assert "checkpoint of step 40" in panel.draw().plain
+    assert "checkpoint of step 40" in shown(panel)
     console = Console(quiet=True)
     console._panel = panel
     console.on_evaluation(record(60, 4.0, **{"val/loss": None, "val/bpb": None}), None)  # kept: the last finite one
     panel.step(record(61, None, **{"train/grad_norm": None}))
-    text = panel.draw().plain
+    text = shown(panel)
     assert "validation 1.700" in text
     assert "(last none)" in text
     assert "gradient norm none" in text
@@ -103,7 +100,3 @@ def test_a_quiet_console_shows_and_measures_nothing(tiny: Config, tmp_path, monk
     monkeypatch.setattr("pretrain.training.console.peak_flops", lambda *_: pytest.fail("measured"))
     train(tiny, tmp_path / "run", Console(quiet=True))
     assert capsys.readouterr().out == ""
-
-
-def test_clock():
-    assert [clock(seconds) for seconds in (0.4, 61, 3600, 90061)] == ["0:00", "1:01", "1:00:00", "25:01:01"]

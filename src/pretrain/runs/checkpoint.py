@@ -38,6 +38,9 @@ STATE = "state.json"
 STATE_BYTES = 2**28
 """More than the plain values of any run take."""
 
+AsDTensor = Callable[[str, Tensor], Tensor]
+"""From a name and a tensor on the CPU to what torch.distributed.checkpoint must see; see ``Parameters.as_dtensor``."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -51,11 +54,18 @@ class Checkpoint:
         """The plain values saved with the tensors."""
         return json.loads(read_bounded(self.folder / STATE, STATE_BYTES))
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Fill these tensors in place with the saved ones of the same names; names not asked for are left alone."""
+    def load(self, tensors: Mapping[str, Tensor], as_dtensor: AsDTensor = lambda name, tensor: tensor) -> None:
+        """Fill these tensors in place with the saved ones of the same names, whatever processes saved them.
+
+        Names not asked for are left alone. ``as_dtensor`` says which part of the whole a tensor on the CPU is.
+        """
+        copies = {name: t if t.is_cpu else torch.empty_like(t, device="cpu") for name, t in tensors.items()}
+        parts = {name: as_dtensor(name, copy) for name, copy in copies.items()}
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(self.folder)), no_dist=True)
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # by no_dist
+            load(parts, storage_reader=HuggingFaceStorageReader(str(self.folder)), no_dist=True)
+        for name, tensor in tensors.items():
+            tensor.copy_(copies[name])
 
     def broken(self) -> str:
         """What is wrong with the files, in a few words; empty if every byte is as it was written."""
@@ -90,22 +100,36 @@ def save_checkpoint(
     """
     final = folder / f"step-{step:08d}"
     temporary = final.with_name(final.name + ".tmp")
-    first = group is None or dist.get_rank(group) == 0
+    rank = 0 if group is None else dist.get_rank(group)
+
+    def on_rank0(work: Callable[[], None]) -> None:
+        """Let rank 0 work while the others wait; its OSError is raised in all of them."""
+        error: list[OSError | None] = [None]
+        if rank == 0:
+            try:
+                work()
+            except OSError as raised:
+                error = [raised]
+        if group is not None:
+            dist.broadcast_object_list(error, src=0, group=group)
+        if error[0] is not None:
+            raise error[0]
+
+    def prepare() -> None:
+        for leftover in (temporary, final):  # of a save that was cut off, or of an equal one
+            remove(leftover)
+        temporary.mkdir(parents=True)
+
+    def commit() -> None:
+        (temporary / STATE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n", encoding="utf-8")
+        _commit(temporary, final)
+
     try:
-        if first:
-            for leftover in (temporary, final):  # of a save that was cut off, or of an equal one
-                remove(leftover)
-            temporary.mkdir(parents=True)
-        if group is not None:
-            dist.barrier(group)
+        on_rank0(prepare)
         _write_tensors(temporary, tensors, group)
-        if first:
-            (temporary / STATE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n", encoding="utf-8")
-            _commit(temporary, final)
-        if group is not None:
-            dist.barrier(group)
+        on_rank0(commit)
     except BaseException:
-        if first:
+        if rank == 0:
             remove(temporary)
             if not (final / COMMIT).exists():
                 remove(final)
@@ -119,10 +143,7 @@ def _write_tensors(folder: Path, tensors: dict[str, Tensor], group: dist.Process
     try:
         save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
     except CheckpointException as error:  # it wraps what each process met
-        for failure in error.failures.values():
-            if isinstance(cause := failure[0], OSError):
-                raise cause from None
-        raise
+        raise next((e for e, _ in error.failures.values() if isinstance(e, OSError)), error) from None
 
 
 def _commit(temporary: Path, final: Path) -> None:
@@ -137,36 +158,13 @@ def _commit(temporary: Path, final: Path) -> None:
     write_atomically(final / COMMIT, json.dumps(hashes, indent=2) + "\n")
 
 
-def load_tensors(
-    checkpoint: Checkpoint, tensors: Mapping[str, Tensor], as_dtensor: Callable[[str, Tensor], Tensor]
-) -> None:
-    """Fill the tensors of this process in place, whatever processes saved them.
-
-    ``as_dtensor`` says which part of the whole a tensor is, see ``Parameters.as_dtensor``.
-    """
-    copies = {
-        name: tensor if tensor.is_cpu else torch.empty_like(tensor, device="cpu") for name, tensor in tensors.items()
-    }
-    checkpoint.load({name: as_dtensor(name, copy) for name, copy in copies.items()})
-    for name, tensor in tensors.items():
-        tensor.copy_(copies[name])
-
-
 class CheckpointWriter:
-    """Saves in the background: training waits only while the tensors are copied, and for a save still under way.
+    """Saves to ``folder`` in the background; with ``several`` processes, all of them save together.
 
-    Args:
-        folder: the run's ``checkpoints``.
-        as_dtensor: from a name and a copy on the CPU to what is saved; see ``Parameters.as_dtensor``.
-        several: whether several processes save together.
+    Training waits only while the tensors are copied, and for a save still under way.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        as_dtensor: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor,
-        several: bool = False,
-    ):
+    def __init__(self, folder: Path, as_dtensor: AsDTensor = lambda name, tensor: tensor, several: bool = False):
         self.folder, self.as_dtensor = folder, as_dtensor
         # A group of its own, since the main thread may be talking through the others meanwhile.
         self.group: Any = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT) if several else None
@@ -177,12 +175,17 @@ class CheckpointWriter:
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], after: Callable[[], None]) -> None:
         """Begin to save; ``after`` is called once it is committed. Raises as :meth:`wait` for the save before."""
         self.wait()
-        self._copy(tensors)
+        for name, tensor in tensors.items():  # to memory that is used again each time
+            if name not in self._copies:
+                self._copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            self._copies[name].copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+        if any(tensor.is_cuda for tensor in tensors.values()):
+            torch.cuda.synchronize()
 
         def work() -> None:
             try:
-                whole = {name: self.as_dtensor(name, copy) for name, copy in self._copies.items()}
-                save_checkpoint(self.folder, step, whole, state, self.group)
+                parts = {name: self.as_dtensor(name, copy) for name, copy in self._copies.items()}
+                save_checkpoint(self.folder, step, parts, state, self.group)
                 after()
             except BaseException as error:  # raised again where somebody waits
                 self._error = error
@@ -193,22 +196,11 @@ class CheckpointWriter:
 
     def wait(self) -> None:
         """Wait for the save under way. Raises the OSError that it met, once."""
-        if self._thread is not None:
-            while self._thread.is_alive():
-                self._thread.join(0.1)  # in short waits, so that signals are heard
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
+        while self._thread is not None and self._thread.is_alive():
+            self._thread.join(0.1)  # in short waits, so that signals are heard
+        error, self._error = self._error, None
+        if error is not None:
             raise error
-
-    def _copy(self, tensors: dict[str, Tensor]) -> None:
-        """Copy to memory of our own, used again each time, so that training may change the tensors meanwhile."""
-        for name, tensor in tensors.items():
-            if name not in self._copies:
-                self._copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-            self._copies[name].copy_(tensor.detach(), non_blocking=tensor.is_cuda)
-        if any(tensor.is_cuda for tensor in tensors.values()):
-            torch.cuda.synchronize()
 
 
 def not_finite(tensors: dict[str, Tensor]) -> str:
@@ -251,15 +243,15 @@ def prune(folder: Path, config: CheckpointConfig, val_losses: Mapping[int, float
 
     ``val_losses`` are the validation losses by step, of which ``keep_best`` keeps the lowest that has a checkpoint.
     """
-    there = checkpoints(folder)
-    losses = [(val_losses[c.step], c.step) for c in there if c.step in val_losses] if config.keep_best else []
-    keep = {*config.at, *(step for _, step in sorted(losses)[:1]), *(c.step for c in there[-1:])}
-    regular = [
-        c for c in there if c.step not in config.at and not (config.keep_every and c.step % config.keep_every == 0)
-    ]
-    for checkpoint in regular[: -config.keep_last] if config.keep_last else []:
-        if checkpoint.step not in keep:
-            remove(checkpoint.folder)
+    there = {checkpoint.step: checkpoint for checkpoint in checkpoints(folder)}
+    steps, every = list(there), config.keep_every
+    regular = [step for step in steps if step not in config.at and not (every and step % every == 0)]
+    keep = {*regular[-config.keep_last :], *steps[-1:]}
+    if config.keep_best and (measured := val_losses.keys() & there):
+        keep.add(min(measured, key=lambda step: (val_losses[step], step)))
+    for step in regular:
+        if step not in keep:
+            remove(there[step].folder)
 
 
 def remove(folder: Path) -> None:

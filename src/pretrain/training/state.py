@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from pretrain.config import Config
 from pretrain.model import GPT
 from pretrain.optim import Optimizer
-from pretrain.runs.checkpoint import Checkpoint, load_tensors
+from pretrain.runs.checkpoint import Checkpoint
 from pretrain.tokens import Batches, merge_states
 from pretrain.training.guard import Guard, LossScale
 from pretrain.training.parallel import Parameters
@@ -90,7 +90,7 @@ class TrainState:
         if rank >= progress.world:  # this process was not there, so no random state of its own was saved
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("random.")}
             torch.manual_seed(self.config.train.seed + rank + 1_000_003 * checkpoint.step)
-        load_tensors(checkpoint, tensors, self.parameters.as_dtensor)
+        checkpoint.load(tensors, self.parameters.as_dtensor)
         set_random_state(tensors, rank, self.world.device)
         if batches:
             self.batches.restore(progress.batches)
