@@ -165,7 +165,7 @@ def test_missing_and_unwritable_places(capsys, text_file: Path, tmp_path: Path):
     blocker = tmp_path / "file"
     blocker.write_text("x")
     assert main(["train", "--data", str(text_file), "--out", str(blocker / "run"), *options()]) == 2
-    assert "is not a folder" in capsys.readouterr().err
+    assert "cannot write to" in capsys.readouterr().err
     for command in ("eval", "sample"):
         assert main([command, str(tmp_path / "nowhere")]) == 1
         assert "does not exist" in capsys.readouterr().err

@@ -1,15 +1,10 @@
-"""The run directory: the only thing that commands share.
-
-config.toml  tokenizer.json  data/  metrics.jsonl  samples.jsonl  events.jsonl  checkpoints/  summary.json  loss.png
-environment.json  heartbeat.json  lock  baselines.json  report.html  tensorboard/
-"""
+"""The run directory: the only thing that commands share. docs/design.md lists its files."""
 
 from __future__ import annotations
 
 import errno
 import glob
 import json
-import os
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -30,6 +25,8 @@ from pretrain.tokenizer import Tokenizer
 from pretrain.tokens import Corpus, is_tokens, open_corpus
 
 LOCK = "lock"
+BEFORE_RUN = {"data", "data.tmp", "tokenizer.json", LOCK}
+"""What a run that was stopped while preparing leaves behind; it is overwritten."""
 CORE_FILE = "core.jsonl"
 """Results of ``pretrain eval --core``, one per line."""
 
@@ -38,19 +35,25 @@ CORE_FILE = "core.jsonl"
 def lock_run(folder: Path) -> Iterator[None]:
     """Let no second process train in ``folder`` while entered; the lock of a process that died holds nobody.
 
-    Makes the folder, and takes it away again if nothing else came into it. Raises CheckpointError when another process
-    has it.
+    Makes the folder, and takes it away again if nothing else came into it.
+
+    Raises:
+        UsageError: the folder has other files, or cannot be written to.
+        CheckpointError: another process has the lock.
     """
-    Run.check_writable(folder)
-    made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
+        made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        if not Run.exists(folder) and {path.name for path in folder.iterdir()} - BEFORE_RUN:
+            raise UsageError(f"{folder} has files but is not a run; choose another folder with --out")
         lock.acquire(timeout=0)
     except Timeout:
-        raise CheckpointError(
-            f"another process is training in {folder}{_who(folder)}; wait, or use another --out"
-        ) from None
+        who = ""
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            beat = json.loads((folder / "heartbeat.json").read_text(encoding="utf-8"))
+            who = f" (process {beat['pid']} on {beat['host']}, at step {beat['step']})"
+        raise CheckpointError(f"another process is training in {folder}{who}; wait, or use another --out") from None
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
             raise UsageError(f"cannot write to {folder}: {error.strerror}; choose another folder with --out") from None
@@ -64,14 +67,6 @@ def lock_run(folder: Path) -> Iterator[None]:
                 for path in made:
                     path.rmdir()
         lock.release()
-
-
-def _who(folder: Path) -> str:
-    try:
-        beat = json.loads((folder / "heartbeat.json").read_text(encoding="utf-8"))
-        return f" (process {beat['pid']} on {beat['host']}, at step {beat['step']})"
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
 
 
 @dataclass(frozen=True)
@@ -101,29 +96,10 @@ class Run:
         return Run(folder, config_from_dict(tree, source=str(file)))
 
     @staticmethod
-    def check_new(folder: Path) -> None:
-        """A UsageError unless a run can be made in ``folder``: absent or empty, and writable."""
-        Run.check_writable(folder)
-        # What a run that was stopped while preparing left behind is overwritten.
-        if folder.exists() and {path.name for path in folder.iterdir()} - {"data", "data.tmp", "tokenizer.json", LOCK}:
-            raise UsageError(f"{folder} has files but is not a run; choose another folder with --out")
-
-    @staticmethod
-    def check_writable(folder: Path) -> None:
-        """A UsageError unless ``folder`` is, or can be made, a folder to write to."""
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-            what = "is not a folder" if not existing.is_dir() else "is not writable"
-            raise UsageError(f"cannot make {folder}: {existing} {what}; choose another folder with --out")
-
-    @staticmethod
     def create(folder: Path, config: Config) -> Run:
-        """Make the directory and write ``config.toml``. A UsageError when it cannot be written."""
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / "config.toml", tomli_w.dumps(config_to_dict(config)))
-        except OSError as error:
-            raise UsageError(f"cannot write to {folder}: {error.strerror}; choose another folder with --out") from None
+        """Make the directory and write ``config.toml``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "config.toml", tomli_w.dumps(config_to_dict(config)))
         return Run(folder, config)
 
     @property
@@ -188,12 +164,10 @@ class Run:
         """
         paths = self.config.data.paths
         if not self.data.is_dir():  # it was trained on token shards
-            gone = [path for path in paths if not Path(path).expanduser().exists() and not glob.glob(path)]
-            if gone:
-                raise DataError(f"{gone[0]}, on which {self.folder} was trained, is no longer there; put it back")
-        if not is_tokens(paths):
-            paths = [str(self.data)]
-        return open_corpus(paths, str(self.folder / "tokenizer.json"))
+            for path in paths:
+                if not Path(path).exists() and not glob.glob(path):
+                    raise DataError(f"{path}, on which {self.folder} was trained, is no longer there; put it back")
+        return open_corpus(paths if is_tokens(paths) else [str(self.data)], str(self.folder / "tokenizer.json"))
 
     def newest_checkpoint(self) -> Checkpoint:
         """The newest whole checkpoint. A CheckpointError when there is none."""

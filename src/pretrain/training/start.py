@@ -68,8 +68,6 @@ def train(
 
             def open_and_lock() -> Run:
                 find_optimizer(config.optim)  # refuses an unknown name before any work
-                if not Run.exists(out):
-                    Run.check_new(out)
                 until_the_end.enter_context(lock_run(out))
                 try:
                     run = open_run(config, out, console)
@@ -107,7 +105,6 @@ def open_run(config: Config, folder: Path, console: Console) -> Run:
                 f"{folder} was made with another configuration ({'; '.join(changed)}); choose another --out"
             )
         return Run.create(folder, config)
-    Run.check_new(folder)
     config = resolve_init(config)
     if is_tokens(config.data.paths):
         corpus = open_corpus(config.data.paths, config.tokenizer.kind)
