@@ -42,8 +42,9 @@ def test_what_the_panel_shows(panel: Panel):
     assert "first step" in shown(panel)
     for step in range(1, 51):
         panel.step(record(step, 4.0))
-        text = shown(panel)
+        panel.draw()
         NOW[0] += 2.0
+    text = shown(panel)
     assert "step 50/200" in text
     assert "25%" in text
     assert "05:00 left" in text

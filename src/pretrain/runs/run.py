@@ -42,8 +42,8 @@ def lock_run(folder: Path) -> Iterator[None]:
         CheckpointError: another process has the lock.
     """
     lock = FileLock(folder / LOCK)
+    made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     try:
-        made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         if not Run.exists(folder) and {path.name for path in folder.iterdir()} - BEFORE_RUN:
             raise UsageError(f"{folder} has files but is not a run; choose another folder with --out")
