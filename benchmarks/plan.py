@@ -23,7 +23,7 @@ from pathlib import Path
 CASES = {
     "quickstart, fp32": ("quickstart", 60, {"train.precision": "fp32"}),
     "quickstart, bf16": ("quickstart", 60, {"train.precision": "bf16"}),
-    "quickstart, 16k tokens a step": ("quickstart", 10, {"train.batch_tokens": 16384}),
+    "quickstart, 16k tokens per step": ("quickstart", 10, {"train.batch_tokens": 16384}),
     "quickstart, checkpointed, 8 rows": (
         "quickstart",
         40,

@@ -141,6 +141,6 @@ def rows_up_to(config: Config, limit: int) -> int:
     return next((n for n in range(min(limit, config.batch_rows), 0, -1) if config.batch_rows % n == 0), 1)
 
 
-def kind_that_fits(parameters: int, free_bytes: int) -> str:
+def parallelism_that_fits(parameters: int, free_bytes: int) -> str:
     """Ddp if weights, gradients, two moments and work space fit in 60 % of a device's free memory, else fsdp."""
     return "ddp" if 20 * parameters < 0.6 * free_bytes else "fsdp"

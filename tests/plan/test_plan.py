@@ -377,8 +377,8 @@ def test_a_plan_of_many_gpus(text_file: Path):
     many = tiny_plan(text_file, gpus=16, parallel="fsdp", **{"train.batch_tokens": 128 * 64})
     assert (many.layout, many.micro_batch) == (Layout("fsdp", 16), 4)
     assert many.memory["weights"] == pytest.approx(one.memory["weights"] / 16, rel=0.02)
-    assert many.step_seconds == max(one.step_seconds / 16, many.traffic_seconds)
-    assert tiny_plan(text_file, gpus=16).layout.kind == "ddp"  # so small a model fits everywhere
+    assert many.step_seconds == max(one.step_seconds / 16, many.traffic_seconds_per_step)
+    assert tiny_plan(text_file, gpus=16).layout.parallelism == "ddp"  # so small a model fits everywhere
     words = describe(many, [])
     assert "16 x NVIDIA H100 SXM" in words
     assert "between machines" in words
@@ -393,7 +393,7 @@ def test_a_micro_batch_is_made_to_fit(text_file: Path):
 
 WARNINGS: dict[str, tuple[dict[str, Any], str]] = {
     "epochs": ({"train.steps": 1000}, "epochs: beyond about 4"),
-    "tokens": ({"train.steps": 60}, "tokens for each parameter"),
+    "tokens": ({"train.steps": 60}, "tokens per parameter"),
     "vocabulary": ({"model.width": 4, "model.layers": 1, "model.heads": 1}, "of the parameters are tables"),
     "seldom": ({"tokenizer.kind": "gpt2"}, "A vocabulary of 50,257"),
     "refused": ({"tokenizer.kind": "bpe", "tokenizer.vocab_size": 30000}, "Training will refuse this"),
@@ -431,7 +431,7 @@ def test_a_recipe_without_its_text_is_told_once():
         "nanochat-d20", **{"model.depth": 2, "train.micro_batch": 2, "train.tokens_per_parameter": 200.0}
     )
     found = warnings(make_plan(config, gpu="h100", measure=False))
-    assert found[0].startswith("No text is given; of the embedded corpus this would be ")
+    assert found[0].startswith("No text is given, and the embedded corpus would be ")
     assert not any("vocabulary" in warning.lower() for warning in found)
 
 
@@ -457,7 +457,7 @@ def test_the_command(capsys, text_file: Path):
     assert main(["plan", "--data", str(text_file), *given, "--gpu", "h100", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["hardware"] == "NVIDIA H100 SXM"
-    assert any("tokens for each parameter" in warning for warning in shown["warnings"])
+    assert any("tokens per parameter" in warning for warning in shown["warnings"])
     assert main(["plan", "--data", str(text_file), *given, "--gpu", "a100", "--mfu", "0.5"]) == 0
     assert "assumed 50% of the peak" in capsys.readouterr().out
     for wrong, expected in (

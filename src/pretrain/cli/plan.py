@@ -27,13 +27,13 @@ class Plan(Command):
     """Plan for a GPU by name, such as h100, h200, b200, a100, l4, rtx4090 or mi300x; none: for this machine's CPU.
     Empty: for this machine."""
     gpus: Count = 1
-    """Processes, each with such a GPU, eight a machine."""
+    """Processes, each with such a GPU, eight per machine."""
     parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
     """How they share the model. auto: as parallel.kind says."""
     mfu: Fraction = 0.0
     """Share of the GPU's peak to assume, 0 to 1. 0: what is usual for this width."""
     disk_gb: Positive = 1.0
-    """Gigabytes a second that a machine can write, for the time of a checkpoint."""
+    """Gigabytes per second that a machine can write, for the time of a checkpoint."""
     no_measure: bool = False
     """Assume a share of the peak on this machine too, instead of measuring."""
     json: bool = False

@@ -23,9 +23,9 @@ GPUS_PER_MACHINE = 8
 
 @dataclass(frozen=True)
 class Layout:
-    """How processes, eight a machine, share a model."""
+    """How processes, eight per machine, share a model."""
 
-    kind: str
+    parallelism: str
     """none (one process), ddp, fsdp or hsdp."""
     processes: int = 1
 
@@ -42,7 +42,7 @@ class Layout:
     @property
     def shards(self) -> int:
         """Parts that weights, gradients and moments are split into."""
-        return {"fsdp": self.processes, "hsdp": self.per_machine}.get(self.kind, 1)
+        return {"fsdp": self.processes, "hsdp": self.per_machine}.get(self.parallelism, 1)
 
 
 def group_sizes(model: GPT) -> tuple[int, int, int]:
@@ -52,18 +52,18 @@ def group_sizes(model: GPT) -> tuple[int, int, int]:
 
 
 def memory_parts(
-    alone: dict[str, int], config: Config, vocab_size: int, where: Layout, micro_steps: int, dtype: torch.dtype
+    alone: dict[str, int], config: Config, vocab_size: int, layout: Layout, micro_steps: int, dtype: torch.dtype
 ) -> dict[str, int]:
     """Bytes by part that each process holds at the worst moment of a step.
 
     ``alone`` is what the dry run of its micro-batch holds in one process.
     """
-    if where.shards == 1:
+    if layout.shards == 1:
         return alone
     model = meta_model(config.model, vocab_size)
     blocks, largest, root = group_sizes(model)
     # Rows are dealt evenly, and the first process holds a row more of what does not divide.
-    shard = sum(math.ceil(p.shape[0] / where.shards) * p[0].numel() for p in model.parameters())
+    shard = sum(math.ceil(p.shape[0] / layout.shards) * p[0].numel() for p in model.parameters())
     # Gathered in the dtype of the products: the root at all times, and of the blocks two, each once as it arrives and
     # once in place, or all of them if they are not given back after the forward pass.
     gathered = 4 * largest if config.parallel.reshard else blocks + largest
@@ -75,20 +75,18 @@ def memory_parts(
         "gradients": 4 * shard,
         "moments": round(alone["moments"] * shard / (blocks + root)),
         "weight copies": dtype.itemsize * (root + gathered),
-        "temporary": math.ceil(alone["temporary"] / where.shards),
+        "temporary": math.ceil(alone["temporary"] / layout.shards),
         "whole gradients": 4 * (blocks + root if wait else max(root, 2 * largest)),
     }
 
 
-def traffic(config: Config, vocab_size: int, where: Layout, micro_steps: int, dtype: torch.dtype) -> dict[str, int]:
+def traffic(config: Config, vocab_size: int, layout: Layout, micro_steps: int, dtype: torch.dtype) -> dict[str, int]:
     """Bytes that each process sends in an optimizer step: ``inside`` its machine, and by its network ``between`` them.
 
     A ring all-reduce of X bytes over N processes sends 2 X (N - 1) / N from each, an all-gather or a reduce-scatter
     half of that (Patarasu and Yuan 2009). Of a ring through all processes only one in each machine sends to another
     machine; the work is divided among as many rings as there are processes in a machine, each with its own network.
     """
-    if where.processes == 1:
-        return {"inside": 0, "between": 0}
 
     def ring(size: float, over: int) -> int:
         return round(size * (over - 1) / over)
@@ -96,23 +94,22 @@ def traffic(config: Config, vocab_size: int, where: Layout, micro_steps: int, dt
     blocks, _, root = group_sizes(meta_model(config.model, vocab_size))
     gradients = 4 * (blocks + root)
     updates = find_optimizer(config.optim).exchanged_bytes(count_parameters(config.model, vocab_size), dtype)
-    shards, machines = where.shards, where.machines
-    if where.kind == "ddp":
-        sent = 2 * ring(gradients, where.processes) + ring(updates, where.processes)
+    shards, machines = layout.shards, layout.machines
+    if shards == 1:
+        sent = 2 * ring(gradients, layout.processes) + ring(updates, layout.processes)
     else:
         fetched, added = (2, micro_steps) if config.parallel.reshard else (1, 1)
         sent = micro_steps * ring(dtype.itemsize * (root + fetched * blocks), shards) + added * ring(gradients, shards)
         # Under hsdp each machine updates a share of the matrices.
-        sent += 2 * ring(updates / shards / (machines if where.kind == "hsdp" else 1), shards)
-    if where.kind == "hsdp":
+        sent += 2 * ring(updates / shards / (machines if layout.parallelism == "hsdp" else 1), shards)
+    between = sent // layout.per_machine if machines > 1 else 0
+    if layout.parallelism == "hsdp":
         between = 2 * ring(gradients / shards, machines) + ring(updates / shards, machines)
-    else:
-        between = sent // where.per_machine if machines > 1 else 0
     return {"inside": sent, "between": between}
 
 
-def traffic_seconds(sent: dict[str, int], where: Layout, gpu: GPU) -> float:
+def traffic_seconds(sent: dict[str, int], layout: Layout, gpu: GPU) -> float:
     """Seconds for that at the published rates; where one ring uses both kinds of link, the slower decides."""
     inside = sent["inside"] / (gpu.link_gb * 1e9)
     between = sent["between"] / ((gpu.network_gb or gpu.link_gb) * 1e9)
-    return inside + between if where.kind == "hsdp" else max(inside, between)
+    return inside + between if layout.parallelism == "hsdp" else max(inside, between)

@@ -35,50 +35,48 @@ class DataFacts:
 
 def look_at_data(config: Config) -> DataFacts:
     """Tokens of ``config.data``. A DataError or UsageError where training would raise it too."""
-    data, paths, kind, problem = config.data, config.data.paths, config.tokenizer.kind, ""
-    if paths and is_tokens(paths):
-        corpus = open_corpus(paths, kind)
-        size = int(corpus.bytes_per_token * corpus.tokens("train"))
-        vocabulary = corpus.tokenizer.vocab_size
-        return DataFacts(vocabulary, corpus.tokens("train"), corpus.tokens("val"), size, True, ", ".join(paths))
-    pieces = find_pieces(paths, data.field, data.separator)
+    data, kind, vocab_size = config.data, config.tokenizer.kind, config.tokenizer.vocab_size
+    name = ", ".join(data.paths) or embedded_name()
+    if data.paths and is_tokens(data.paths):
+        corpus = open_corpus(data.paths, kind)
+        train, val = corpus.tokens("train"), corpus.tokens("val")
+        return DataFacts(corpus.tokenizer.vocab_size, train, val, int(corpus.bytes_per_token * train), True, name)
+    pieces = find_pieces(data.paths, data.field, data.separator)
     size = sum(piece.size for piece in pieces)
     sample = read_sample(pieces, data.field)
-    sampled = sum(map(utf8_bytes, sample))
-    if not sampled:
-        raise DataError(f"{', '.join(paths)}: there is nothing but white space in the text")
+    if not sample:
+        raise DataError(f"{name}: there is nothing but white space in the text")
+    problem = ""
     try:
-        tokenizer = build_tokenizer(kind, config.tokenizer.vocab_size, sample, config.tokenizer.pattern)
+        tokenizer = build_tokenizer(kind, vocab_size, sample, config.tokenizer.pattern)
+        vocab_size = tokenizer.vocab_size
+        per_token = bytes_per_token(sample, tokenizer)
+        source = f"{name}, at {per_token:.2f} bytes per token in a sample"
     except DataError as error:
         if kind != "bpe":
             raise
         # Too little text for such a vocabulary: the ratio for English, by our measurements.
-        vocabulary = config.tokenizer.vocab_size
-        per_token = min(4.7, max(1.0, 0.43 * math.log2(vocabulary) - 1.6))
-        how = f"at about {per_token:.1f} bytes a token"
-        problem = str(error) if sampled >= size else ""
-    else:
-        vocabulary = tokenizer.vocab_size
-        per_token = bytes_per_token(sample, tokenizer)
-        how = f"at {per_token:.2f} bytes a token in a sample"
+        per_token = min(4.7, max(1.0, 0.43 * math.log2(vocab_size) - 1.6))
+        source = f"{name}, at about {per_token:.1f} bytes per token"
+        if sum(map(utf8_bytes, sample)) >= size:
+            problem = str(error)
     tokens = round(size / per_token)
-    val = held_out = 0 if data.val_paths else round(tokens * data.val_fraction)
     if data.val_paths:
-        val = round(sum(piece.size for piece in find_pieces(data.val_paths, data.field, data.separator)) / per_token)
-    name = ", ".join(paths) if paths else embedded_name()
-    return DataFacts(vocabulary, tokens - held_out, val, size, False, f"{name}, {how}", problem)
+        val_size = sum(piece.size for piece in find_pieces(data.val_paths, data.field, data.separator))
+        return DataFacts(vocab_size, tokens, round(val_size / per_token), size, False, source, problem)
+    val = round(tokens * data.val_fraction)
+    return DataFacts(vocab_size, tokens - val, val, size, False, source, problem)
 
 
 def read_sample(pieces: list[Piece], field: str) -> list[str]:
     """Documents of about SAMPLE_BYTES in all, from up to four pieces spread over the whole."""
-    places = pieces[:: max(1, math.ceil(len(pieces) / 4))] if pieces else []
+    places = pieces[:: max(1, math.ceil(len(pieces) / 4))]
     texts: list[str] = []
+    read = 0
     for number, piece in enumerate(places, 1):
-        limit, read = SAMPLE_BYTES * number // len(places), sum(map(len, texts))
         for document in read_piece(piece, field):
-            text = document.text[: SAMPLE_BYTES - read]
-            texts.append(text)
-            read += len(text)
-            if read >= limit:
+            texts.append(document.text[: SAMPLE_BYTES - read])
+            read += len(texts[-1])
+            if read >= SAMPLE_BYTES * number // len(places):
                 break
     return [text for text in texts if text.strip()]

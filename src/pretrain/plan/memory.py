@@ -112,10 +112,9 @@ class Holding(TorchDispatchMode):
         return out
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        number = id(storage)
+        number, size = id(storage), storage.nbytes()
         if number in self._known:
             return
-        size = storage.nbytes()
 
         def freed(_: weakref.ref) -> None:
             self.live -= size

@@ -12,26 +12,16 @@ from typing import Any
 
 import torch
 
+from pretrain import device as machine
 from pretrain.config import Config
-from pretrain.device import (
-    GPU,
-    GPUS,
-    Precision,
-    choose_device,
-    choose_precision,
-    cpu_name,
-    free_memory,
-    known_gpu,
-    peak_flops,
-    total_memory,
-)
+from pretrain.device import GPUS, Precision, free_memory
 from pretrain.errors import UsageError
 from pretrain.optim import find_optimizer
 from pretrain.plan.cluster import Layout, memory_parts, traffic, traffic_seconds
 from pretrain.plan.data import DataFacts, look_at_data
 from pretrain.plan.memory import dry_run
 from pretrain.plan.speed import assume_speed, assumed_utilisation, measure_speed
-from pretrain.sizing import count_parameters, flops_per_token, kind_that_fits, resolve, rows_that_fit
+from pretrain.sizing import count_parameters, flops_per_token, parallelism_that_fits, resolve, rows_that_fit
 
 CPU_HEAP, GPU_CACHE = 0.4, 0.1
 """What an allocator holds beyond the tensors alive, as a share of all but weights and moments. On a CPU 0.19 to 0.53
@@ -44,6 +34,14 @@ WRITING = 2
 """Times a checkpoint's bytes lie in the machine's memory while it is written in the background: copied, and packed."""
 
 
+SHOWN = (
+    *("flops_per_token", "tokens", "micro_batch", "micro_steps", "checkpoint_bytes", "checkpoint_seconds"),
+    *("step_seconds", "seconds", "speed", "tokens_per_second", "utilisation"),
+    *("traffic_bytes_per_step", "traffic_seconds_per_step", "loader_bytes_per_second"),
+)
+"""What of a plan its JSON has as it is."""
+
+
 @dataclass(frozen=True)
 class Hardware:
     """Where a plan is for: this machine, or a GPU by name."""
@@ -53,7 +51,9 @@ class Hardware:
     """Of activations, and the device."""
     memory: int
     """Bytes of one device."""
-    gpu: GPU | None
+    peak: float
+    """FLOPs per second of one device at most."""
+    gpu: machine.GPU | None
     """The published numbers of a GPU that is known."""
     here: bool
     """Whether it is this machine."""
@@ -64,8 +64,9 @@ class Plan:
     """What a configuration needs. Bytes, seconds and tokens are plain numbers; ``memory`` is of each process."""
 
     config: Config
-    data: DataFacts
     derived: list[str]
+    """What :func:`pretrain.sizing.resolve` filled in."""
+    data: DataFacts
     hardware: Hardware
     layout: Layout
     parameters: dict[str, int]
@@ -77,16 +78,13 @@ class Plan:
     host_memory: dict[str, int]
     """Bytes of the machine's own memory, beside a GPU's, by part; for a CPU all is in ``memory``."""
     checkpoint_bytes: int
-    checkpoint_seconds: float
-    """To write one at ``disk_rate`` for each machine, in the background."""
     disk_rate: float
+    """Bytes per second that each machine writes of a checkpoint, in the background."""
+    traffic_bytes_per_step: dict[str, int]
+    traffic_seconds_per_step: float
     step_seconds: float
     seconds: float
     """Of all steps and validations."""
-    traffic: dict[str, int]
-    traffic_seconds: float
-    peak: float
-    """Operations per second of one device at most."""
     speed: str
     """How the speed is known, in words."""
 
@@ -108,43 +106,34 @@ class Plan:
     @property
     def utilisation(self) -> float:
         """MFU: the share of the peak that training reaches."""
-        return self.flops_per_token * self.tokens_per_second / (self.peak * self.layout.processes)
+        return self.flops_per_token * self.tokens_per_second / (self.hardware.peak * self.layout.processes)
 
     @property
-    def loader_rate(self) -> float:
-        """Bytes of token shards read a second, of all processes together."""
+    def loader_bytes_per_second(self) -> float:
+        """Of token shards, read by all processes together."""
         return self.tokens_per_second * (2 if self.data.vocab_size <= 2**16 else 4)
+
+    @property
+    def checkpoint_seconds(self) -> float:
+        """To write a checkpoint."""
+        return self.checkpoint_bytes / (self.disk_rate * self.layout.machines)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        config, data = self.config, dataclasses.asdict(self.data)
         return {
             "hardware": self.hardware.title,
             "precision": self.hardware.precision.name,
             "processes": self.layout.processes,
-            "parallel": self.layout.kind,
-            "data": {**data, "epochs": self.epochs},
+            "parallel": self.layout.parallelism,
+            "data": {**dataclasses.asdict(self.data), "epochs": self.epochs},
             "parameters": {**self.parameters, "total": sum(self.parameters.values())},
-            "flops_per_token": self.flops_per_token,
             "flops": self.flops_per_token * self.tokens,
-            "steps": config.train.steps,
-            "batch_tokens": config.train.batch_tokens,
-            "tokens": self.tokens,
-            "micro_batch": self.micro_batch,
-            "micro_steps": self.micro_steps,
+            "steps": self.config.train.steps,
+            "batch_tokens": self.config.train.batch_tokens,
             "memory": {**self.memory, "total": sum(self.memory.values()), "limit": self.hardware.memory},
             "host_memory": {**self.host_memory, "total": sum(self.host_memory.values())},
-            "checkpoint_bytes": self.checkpoint_bytes,
-            "checkpoint_seconds": self.checkpoint_seconds,
-            "step_seconds": self.step_seconds,
-            "seconds": self.seconds,
-            "tokens_per_second": self.tokens_per_second,
-            "utilisation": self.utilisation,
-            "peak_flops": self.peak,
-            "traffic_bytes_per_step": self.traffic,
-            "traffic_seconds_per_step": self.traffic_seconds,
-            "loader_bytes_per_second": self.loader_rate,
-            "speed": self.speed,
+            "peak_flops": self.hardware.peak,
+            **{name: getattr(self, name) for name in SHOWN},
         }
 
 
@@ -175,46 +164,46 @@ def make_plan(
     optimizer, hardware = find_optimizer(config.optim), choose_hardware(config, gpu)
     precision, device = hardware.precision, hardware.precision.device
     data = look_at_data(config)
-    config, derived = resolve(config, data.vocab_size)
-    counts, flops = count_parameters(config.model, data.vocab_size), flops_per_token(config.model, data.vocab_size)
-    kind = config.parallel.kind if parallel == "auto" else parallel
-    if kind == "auto":
-        kind = kind_that_fits(sum(counts.values()), hardware.memory)
-    where = Layout(kind if gpus > 1 else "none", gpus)
+    vocab_size = data.vocab_size
+    config, derived = resolve(config, vocab_size)
+    counts, flops = count_parameters(config.model, vocab_size), flops_per_token(config.model, vocab_size)
+    parallelism = config.parallel.kind if parallel == "auto" else parallel
+    if parallelism == "auto":
+        parallelism = parallelism_that_fits(sum(counts.values()), hardware.memory)
+    layout = Layout(parallelism if gpus > 1 else "none", gpus)
     state = 4 * sum(counts.values()) + optimizer.state_bytes(counts)
 
-    mine = math.ceil(config.batch_rows / gpus)
-    free = hardware.memory - state // where.shards
-    rows = min(config.train.micro_batch or rows_that_fit(config, precision.dtype.itemsize, max(0, free)), mine)
+    rows_each = math.ceil(config.batch_rows / gpus)
+    free = max(0, hardware.memory - state // layout.shards)
+    rows = min(config.train.micro_batch or rows_that_fit(config, precision.dtype.itemsize, free), rows_each)
     while True:
-        micro_steps = math.ceil(mine / rows)
-        alone, _ = dry_run(config, data.vocab_size, rows, micro_steps, precision)
-        parts = memory_parts(alone, config, data.vocab_size, where, micro_steps, precision.dtype)
-        memory, host = with_surroundings(parts, hardware, state // where.shards)
+        micro_steps = math.ceil(rows_each / rows)
+        alone, _ = dry_run(config, vocab_size, rows, micro_steps, precision)
+        parts = memory_parts(alone, config, vocab_size, layout, micro_steps, precision.dtype)
+        memory, host_memory = with_surroundings(parts, device, state // layout.shards)
         if rows == 1 or sum(memory.values()) <= hardware.memory:
             break
         rows //= 2  # as training does when memory runs out
 
-    peak = hardware.gpu.tflops * 1e12 if hardware.gpu else peak_flops(device, precision.dtype)
     measure = measure and hardware.here and gpus == 1
     too_large = measure and sum(memory.values()) - PROCESS_BYTES > free_memory(device)
     if measure and not too_large:
-        speed, how = measure_speed(config, data.vocab_size, rows, precision), "measured here"
+        speed, known = measure_speed(config, vocab_size, rows, precision), "measured here"
     else:
         share = utilisation or assumed_utilisation(config.model, device.type != "cpu")
-        speed = assume_speed(config, flops / (share * peak), rows)
-        how = f"assumed {share:.0%} of the peak"
-        how += " (the model does not fit in this device's memory)" if too_large else ""
-    sent = traffic(config, data.vocab_size, where, micro_steps, precision.dtype)
-    waiting = traffic_seconds(sent, where, hardware.gpu) if hardware.gpu else 0.0
-    step_seconds = max(speed.step(micro_steps) * mine / (rows * micro_steps), waiting)
-    validated = (config.train.steps - 1) // config.eval.every if config.eval.every else 0
+        speed = assume_speed(config, flops / (share * hardware.peak), rows)
+        known = f"assumed {share:.0%} of the peak"
+        known += " (the model does not fit in this device's memory)" if too_large else ""
+    sent = traffic(config, vocab_size, layout, micro_steps, precision.dtype)
+    waiting = traffic_seconds(sent, layout, hardware.gpu) if hardware.gpu else 0.0
+    step_seconds = max(speed.step(micro_steps) * rows_each / (rows * micro_steps), waiting)
+    validations = (config.train.steps - 1) // config.eval.every if config.eval.every else 0
     each = min(config.eval.tokens or data.val_tokens, data.val_tokens)
-    evaluation = speed.evaluation * (validated * each + data.val_tokens) / gpus
+    evaluation = speed.evaluation * (validations * each + data.val_tokens) / gpus
+    seconds = config.train.steps * step_seconds + evaluation
     return Plan(
-        config, data, derived, hardware, where, counts, flops, rows, micro_steps, memory, host, state,
-        state / (disk_rate * where.machines), disk_rate, step_seconds,
-        config.train.steps * step_seconds + evaluation, sent, waiting, peak, how,
+        config, derived, data, hardware, layout, counts, flops, rows, micro_steps, memory, host_memory, state,
+        disk_rate, sent, waiting, step_seconds, seconds, known,
     )  # fmt: skip
 
 
@@ -226,22 +215,25 @@ def choose_hardware(config: Config, gpu: str) -> Hardware:
             raise UsageError(f"--gpu {gpu} is not known; there are none (this machine's CPU), {', '.join(GPUS)}")
         known = GPUS[gpu]
         name = wanted if wanted != "auto" else "fp16" if gpu in ("v100", "t4") else "bf16"
-        return Hardware(known.title, Precision(name, torch.device("cuda")), round(known.memory_gb * 1e9), known, False)
-    device = choose_device("cpu" if gpu == "none" else config.train.device)
-    precision = choose_precision(wanted, device)
+        precision, memory = Precision(name, torch.device("cuda")), round(known.memory_gb * 1e9)
+        return Hardware(known.title, precision, memory, known.tflops * 1e12, known, here=False)
+    device = machine.choose_device("cpu" if gpu == "none" else config.train.device)
+    precision, memory = machine.choose_precision(wanted, device), machine.total_memory(device)
+    title, known = f"this machine's {device.type}", None
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        return Hardware(name, precision, total_memory(device), known_gpu(name), True)
-    title = f"this machine's {device.type}"
+        title = torch.cuda.get_device_name(device)
+        known = machine.known_gpu(title)
+    else:
+        memory = min(memory, free_memory(device))
     if device.type == "cpu":
-        title += f" ({cpu_name()}, {torch.get_num_threads()} threads)"
-    return Hardware(title, precision, min(total_memory(device), free_memory(device)), None, True)
+        title += f" ({machine.cpu_name()}, {torch.get_num_threads()} threads)"
+    return Hardware(title, precision, memory, machine.peak_flops(device, precision.dtype), known, here=True)
 
 
-def with_surroundings(parts: dict[str, int], hardware: Hardware, state: int) -> tuple[dict[str, int], dict[str, int]]:
+def with_surroundings(parts: dict[str, int], device: torch.device, state: int) -> tuple[dict[str, int], dict[str, int]]:
     """Add what the allocator, the process and saving take; gives the memory of the device and of the machine beside."""
     churned = sum(parts.values()) - parts["weights"] - parts["moments"]
     around = {"process": PROCESS_BYTES, "checkpoint being saved": WRITING * state}
-    if hardware.precision.device.type == "cuda":
+    if device.type == "cuda":
         return {**parts, "allocator": round(GPU_CACHE * churned), "CUDA itself": CUDA_BYTES}, around
     return {**parts, "allocator": round(CPU_HEAP * churned), **around}, {}

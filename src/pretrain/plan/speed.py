@@ -23,7 +23,7 @@ MINIMUM = 4
 """Measurements that are taken all the same: single ones may be twice the usual."""
 
 EVALUATION_SHARE = 1 / 3
-"""The forward pass's part of the arithmetic of a training step."""
+"""The forward pass's part of the compute of a training step."""
 
 
 @dataclass(frozen=True)
@@ -60,26 +60,28 @@ def assume_speed(config: Config, token_seconds: float, rows: int) -> Speed:
 
 
 def measure_speed(config: Config, vocab_size: int, rows: int, precision: Precision, seconds: float = SECONDS) -> Speed:
-    """Time a few real micro-batches and updates on random tokens.
+    """Time a few real micro-batches of ``rows``, and updates, on random tokens.
 
-    Args:
-        config: with its derived fields filled in.
-        vocab_size: V.
-        rows: of the planned micro-batch; fewer are measured where that would take long, and their time multiplied.
-        precision: of activations, and the device.
-        seconds: how long it may take, besides making the model; three times as long for ``MINIMUM`` measurements.
+    Fewer rows are measured where that would take long, and their time multiplied. ``seconds`` is how long it may take,
+    besides making the model; three times as long for ``MINIMUM`` measurements.
     """
     device, length = precision.device, config.model.context_length
     if device.type == "cpu":
         keep_freed_memory()
+
+    def timed(work: Callable[[], object]) -> float:
+        begin = time.perf_counter()
+        work()
+        synchronize(device)
+        return time.perf_counter() - begin
+
     with torch.random.fork_rng(enabled=device.type == "cpu"):  # dropout draws from it
         model = meta_model(config.model, vocab_size, bos_id=0)
         model.activation_dtype = precision.dtype
         parallelize(model, "none", config, World(device), precision, say=lambda _: None)
         optimizers = build_optimizers(model, config.optim)
         model.init_weights(torch.Generator(device).manual_seed(0))
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(vocab_size, (rows, length), generator=generator).to(device)
+        tokens = torch.randint(vocab_size, (rows, length), generator=torch.Generator().manual_seed(0)).to(device)
 
         def micro_step(rows: int) -> None:
             (model(tokens[:rows], tokens[:rows]) / (rows * length)).backward()
@@ -90,23 +92,15 @@ def measure_speed(config: Config, vocab_size: int, rows: int, precision: Precisi
             model.zero_grad(set_to_none=True)
 
         begin = time.perf_counter()
-        first = _seconds(lambda: micro_step(1), device)
-        while rows > 1 and first * rows > seconds:  # at the latest one row is measured
-            rows = -(-rows // 2)
-        micro_step(rows)  # once unmeasured: memory is fetched and programs are compiled
+        first, measured = timed(lambda: micro_step(1)), rows
+        while measured > 1 and first * measured > seconds:  # at the latest one row is measured
+            measured = -(-measured // 2)
+        micro_step(measured)  # once unmeasured: memory is fetched and programs are compiled
         optimizer_step()
         micro, updates, evaluation = [], [], []
         while not micro or time.perf_counter() - begin < (seconds if len(micro) >= MINIMUM else 3 * seconds):
-            micro.append(_seconds(lambda: micro_step(rows), device))
-            updates.append(_seconds(optimizer_step, device))
+            micro.append(timed(lambda: micro_step(measured)))
+            updates.append(timed(optimizer_step))
             with torch.no_grad():
-                evaluation.append(_seconds(lambda: model(tokens[:rows], tokens[:rows]), device))
-    scale = tokens.shape[0] / rows
-    return Speed(median(micro) * scale, median(updates), median(evaluation) / (rows * length))
-
-
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    begin = time.perf_counter()
-    work()
-    synchronize(device)
-    return time.perf_counter() - begin
+                evaluation.append(timed(lambda: model(tokens[:measured], tokens[:measured])))
+    return Speed(median(micro) * rows / measured, median(updates), median(evaluation) / (measured * length))

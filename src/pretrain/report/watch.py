@@ -146,7 +146,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.send_error(HTTPStatus.BAD_REQUEST)
         try:
             prompt = msgspec.json.decode(self.rfile.read(int(size)), type=Prompt)
-        except msgspec.MsgspecError as error:
+        except ValueError as error:
             return self._reply(str(error), "text/plain", HTTPStatus.BAD_REQUEST)
         answer = self.server.answerer.answer(msgspec.structs.asdict(prompt))
         self._reply(json.dumps(answer), "application/json")

@@ -27,7 +27,7 @@ from pretrain.device import Precision, free_memory
 from pretrain.errors import UsageError
 from pretrain.model import GPT, meta_model
 from pretrain.optim import Optimizer, Replicated, RowSharded, alone
-from pretrain.sizing import count_parameters, kind_that_fits
+from pretrain.sizing import count_parameters, parallelism_that_fits
 from pretrain.training.world import World
 
 
@@ -39,7 +39,7 @@ def choose_kind(config: Config, vocab_size: int, world: World) -> str:
         return config.parallel.kind
     here = 1 if world.device.type == "cuda" else world.local_size  # processes that share this memory
     parameters = sum(count_parameters(config.model, vocab_size).values())
-    return world.broadcast(kind_that_fits(parameters, free_memory(world.device) // here))
+    return world.broadcast(parallelism_that_fits(parameters, free_memory(world.device) // here))
 
 
 def parallelize(
