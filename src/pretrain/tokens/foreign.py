@@ -73,41 +73,37 @@ def _describe(path: Path, vocab_size: int) -> TokenFile:
     """Find where a file's tokens begin, how many there are, and their dtype."""
     size = path.stat().st_size
     with open(path, "rb") as source:
-        header = np.frombuffer(source.read(HEADER_BYTES).ljust(12, b"\0")[:12], "<i4").tolist()
-    if header[0] == LLMC_EXAMPLES:
+        magic, version, tokens = np.frombuffer(source.read(12).ljust(12, b"\0"), "<i4").tolist()
+    if magic == LLMC_EXAMPLES:
         raise DataError(f"{path} holds llm.c's questions of an evaluation, not text; leave it out")
-    if dtype := HEADERS.get((header[0], header[1])):
-        file = TokenFile(path, header[2], dtype, HEADER_BYTES)
-        if header[2] < 0 or size != HEADER_BYTES + header[2] * file.itemsize:
-            found = (size - HEADER_BYTES) // file.itemsize
-            raise DataError(f"{path} has {found:,} tokens, but its header says {header[2]:,}; copy it again")
-        return file
-    tokens = _tokens_beside(path) if path.suffix == ".ds" else None
-    if tokens is None:
-        if size % 2:
-            raise DataError(f"{path} has {size:,} bytes, which are no whole number of tokens; copy it again")
-        # uint32 if every second uint16 can be the upper half of an id; never so in uint16 tokens of text.
+    if dtype := HEADERS.get((magic, version)):
+        found = (size - HEADER_BYTES) / np.dtype(dtype).itemsize
+        if found != tokens:
+            raise DataError(f"{path} has {found:,.0f} tokens, but its header says {tokens:,}; copy it again")
+        return TokenFile(path, tokens, dtype, HEADER_BYTES)
+    noted = _tokens_beside(path) if path.suffix == ".ds" else None
+    if noted is not None and size not in (noted * 2, noted * 4):
+        raise DataError(f"{path} has {size:,} bytes, not the {noted:,} tokens noted beside it; copy it again")
+    if size % 2:
+        raise DataError(f"{path} has {size:,} bytes, which are no whole number of tokens; copy it again")
+    if noted is not None:
+        wide = size == noted * 4
+    else:  # uint32 if every second uint16 can be the upper half of an id; never so in uint16 tokens of text
         upper_halves = np.frombuffer(_sample(path, 0), "<u2")[1::2]
         wide = size % 4 == 0 and len(upper_halves) > 0 and int(upper_halves.max()) <= (vocab_size - 1) >> 16
-        return TokenFile(path, size // 4, "uint32") if wide else TokenFile(path, size // 2, "uint16")
-    if size not in (tokens * 2, tokens * 4):
-        raise DataError(f"{path} has {size:,} bytes, not the {tokens:,} tokens noted beside it; copy it again")
-    return TokenFile(path, tokens, "uint16" if size == tokens * 2 else "uint32")
+    return TokenFile(path, size // 4, "uint32") if wide else TokenFile(path, size // 2, "uint16")
 
 
 def _tokens_beside(path: Path) -> int | None:
     """The number of tokens in a .ds file by its .metadata (second line), or its .index (the last document's end)."""
     metadata, index = Path(f"{path}.metadata"), Path(f"{path}.index")
     if metadata.is_file():
-        with open(metadata, encoding="utf-8", errors="replace") as source:
-            lines = source.read(4096).splitlines()
-        if len(lines) < 2 or not lines[1].isdecimal():
+        lines = metadata.read_bytes().splitlines()
+        if len(lines) < 2 or not lines[1].isdigit():
             raise DataError(f"{metadata} does not tell the number of tokens in its second line; remove it")
         return int(lines[1])
-    if index.is_file() and (size := index.stat().st_size) >= 8:
-        with open(index, "rb") as source:
-            source.seek(size - 8)
-            return int.from_bytes(source.read(8), "little")
+    if index.is_file() and len(ends := np.fromfile(index, "<u8")):
+        return int(ends[-1])
     return None
 
 

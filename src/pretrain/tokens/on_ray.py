@@ -15,8 +15,7 @@ from typing import Any
 from pretrain.errors import PretrainError, UsageError
 from pretrain.tokens.source import Report
 
-RETRIES = 3
-"""How often Ray may start a task again."""
+RETRIES = 3  # how often Ray may start a task again
 
 
 def run_on_ray(
@@ -24,7 +23,7 @@ def run_on_ray(
 ) -> list[Any]:
     """The results of calls of ``function`` with each of ``arguments``, from tasks of one core each on a Ray cluster.
 
-    ``report`` is told of a task when it is done. Every machine must see the file ``shared``. Where no cluster is found,
+    ``report`` is called when a task is done. Every machine must see the file ``shared``. Where no cluster is found,
     one with ``workers`` cores is started here.
     """
     try:
@@ -40,28 +39,26 @@ def run_on_ray(
             ray.init(address="auto", **quiet)
         except ConnectionError:
             ray.init(address="local", num_cpus=workers, include_dashboard=False, **quiet)
+    left: list[Any] = []
     try:
         remote = ray.remote(num_cpus=1, max_retries=RETRIES)(_perform)
-        results: dict[int, Any] = {}
-        running: dict[Any, int] = {}
-        todo = iter(enumerate(arguments))
-        while len(results) < len(arguments):
-            most = 2 * int(ray.cluster_resources().get("CPU", 1))  # machines may come and go
-            while len(running) < most and (task := next(todo, None)) is not None:
-                running[remote.remote(function, task[1], os.getcwd(), str(shared.absolute()))] = task[0]
-            for ready in ray.wait(list(running))[0]:
-                outcome, size, tokens = ray.get(ready)
-                if isinstance(outcome, Exception):
-                    raise outcome
-                report(size, tokens)
-                results[running.pop(ready)] = outcome
-        return [results[task] for task in range(len(arguments))]
+        place = os.getcwd(), str(shared.absolute())
+        left = tasks = [remote.remote(function, each, *place) for each in arguments]
+        while left:
+            (ready,), left = ray.wait(left)
+            outcome, size, tokens = ray.get(ready)
+            if isinstance(outcome, Exception):
+                raise outcome
+            report(size, tokens)
+        return [ray.get(task)[0] for task in tasks]
     except RayError as error:
         reason = str(error).strip().splitlines()[0]
         raise PretrainError(
             f"Ray gave a task up after {RETRIES} retries ({reason}); what is committed stays: give the command again"
         ) from None
     finally:
+        for task in left:
+            ray.cancel(task)
         if ours:
             ray.shutdown()
 

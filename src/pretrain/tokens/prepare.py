@@ -51,7 +51,7 @@ from pretrain.tokens.jobs import (
 from pretrain.tokens.on_ray import run_on_ray
 from pretrain.tokens.progress import Progress
 from pretrain.tokens.shards import MANIFEST, PLAN, Manifest
-from pretrain.tokens.source import NO_TEXT, TAIL, Report, describe, find_sides, training_texts
+from pretrain.tokens.source import NO_TEXT, NO_VALIDATION, TAIL, Report, describe, find_sides, training_texts
 from pretrain.tokens.workers import run_in_processes
 
 PLAN_FORMAT = 2
@@ -137,7 +137,7 @@ def prepare_text(
         _check_plan(folder, plan)
         open_corpus([str(folder)])  # a quick check of the files
         prepared = open_prepared(folder)
-        _check_sides(prepared.manifest, data, validated, length)
+        _check_sides(prepared.manifest, validated, length)
         shutil.rmtree(folder / WORK, ignore_errors=True)
         progress.say(f"{folder} is complete; nothing left to prepare")
         return prepared
@@ -195,7 +195,7 @@ def prepare_text(
         problems = sum((Counter(commits[-1].problems) for commits in done), Counter[str]())
         built = load_tokenizer(file, file.stat().st_mtime_ns)
         manifest = Manifest.of(built, sorted(shards, key=lambda shard: shard.split), problems)  # training first
-        _check_sides(manifest, data, validated, length)
+        _check_sides(manifest, validated, length)
         manifest.save(folder)
         shutil.rmtree(folder / WORK, ignore_errors=True)
         return Prepared(folder, manifest, built)
@@ -226,15 +226,12 @@ def _place_tail(jobs: Sequence[Job], surveys: Sequence[Survey], val_fraction: fl
     return placed
 
 
-def _check_sides(manifest: Manifest, data: DataConfig, held_out: bool, length: int) -> None:
+def _check_sides(manifest: Manifest, held_out: bool, length: int) -> None:
     """A DataError if a side of the split is empty or does not fill one context."""
     if manifest.documents(TRAIN) == 0:
         raise DataError(NO_TEXT)
     if manifest.documents(VAL) == 0 and held_out:
-        raise DataError(
-            f"no text is left for validation (of {manifest.documents(TRAIN):,} documents, data.split "
-            f"{data.split}, data.val_fraction {data.val_fraction}); give more text or another split"
-        )
+        raise DataError(NO_VALIDATION)
     check_length("the text", "training", manifest.tokens(TRAIN), length)
     if manifest.tokens(VAL):
         more = ", or a larger --data.val_fraction (0 trains on everything)"
@@ -260,28 +257,18 @@ def _check_plan(folder: Path, plan: dict[str, Any]) -> None:
     """A UsageError unless what is in the folder was made by the same plan."""
     if changes := _changes(folder, plan):
         raise UsageError(
-            f"{folder} holds token shards of another plan ({'; '.join(changes)}); choose another folder, "
-            f"or delete this one to begin anew"
+            f"{folder} holds token shards of another plan ({changes}); choose another folder, or delete this one to"
+            f" begin anew"
         )
 
 
-def _changes(folder: Path, plan: dict[str, Any]) -> list[str]:
-    """How a plan differs from that of the folder."""
+def _changes(folder: Path, plan: dict[str, Any]) -> str:
+    """What differs between a plan and that of the folder; empty: nothing."""
     try:
         old = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-        changes = []
-        for key, now in plan.items():
-            before = old[key]
-            if before != now and isinstance(now, list):  # each file's name, size and time
-                changed = next(source for source in [*before, *now] if (source in before) != (source in now))
-                changes.append(f"{changed[0]} is new, changed or left out")
-            elif before != now and key in ("tokenizer", "pieces"):  # which are hashes
-                changes.append(f"another {key}" if key == "tokenizer" else "text in other pieces")
-            elif before != now:
-                changes.append(f"{key} {before} → {now}")
-        return changes
-    except (OSError, ValueError, LookupError, TypeError, StopIteration):
-        return [f"its {PLAN} is missing or damaged"]
+        return ", ".join(f"another {key}" for key in plan if old.get(key) != plan[key])
+    except (OSError, ValueError, AttributeError):
+        return f"its {PLAN} is missing or damaged"
 
 
 @contextmanager

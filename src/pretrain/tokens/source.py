@@ -21,6 +21,10 @@ from pretrain.tokens.shards import utf8_bytes
 
 HASH, TAIL = "hash", "tail"  # how to split pieces that hold documents of both sides
 NO_TEXT = "there is no text to train on; give files that hold some with --data.paths, or hold less of it out"
+NO_VALIDATION = (
+    "no text is left for validation; give more text, another --data.split or --data.val_paths, or hold nothing out with"
+    " --data.val_fraction 0"
+)
 
 Report = Callable[[int, int], None]
 """Called with the bytes of text and the tokens done since the last call."""

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import heapq
 import itertools
 import json
 import math
@@ -46,7 +45,7 @@ from pretrain.tokens.order import key, permute
 from pretrain.tokens.packing import Cursor, Place, best_fit, concatenate
 from pretrain.tokens.prepare import TOKENIZER, Prepared
 from pretrain.tokens.shards import Manifest, Shard, ShardWriter, bytes_per_token, utf8_bytes
-from pretrain.tokens.source import HASH, NO_TEXT, TAIL, describe, find_sides, read_parts, training_texts
+from pretrain.tokens.source import HASH, NO_TEXT, NO_VALIDATION, TAIL, describe, find_sides, read_parts, training_texts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -166,13 +165,13 @@ def prepare_stream(
         UsageError: the tokenizer is of kind char.
         DataError: a side of the split is empty, or the text cannot be read or does not fit the vocabulary.
     """
-    data, kind = config.data, config.tokenizer.kind
+    kind = config.tokenizer.kind
     if kind == "char":
         raise UsageError(
             "tokenizer.kind char needs every character of the text beforehand, which a stream does not know; use"
             " --tokenizer.kind byte, bpe or gpt2, or leave out --data.stream"
         )
-    say(f"{describe(data, text.size)} in {len(text.train):,} pieces, tokenized while training")
+    say(f"{describe(config.data, text.size)} in {len(text.train):,} pieces, tokenized while training")
     tokenizer = build_tokenizer(kind, config.tokenizer.vocab_size, _learning_texts(text), config.tokenizer.pattern)
     temporary = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -182,11 +181,7 @@ def prepare_stream(
         if text.val:
             shard = _write_validation(temporary, text, tokenizer, problems)
             if shard.tokens < 2:
-                raise DataError(
-                    f"no text is left for validation (data.split {data.split}, data.val_fraction {data.val_fraction});"
-                    f" give more text, another split or --data.val_paths, or hold nothing out with"
-                    f" --data.val_fraction 0"
-                )
+                raise DataError(NO_VALIDATION)
             say(f"held out  {shard.tokens:,} tokens of {shard.documents:,} documents are kept for validation")
             shards.append(shard)
         tokenizer.save(temporary / TOKENIZER)
@@ -274,18 +269,18 @@ class Assignment:
         if self.shuffled:
             pieces = permute(pieces, len(pieces), key(self.seed, epoch, 4))
         # Of readers with equal loads another comes first in each epoch, so that equal pieces change their readers.
-        heap = [(load, (reader - epoch) % self.readers, reader) for reader, load in enumerate(self._loads[epoch])]
-        heapq.heapify(heap)
-        assigned: list[list[int]] = [[] for _ in range(self.readers)]
+        readers = sorted(range(self.readers), key=lambda reader: (reader - epoch) % self.readers)
+        loads = list(self._loads[epoch])
+        assigned: list[list[int]] = [[] for _ in readers]
         for piece in pieces.tolist():
-            load, place, reader = heap[0]
+            reader = min(readers, key=loads.__getitem__)
             assigned[reader].append(piece)
-            heapq.heapreplace(heap, (load + self.sizes[piece], place, reader))
+            loads[reader] += self.sizes[piece]
         self._kept[epoch] = assigned
         if len(self._kept) > KEPT_EPOCHS:  # readers are in neighbouring epochs
             del self._kept[next(iter(self._kept))]
         if len(self._loads) == epoch + 1:
-            self._loads.append([load for _, load in sorted((reader, load) for load, _, reader in heap)])
+            self._loads.append(loads)
 
 
 class _Stopped(Exception):

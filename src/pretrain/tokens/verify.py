@@ -16,6 +16,7 @@ from pretrain.errors import DataError
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokens.progress import Progress
 from pretrain.tokens.shards import MANIFEST, Manifest, Shard
+from pretrain.tokens.windows import TokenFile
 
 CHUNK = 8 * 2**20
 
@@ -55,18 +56,16 @@ def _tokenizer_faults(folder: Path, manifest: Manifest, tokenizer: Tokenizer | N
 
 def _shard_faults(folder: Path, manifest: Manifest, shard: Shard, progress: Progress) -> list[str]:
     file, dtype = folder / shard.file, np.dtype(manifest.dtype).newbyteorder("<")
-    expected = shard.tokens * dtype.itemsize
     digest, largest = hashlib.sha256(), -1
     try:
-        if not file.is_file():
-            return [f"{file} is missing"]
-        if (size := file.stat().st_size) != expected:
-            return [f"{file} has {size:,} bytes, not {expected:,}"]
+        TokenFile(file, shard.tokens, manifest.dtype).check()
         with open(file, "rb") as data:
             while chunk := data.read(CHUNK):
                 digest.update(chunk)
                 largest = max(largest, int(np.frombuffer(chunk, dtype).max()))
                 progress.add(len(chunk))
+    except DataError as error:
+        return [str(error)]
     except OSError as error:
         return [f"{file} cannot be read ({error.strerror})"]
     faults = []

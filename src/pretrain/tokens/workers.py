@@ -70,7 +70,11 @@ def run_in_processes(
             deaths += 1
             if deaths == TRIES:
                 pool.shutdown()  # which ends the other workers, by SIGTERM
-                raise PretrainError(_died([process.exitcode for process in processes])) from None
+                raise PretrainError(
+                    f"a worker process died, twice ({_death([process.exitcode for process in processes])}; the system"
+                    f" sends SIGKILL when memory runs out); what is committed stays: give the same command again, with"
+                    f" fewer --workers if memory is short"
+                ) from None
         finally:
             for process in processes:
                 process.kill()
@@ -97,16 +101,10 @@ def _starting_workers() -> Iterator[None]:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _died(codes: Sequence[int | None]) -> str:
-    """Why a worker died, by the exit codes of all; SIGTERM is how the pool ends the others."""
+def _death(codes: Sequence[int | None]) -> str:
+    """How a worker died, by the exit codes of all; SIGTERM is how the pool ends the others."""
     code = next((code for code in codes if code not in (None, -signal.SIGTERM)), -signal.SIGTERM)
-    if code >= 0:
-        return f"a worker process ended by itself, twice (exit code {code}); see its message above, if there is one"
-    memory = " (the system does that when memory runs out)" if code == -9 else ""
-    return (
-        f"a worker process was ended by {signal.Signals(-code).name}{memory}, and again when tried once more; what is"
-        f" committed stays: give the same command again, with fewer --workers if memory is short"
-    )
+    return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
 
 
 # In a worker ------------------------------------------------------------------------------------------------------
