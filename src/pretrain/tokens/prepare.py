@@ -292,7 +292,8 @@ def _working_in(folder: Path, plan: dict[str, Any], small: bool) -> Iterator[Non
         pass  # a file system without locks
     try:
         begun = [int(record.name.partition("-")[0]) for record in (folder / WORK).glob("[0-9]*-000.json")]
-        if ours and any(read_commits(folder, job) for job in begun):
+        finished = (folder / MANIFEST).is_file()  # by another process, just now
+        if ours and (finished or any(read_commits(folder, job) for job in begun)):
             _check_plan(folder, plan)
         elif ours and _changes(folder, plan):
             _clear(folder)
