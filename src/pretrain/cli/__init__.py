@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import version
 from itertools import takewhile
 
 from pretrain.cli.launch import LOCAL_RANK, is_process
@@ -87,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: list[str]) -> int:
     if args == ["--version"]:
+        from importlib.metadata import version
+
         print(f"pretrain {version('pretrain')}")
         return 0
     words = list(takewhile(lambda word: word not in ("-h", "--help", "help"), args[:2]))

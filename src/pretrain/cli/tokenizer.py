@@ -149,13 +149,13 @@ class Show(Command):
         numbers = _measure(tokenizer, texts)
         if not numbers["tokens"]:
             raise DataError("the text is empty; there is nothing to show")
-        shown = list(islice(_encode(tokenizer, texts()), self.tokens or None))
-        rows = [(id, visible(token), token) for id in shown for token in [tokenizer.decode_bytes([id], True)]]
+        ids = chain.from_iterable(ids.tolist() for _, ids in tokenizer.encode_documents(enumerate(texts())))
+        shown = [(id, tokenizer.decode_bytes([id], show_special=True)) for id in islice(ids, self.tokens or None)]
         if self.json:
-            numbers["shown"] = [{"id": id, "text": text, "bytes": token.hex()} for id, text, token in rows]
+            numbers["shown"] = [{"id": id, "text": visible(token), "bytes": token.hex()} for id, token in shown]
         else:
-            for id, text, token in rows:
-                print(f"{id}\t{text}\t{token.hex(' ')}")
+            for id, token in shown:
+                print(f"{id}\t{visible(token)}\t{token.hex(' ')}")
             if len(shown) < numbers["tokens"]:
                 print(f"... {numbers['tokens'] - len(shown):,} more tokens (--tokens 0 shows all)")
         _print(numbers, self.json)
@@ -178,10 +178,6 @@ def open_tokenizer(name: str) -> Tokenizer:
     if Path(name).is_dir():
         return Tokenizer.load(Path(name, "tokenizer.json"))
     return build_tokenizer(name, 0, [])
-
-
-def _encode(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[int]:
-    return chain.from_iterable(ids.tolist() for _, ids in tokenizer.encode_documents(enumerate(texts)))
 
 
 def _measure(tokenizer: Tokenizer, texts: Callable[[], Iterable[str]]) -> dict[str, Any]:
