@@ -109,7 +109,7 @@ WRONG_USE = {
     "missing run": (["eval"], "RUN"),
     "extra word": (["recipes", "a", "b"], "b"),
     "estimate of other text": (["eval", "RUN", "--batches", "2", "--data", "x.txt"], "leave out --data"),
-    "negative": (["sample", "RUN", "--top-k", "-3"], "top_k must be 0 or more"),
+    "negative": (["sample", "RUN", "--top-k", "-3"], "top_k must be at least 0"),
     "no such recipe to print": (["recipes", "quickstrat"], "did you mean 'quickstart'?"),
 }
 

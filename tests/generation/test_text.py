@@ -124,3 +124,11 @@ def test_a_prompt_begins_with_bos(tokenizer: Tokenizer):
     assert encode_prompt(tokenizer, "é") == [256, 0xC3, 0xA9]
     assert encode_prompt(tokenizer, "") == [256]
     assert encode_prompt(build_tokenizer("char", 0, ["ab\n"]), "") == [0]
+
+
+def test_any_bytes_give_the_text_that_decode_gives(tokenizer: Tokenizer):
+    rng = random.Random(3)
+    lead = [0xC3, 0xE6, 0xF0, 0x9F, 0x80, 0xFF, 65, 256]  # starts, continuations, never valid, a letter, BOS
+    for _ in range(200):
+        ids, writer = [rng.choice(lead) for _ in range(12)], TextWriter(tokenizer)
+        assert "".join([writer.push(id) for id in ids]) + writer.finish() == tokenizer.decode(ids)

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from pretrain.errors import DataError, PretrainError
 from pretrain.text import embedded_documents
-from pretrain.tokenizer import TextStream, Tokenizer, build_tokenizer
+from pretrain.tokenizer import Tokenizer, build_tokenizer
 from pretrain.tokenizer.patterns import byte_alphabet
 from pretrain.tokenizer.tokenizer import PIECE_CHARACTERS, split_text
 
@@ -140,33 +140,6 @@ def test_transformers_reads_the_file_and_agrees(tokenizer: Tokenizer, tmp_path: 
     for text, ids in tokenizer.encode_documents((text, text) for text in TEXTS):
         assert theirs.encode(text, add_special_tokens=False, split_special_tokens=True) == ids.tolist()
         assert theirs.decode(ids.tolist(), clean_up_tokenization_spaces=False) == text
-
-
-@pytest.mark.parametrize("text", NASTY)
-def test_a_stream_gives_the_text_and_never_a_broken_character(tokenizer: Tokenizer, text: str):
-    stream = TextStream(tokenizer)
-    parts = [stream.push(id) for id in tokenizer.encode(text)]
-    assert all("\ufffd" not in part for part in parts) or "\ufffd" in text
-    assert "".join(parts) == text
-    assert stream.finish() == ""
-
-
-def test_a_stream_of_any_bytes_is_what_decode_gives():
-    tokenizer = build_tokenizer("byte", 0, [])
-    rng = random.Random(3)
-    lead = [0xC3, 0xE6, 0xF0, 0x9F, 0x80, 0xFF, 65, 256]  # starts, continuations, never valid, a letter, BOS
-    for _ in range(200):
-        ids = [rng.choice(lead) for _ in range(12)]
-        for show_special in (False, True):
-            stream = TextStream(tokenizer, show_special)
-            text = "".join([stream.push(id) for id in ids]) + stream.finish()
-            assert text == tokenizer.decode(ids, show_special)
-
-
-def test_an_incomplete_character_is_held_back_until_the_end():
-    stream = TextStream(build_tokenizer("byte", 0, []))
-    assert [stream.push(byte) for byte in "é".encode() + "漢".encode()[:2]] == ["", "é", "", ""]
-    assert stream.finish() == "\ufffd"
 
 
 @pytest.mark.parametrize("kind", ["bpe", "char", "byte"])

@@ -24,7 +24,7 @@ class Section:
     """
 
     def __post_init__(self):
-        section = type(self).__name__.removesuffix("Config").lower()
+        section = re.sub("(Config|Options)$", "", type(self).__name__).lower()
         for name, hint in _hints(type(self), include_extras=True).items():
             object.__setattr__(self, name, checked(f"{section}.{name}", getattr(self, name), hint))
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 
-from pretrain.tokenizer import TextStream, Tokenizer
+from pretrain.tokenizer import Tokenizer
 
 
 class TextWriter:
@@ -19,20 +20,19 @@ class TextWriter:
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
         self.tokens, self.stopped = 0, False
-        self._stream, self._stop, self._held = TextStream(tokenizer), stop, ""
+        self._tokenizer, self._stop, self._held = tokenizer, stop, ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
         """Take the next token; give the text that is now certain, perhaps none."""
         self.tokens += 1
-        return self._certain(self._stream.push(token))
+        return self._certain(self._decoder.decode(self._tokenizer.decode_bytes([token])))
 
     def finish(self) -> str:
-        """Give what is still held back when no token follows."""
+        """Give what is still held back when no token follows; U+FFFD for a character that stayed incomplete."""
         if self.stopped:
             return ""
-        text = self._certain(self._stream.finish()) + self._held  # U+FFFD may end a stop string, too
-        self._held = ""
-        return text
+        return self._certain(self._decoder.decode(b"", final=True)) + self._held
 
     def _certain(self, text: str) -> str:
         text = self._held + text

@@ -1,7 +1,7 @@
 """Text to token ids and back, exactly to the byte; how many bytes each token stands for.
 
     build_tokenizer(kind, vocab_size, texts) ──> Tokenizer ──> encode, encode_documents ──> ids
-      bpe   trained here                            │          decode, TextStream      <── ids
+      bpe   trained here                            │          decode, decode_bytes    <── ids
       char  the characters of the texts             │          token_bytes             ──> bits per byte
       byte  the 256 bytes                           │
       gpt2  OpenAI's 50,257 tokens                  └─ save / load: always a standard tokenizer.json
@@ -14,6 +14,6 @@
 
 from pretrain.tokenizer.build import KINDS, build_tokenizer
 from pretrain.tokenizer.gpt2 import local_gpt2_tokenizer
-from pretrain.tokenizer.tokenizer import TextStream, Tokenizer
+from pretrain.tokenizer.tokenizer import Tokenizer
 
-__all__ = ["KINDS", "TextStream", "Tokenizer", "build_tokenizer", "local_gpt2_tokenizer"]
+__all__ = ["KINDS", "Tokenizer", "build_tokenizer", "local_gpt2_tokenizer"]

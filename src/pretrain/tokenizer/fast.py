@@ -62,10 +62,8 @@ class Unsuitable(Exception):
     """An encoder cannot be used for a tokenizer.json; the text says why."""
 
 
-def make_encoder(
-    name: EncoderName, spec: dict[str, Any], hf: tokenizers.Tokenizer, dtype: np.dtype
-) -> "FastEncoder | None":
-    """The encoder of this name for the tokenizer.json ``spec``; None for ``tokenizers`` itself.
+def make_encoder(name: EncoderName, hf: tokenizers.Tokenizer, dtype: np.dtype) -> "FastEncoder | None":
+    """The encoder of this name with the ids of ``hf``; None for ``hf`` itself.
 
     ``auto`` is the fastest that is installed and proven. Raises UsageError if the one asked for cannot be used.
     """
@@ -74,7 +72,7 @@ def make_encoder(
     backends = {"gigatoken": Gigatoken, "tiktoken": Tiktoken}
     for each in backends if name == "auto" else backends.keys() & {name}:
         try:
-            return FastEncoder(backends[each], spec, hf, dtype)
+            return FastEncoder(backends[each], hf, dtype)
         except (Unsuitable, ImportError) as error:
             if name != "auto":
                 fix = "; pip install 'pretrain[fast]'" if isinstance(error, ImportError) else ""
@@ -85,25 +83,23 @@ def make_encoder(
 class FastEncoder:
     """A backend tested against ``tokenizers``, and only given texts whose ids depend on the vocabulary alone."""
 
-    def __init__(
-        self, backend: "type[Gigatoken | Tiktoken]", spec: dict[str, Any], hf: tokenizers.Tokenizer, dtype: np.dtype
-    ) -> None:
+    def __init__(self, backend: "type[Gigatoken | Tiktoken]", hf: tokenizers.Tokenizer, dtype: np.dtype) -> None:
         """Raise Unsuitable if the backend might give, or does give, other ids than ``hf`` does."""
+        spec = json.loads(hf.to_str())  # not the file: older ones write merges in another way
         self._nfc = spec.get("normalizer") is not None
         if spec.get("normalizer") not in (None, {"type": "NFC"}):
             raise Unsuitable("it has a normalizer")
         # Special tokens are text like any other here; other added tokens are cut out of a text before anything else.
-        self._added = [token["content"] for token in spec.get("added_tokens") or [] if not token["special"]]
+        self._added = [token["content"] for token in spec["added_tokens"] if not token["special"]]
         if len(self._added) > 64 or not all(content.isascii() for content in self._added):
             raise Unsuitable("its added tokens are too many or not ASCII")
         if (regex := pattern_of(spec.get("pre_tokenizer"))) is None:
             raise Unsuitable("the regex by which it cuts words is not known")
         model = spec["model"]
-        for option in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-            if model.get(option):
-                raise Unsuitable(f"its model has {option}")
-        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-        self.backend = backend({**model, "merges": merges}, regex, dtype)
+        options = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+        if any(model.get(option) for option in options):
+            raise Unsuitable(f"its model has one of {', '.join(options)}")
+        self.backend = backend(model, regex, dtype)
 
         # Sorted, as the library gives its vocabulary in another order each time.
         words = sorted((bytes_of_token(token) or b"").decode("utf-8", errors="ignore") for token in hf.get_vocab())

@@ -5,7 +5,6 @@ and what ``build`` trains) and single characters (``build``'s own, a WordLevel m
 back unchanged; each tokenizer is tested for that when it is loaded.
 """
 
-import codecs
 import functools
 import hashlib
 import json
@@ -82,23 +81,23 @@ class Tokenizer:
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
         self.bos_id = next((id for id in map(self.hf.token_to_id, BOS_NAMES) if id in self.special_ids), None)
 
-        layout = _layout(spec, name)
+        is_char = _is_char(spec, name)
         # _bytes[id]: what a token stands for; a special token's are its name, and left out unless asked for.
         self._bytes = [
             tokens[id].encode()
-            if layout == "char" or id in added
+            if is_char or id in added
             else bytes_of_token(tokens[id]) or tokens[id].encode()  # as in the library's own decoder
             for id in range(self.vocab_size)
         ]
         # Where ids can be looked up in a table, that is far faster than the library.
         self._look_up: Callable[[str], np.ndarray] | None = None
-        if layout == "char":
+        if is_char:
             self._look_up = _character_table(self._bytes, self.special_ids)
         elif b"".join(self._bytes[:256]) == bytes(range(256)) and self.special_ids == {*range(256, self.vocab_size)}:
             self._look_up = lambda text: np.frombuffer(_utf8(text), dtype=np.uint8)
         self._can_cut = not (added.keys() - self.special_ids) and _splits_at_safe_cuts(self.hf)
 
-        probe = self.decode(range(self.vocab_size)) if layout == "char" else _PROBE
+        probe = self.decode(range(self.vocab_size)) if is_char else _PROBE
         try:
             given_back = self.decode_bytes(self.hf.encode(probe, add_special_tokens=False).ids)
         except Exception:  # a bare one of the library's, for a word that it does not know
@@ -113,8 +112,7 @@ class Tokenizer:
         if encoder != "auto":
             _ = self._fast_encoder  # a wrong name is an error now, not when there is much to encode
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle as the text it is made of, since encoders cannot be."""
+    def __reduce__(self) -> tuple[Any, ...]:  # encoders cannot be pickled
         return Tokenizer, (self._text, "this tokenizer.json", self._encoder_name)
 
     def encode(self, text: str) -> list[int]:
@@ -210,47 +208,25 @@ class Tokenizer:
 
     @functools.cached_property
     def _fast_encoder(self) -> FastEncoder | None:
-        return make_encoder(self._encoder_name, json.loads(self._text), self.hf, self.dtype)
+        return make_encoder(self._encoder_name, self.hf, self.dtype)
 
     def _encode_batch(self, texts: list[str], threads: int) -> list[np.ndarray]:
-        encoded: list[np.ndarray | None] = [None] * len(texts)
+        self._characters += sum(map(len, texts))
+        much = self._encoder_name != "auto" or self._characters > FAST_AFTER * self.vocab_size
+        fast = self._fast_encoder if much else None
         try:
-            self._characters += sum(map(len, texts))
-            much = self._encoder_name != "auto" or self._characters > FAST_AFTER * self.vocab_size
-            if much and self._fast_encoder is not None:
-                encoded = self._fast_encoder.encode(texts, threads)
-            rest = [number for number, ids in enumerate(encoded) if ids is None]
+            encoded = fast.encode(texts, threads) if fast else [None] * len(texts)
+            rest = [text for text, ids in zip(texts, encoded, strict=True) if ids is None]
             if threads == 1 or len(rest) == 1:
-                encodings = [self.hf.encode(texts[i], add_special_tokens=False) for i in rest]
+                encodings = [self.hf.encode(text, add_special_tokens=False) for text in rest]
             else:
-                encodings = self.hf.encode_batch_fast([texts[i] for i in rest], add_special_tokens=False)
+                encodings = self.hf.encode_batch_fast(rest, add_special_tokens=False)
         except (TypeError, UnicodeEncodeError):  # how the libraries refuse surrogates
             for text in texts:
                 _utf8(text)
             raise
-        for number, encoding in zip(rest, encodings, strict=True):
-            encoded[number] = np.array(encoding.ids, dtype=self.dtype)
-        return [ids for ids in encoded if ids is not None]
-
-
-class TextStream:
-    """Decode ids one by one as they are sampled, holding back the bytes of a character until it is complete.
-
-    All that ``push`` and then ``finish`` give, joined, is what ``Tokenizer.decode`` gives.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, show_special: bool = False) -> None:
-        self._tokenizer = tokenizer
-        self._show_special = show_special
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, id: int) -> str:
-        """The text that is certain once this id has come, perhaps none."""
-        return self._decoder.decode(self._tokenizer.decode_bytes([id], self._show_special))
-
-    def finish(self) -> str:
-        """What is held back: U+FFFD if the last character stayed incomplete, else nothing."""
-        return self._decoder.decode(b"", final=True)
+        left = (np.array(encoding.ids, dtype=self.dtype) for encoding in encodings)
+        return [next(left) if ids is None else ids for ids in encoded]
 
 
 def split_text(text: str) -> Iterator[str]:
@@ -265,23 +241,19 @@ def split_text(text: str) -> Iterator[str]:
     yield text[start:] if start else text
 
 
-def _layout(spec: dict[str, Any], name: str) -> str:
-    """Which of the two layouts a tokenizer.json has: 'byte-level' or 'char'. Raises DataError for any other."""
+def _is_char(spec: dict[str, Any], name: str) -> bool:
+    """Whether a tokenizer.json has the layout of kind char; else it is byte-level. DataError if it is neither."""
     model, decoder = spec["model"], (spec.get("decoder") or {}).get("type")
-    kind = model.get("type")
-    vocab = model.get("vocab") or {}
+    kind, vocab = model.get("type"), model.get("vocab") or {}
     if kind == "BPE" and decoder == "ByteLevel" and not model.get("dropout"):
         if missing := sum(character not in vocab for character in byte_alphabet()):
             raise DataError(
                 f"{name}: {missing} of the 256 bytes have no token, so some text would be lost; use another"
             )
-        return "byte-level"
-    if (
-        (kind, decoder, spec.get("normalizer")) == ("WordLevel", "Fuse", None)
-        and model.get("unk_token") not in vocab
-        and all(len(token) == 1 for token in vocab)
-    ):
-        return "char"
+        return False
+    is_char = (kind, decoder, spec.get("normalizer")) == ("WordLevel", "Fuse", None)
+    if is_char and model.get("unk_token") not in vocab and all(len(token) == 1 for token in vocab):
+        return True
     raise DataError(
         f"{name}: its tokens cannot be mapped to bytes exactly (model {kind}, decoder {decoder}); give a "
         f"byte-level BPE such as GPT-2's, or train one with --tokenizer.kind bpe"
