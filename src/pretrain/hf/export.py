@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import tempfile
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from pretrain.runs.run import stored_core
 from pretrain.text import embedded_name
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokens import Dataset, Manifest, is_tokens
-from pretrain.tokens.shards import MANIFEST, PLAN
+from pretrain.tokens.shards import PLAN
 
 CONFIGURATION, MODELING = "configuration_pretrain", "modeling_pretrain"
 
@@ -51,50 +51,53 @@ def export_run(run: Run, format: Literal["hf", "safetensors"], out: Path, checkp
     checkpoint = checkpoint or run.newest_checkpoint()
     model, tokenizer = run.load_model(checkpoint=checkpoint), run.tokenizer()
     tree, tensors = to_hf(model, OWN if format == "safetensors" else "")
-    own, code = tree["model_type"] == OWN, {}
+    files = {"config.json": _json(tree)}
     if format == "safetensors":
         tensors = {name.removeprefix("gpt."): tensor for name, tensor in tensors.items()}
-        files = {"config.json": tree}
         how = f'from pretrain.hf.convert import load_hf; model = load_hf("{out}")'
     else:
-        bos, bos_id = _bos(tokenizer), tokenizer.bos_id
-        ids = {"bos_token_id": bos_id, "eos_token_id": bos_id} if bos else {}
-        if own:
-            code = model_code()
-            tree["auto_map"] = {
-                "AutoConfig": f"{CONFIGURATION}.PretrainConfig",
-                "AutoModelForCausalLM": f"{MODELING}.PretrainForCausalLM",
-            }
-        files = {
-            "config.json": tree | ids,
-            "generation_config.json": ids | ({"use_cache": False} if own else {}),
-            "tokenizer_config.json": {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "model_max_length": run.config.model.context_length,
-                "clean_up_tokenization_spaces": False,
-                "split_special_tokens": True,  # the name of a special token in a text is text
-                **({"bos_token": bos, "eos_token": bos} if bos else {}),
-            },
-        }
-        code["README.md"] = model_card(run, checkpoint, out.resolve().name)
-        how = f'model = AutoModelForCausalLM.from_pretrained("{out}"{", trust_remote_code=True" if own else ""})'
+        files = _hf_files(run, tree, tokenizer) | {"README.md": model_card(run, checkpoint, out.resolve().name)}
+        trust = ", trust_remote_code=True" if tree["model_type"] == OWN else ""
+        how = f'model = AutoModelForCausalLM.from_pretrained("{out}"{trust})'
 
     final = out.resolve()
-    temporary = final.with_name(f".{final.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-        (temporary / "model.safetensors").chmod(0o644)  # safetensors lets only its owner read it
-        tokenizer.save(temporary / "tokenizer.json")
-        for name, text in {**code, **{name: _json(file) for name, file in files.items()}}.items():
-            (temporary / name).write_text(text, encoding="utf-8")
-        os.replace(temporary, final)  # an empty folder gives way
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=final.parent, prefix=f".{final.name}.") as temporary:
+            folder = Path(temporary, "whole")
+            folder.mkdir()
+            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+            (folder / "model.safetensors").chmod(0o644)  # safetensors lets only its owner read it
+            tokenizer.save(folder / "tokenizer.json")
+            for name, text in files.items():
+                (folder / name).write_text(text, encoding="utf-8")
+            os.replace(folder, final)  # an empty folder gives way
     except OSError as error:
         raise UsageError(f"cannot write {out}: {error.strerror}; choose another --out") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return how
+
+
+def _hf_files(run: Run, tree: dict[str, Any], tokenizer: Tokenizer) -> dict[str, str]:
+    """The text files that transformers looks for, by name."""
+    bos, own = _bos(tokenizer), tree["model_type"] == OWN
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.bos_id} if bos else {}
+    names = {"bos_token": bos, "eos_token": bos} if bos else {}
+    auto = {
+        "AutoConfig": f"{CONFIGURATION}.PretrainConfig",
+        "AutoModelForCausalLM": f"{MODELING}.PretrainForCausalLM",
+    }
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": run.config.model.context_length,
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,  # the name of a special token in a text is text
+    }
+    files = {
+        "config.json": tree | ids | ({"auto_map": auto} if own else {}),
+        "generation_config.json": ids | ({"use_cache": False} if own else {}),
+        "tokenizer_config.json": settings | names,
+    }
+    return {name: _json(file) for name, file in files.items()} | (model_code() if own else {})
 
 
 def model_code() -> dict[str, str]:
@@ -175,20 +178,15 @@ def _facts(run: Run, checkpoint: Checkpoint) -> list[str]:
     losses = [record["train/loss"] for record in records[-LAST_STEPS:] if record.get("train/loss") is not None]
     if losses:
         facts.append(f"Training loss: {sum(losses) / len(losses):.4f} nats per token (mean of {len(losses)} steps)")
-
-    def newest(name: str) -> dict[str, Any] | None:
-        return next((record for record in reversed(records) if record.get(name) is not None), None)
-
-    if last := newest("val/loss"):
+    for last in [record for record in records if record.get("val/loss") is not None][-1:]:
         bpb = f", {last['val/bpb']:.4f} bits per byte" if last.get("val/bpb") is not None else ""
         facts.append(f"Held-out loss: {last['val/loss']:.4f} nats per token{bpb} (after step {last['step']:,})")
-    if (measured := newest("val/core")) and not stored_core(run, checkpoint):
-        count = config.eval.core_max_per_task
-        facts.append(
-            f"CORE: {measured['val/core']:.4f} after step {measured['step']:,}, the mean of the tasks of"
-            f" {without_secrets(config.eval.core_bundle) or 'the bundle'}"
-            + (f", {count:,} questions each" if count else "")
-        )
+    for last in [record for record in records if record.get("val/core") is not None][-1:]:
+        if not stored_core(run, checkpoint):
+            bundle, count = without_secrets(config.eval.core_bundle) or "the bundle", config.eval.core_max_per_task
+            each = f", {count:,} questions each" if count else ""
+            core = f"{last['val/core']:.4f} after step {last['step']:,}"
+            facts.append(f"CORE: {core}, the mean of the tasks of {bundle}{each}")
     return facts
 
 
@@ -200,21 +198,14 @@ def _data(run: Run) -> str:
         corpus = run.corpus()
     except DataError:
         return f"{names}; its tokens were no longer there when this was written.\n"
-    rows = [["data", "training tokens", "documents", "bytes", "held-out tokens", "documents", "bytes"]]
-    shared = len(corpus.datasets) > 1
-    if shared:
-        rows[0].append("share of rows")
-    for number, dataset in enumerate(corpus.datasets):
-        name, train = names, _sizes(dataset, "train")
-        if is_tokens(data.paths):
-            name = without_secrets(dataset.name) + _made_from(Path(dataset.name).expanduser())
-        if data.stream:
-            train = ["tokenized while training", "", ""]
-        rows.append([name, *train, *_sizes(dataset, "val")])
-        if shared:
-            weights = data.weights or [each.tokens("train") for each in corpus.datasets]
-            rows[-1].append(f"{weights[number] / max(1, sum(weights)):.1%}")
-    return _table(rows)
+    rows = [["data", "training tokens", "documents", "bytes", "held-out tokens", "documents", "bytes", "share of rows"]]
+    weights = data.weights or [each.tokens("train") for each in corpus.datasets]
+    for dataset, weight in zip(corpus.datasets, weights, strict=True):
+        train = ["tokenized while training", "", ""] if data.stream else _sizes(dataset, "train")
+        name = without_secrets(dataset.name) + _made_from(Path(dataset.name).expanduser())
+        name = name if is_tokens(data.paths) else names
+        rows.append([name, *train, *_sizes(dataset, "val"), f"{weight / max(1, sum(weights)):.1%}"])
+    return _table(rows if len(corpus.datasets) > 1 else [row[:-1] for row in rows])
 
 
 def _sizes(dataset: Dataset, split: str) -> list[str]:
@@ -229,15 +220,12 @@ def _sizes(dataset: Dataset, split: str) -> list[str]:
 
 def _made_from(folder: Path) -> str:
     """The text of which 'pretrain data prepare' made a folder; empty if it does not say."""
-    if not (folder / MANIFEST).is_file():
-        return ""
     try:
         plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
         files = [without_secrets(str(file)) or embedded_name() for file, *_ in plan["text"]]
     except (OSError, ValueError, KeyError, TypeError):
         return ""
-    more = f" and {len(files) - 3:,} files more" if len(files) > 3 else ""
-    return f", made from {', '.join(files[:3])}{more}"
+    return f", made from {', '.join(files[:3])}{', ...' if len(files) > 3 else ''}"
 
 
 def _core(run: Run, checkpoint: Checkpoint) -> str:
