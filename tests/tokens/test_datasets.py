@@ -99,7 +99,7 @@ def test_tokens_without_a_vocabulary_need_one(tmp_path: Path, byte_json: str):
     for kind in ("", "bpe", "char"):
         with pytest.raises(UsageError, match=r"without their vocabulary.*--tokenizer.kind gpt2, or the path"):
             open_corpus([folder], kind)
-    with pytest.raises(UsageError, match="no such file"):
+    with pytest.raises(UsageError, match="no such kind or file"):
         open_corpus([folder], str(tmp_path / "absent.json"))
     (tmp_path / "other" / "train.bin").write_bytes(np.full(1000, 257, dtype=np.uint16).tobytes())
     with pytest.raises(DataError, match="has the token 257"):
