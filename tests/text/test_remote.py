@@ -170,14 +170,15 @@ def test_what_does_not_come_whole_is_asked_for_again(server: Server, waits: list
     server.faults += faults
     assert "".join(document.text for piece in found for document in read_piece(piece)) == "some text " * 100_000
     assert not server.faults
-    assert [round(wait / 2**n) for n, wait in enumerate(waits)] == [1] * len(faults)
+    assert len(waits) == len(faults)
+    assert all(2**n <= wait <= 2**n + 1 for n, wait in enumerate(waits))
 
 
 def test_a_server_that_stays_broken_is_given_up(server: Server, waits: list[float]):
     server.files["a.txt"] = b"some text " * 100
     (piece,) = find_pieces([server.url("a.txt")])
     server.faults += [503] * 100
-    with pytest.raises(DataError, match="its server answers with status 503; try again later"):
+    with pytest.raises(DataError, match=r"cannot be reached \(.*503.*try again later"):
         list(read_piece(piece))
     assert len(waits) == opening.TRIES - 1
     server.faults[:] = ["short"] * 100
@@ -260,7 +261,7 @@ def test_folders_and_patterns_of_a_store():
         assert texts(f"{url}/data/**/*.parquet", f"{url}/data/*") == ["row", "line"]
         assert texts(f"{url}/a.txt") == ["text"]
         assert "no such file or folder" in refusal(f"{url}/nothing.txt")
-        assert "holds no text files (only .png)" in refusal(f"{url}/*.png")
+        assert "no text files there (only .png)" in refusal(f"{url}/*.png")
         assert "no text files" in refusal(f"{url}/*.txtt")
 
 
@@ -278,7 +279,9 @@ def test_a_large_file_of_a_store_is_read_in_ranges(monkeypatch: pytest.MonkeyPat
 )
 def test_a_missing_package_is_said_with_its_extra(monkeypatch: pytest.MonkeyPatch, url: str, package: str, extra: str):
     monkeypatch.setitem(sys.modules, package, None)
-    assert f"needs {package}; pip install 'pretrain[{extra}]'" in refusal(url)
+    line = refusal(url)
+    assert package in line
+    assert line.endswith(f"pip install 'pretrain[{extra}]'")
 
 
 def test_an_unknown_protocol_is_refused():
@@ -326,7 +329,8 @@ def test_without_the_hub_the_refusal_comes_at_once(tmp_path: Path):
         said = ask_hub("hf://datasets/o/n/a.txt", HF_ENDPOINT=f"http://127.0.0.1:{unused.getsockname()[1]}")
     assert said.startswith("DataError hf://datasets/o/n/a.txt: cannot be reached (")
     said = ask_hub("hf://datasets/o/n/a.txt", HF_HUB_OFFLINE="1")
-    assert said.startswith("DataError hf://datasets/o/n/a.txt: cannot be read, as HF_HUB_OFFLINE is set; unset it")
+    assert said.startswith("DataError hf://datasets/o/n/a.txt: cannot be reached (")
+    assert "HF_HUB_OFFLINE" in said
 
 
 def test_without_google_the_refusal_comes_at_once(monkeypatch: pytest.MonkeyPatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import glob
 import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,12 +49,11 @@ def find_files(paths: Sequence[str]) -> list[SourceFile]:
 
 
 def _remote(url: str) -> list[SourceFile]:
-    files = expand_url(url)
-    if [name for name, _ in files] == [url]:
+    sizes = dict(expand_url(url))
+    if [*sizes] == [url]:
         _check_type(url)
-        return [SourceFile(url, files[0][1], named=True)]
-    sizes = dict(files)
-    return [SourceFile(name, sizes[name], named=False) for name in _choose(list(sizes), url)]
+        return [SourceFile(url, sizes[url], named=True)]
+    return [SourceFile(name, sizes[name], named=False) for name in _choose([*sizes], url)]
 
 
 def _local(given: str) -> list[SourceFile]:
@@ -89,28 +89,24 @@ def _choose(files: list[str], given: str) -> list[str]:
     if not chosen:
         others = sorted({os.path.splitext(file)[1].lower() or os.path.basename(file) for file in files})[:5]
         beside = f" (only {', '.join(others)})" if others else ""
-        raise DataError(
-            f"{given}: this folder or pattern holds no text files{beside}; put {supported()} files there or give "
-            f"another path"
-        )
+        raise DataError(f"{given}: no text files there{beside}; put {supported()} files there or give another path")
     # As paths, part by part: '/' comes before every other character.
     return sorted(chosen, key=lambda file: file.split("/") if is_url(file) else Path(file).parts)
 
 
 def _size(file: str) -> int:
     """Give the size of a file that is known to open."""
-    path = Path(file)
     try:
-        size = path.stat().st_size
+        status = os.stat(file)
     except PermissionError as error:
         raise unreadable(file, error) from error
     except OSError as error:
-        raise DataError(f"{file}: no such file or folder{_nearest(path)}") from error
-    if not path.is_file():
+        raise DataError(f"{file}: no such file or folder{_nearest(Path(file))}") from error
+    if not stat.S_ISREG(status.st_mode):
         raise DataError(f"{file}: not a regular file; give {supported()} files or a folder of them")
     _check_type(file)
     open_raw(file).close()
-    return size
+    return status.st_size
 
 
 def _check_type(file: str) -> None:
@@ -122,12 +118,9 @@ def _check_type(file: str) -> None:
 
 def _nearest(missing: Path) -> str:
     """Find, for a path that is not there, the existing name nearest to the first part of it that is missing."""
-    for part in reversed([missing, *missing.parents]):
-        if not os.path.exists(part):
-            try:
-                names = os.listdir(part.parent)
-            except OSError:
-                return ""
-            near = difflib.get_close_matches(part.name, names, n=1)
-            return f"; did you mean {part.parent / near[0]} ?" if near else ""
-    return ""
+    part = next(part for part in reversed([missing, *missing.parents]) if not os.path.exists(part) or part == missing)
+    try:
+        near = difflib.get_close_matches(part.name, os.listdir(part.parent), n=1)
+    except OSError:
+        return ""
+    return f"; did you mean {part.parent / near[0]} ?" if near else ""

@@ -51,6 +51,7 @@ PROBLEMS = {
 _GOOD_CUT = re.compile(r"(?<=[^\W_])(?=[ \n])|(?<=\S\n)(?=[^\s/])")
 _LINE_ENDS = (b"\r\n", b"\n")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_TEXT_TYPE = re.compile(r"(dictionary<values=)?(large_)?(string|binary)(_view)?(,|$)")  # of Arrow
 _JSON = json.JSONDecoder(strict=False)  # which keeps raw tabs and line ends in strings, rather than refusing them
 
 
@@ -74,18 +75,18 @@ def check_start(file: str, kind: str, must_hold_text: bool) -> None:
     with one_line(file), open_bytes(file, buffer=PROBE) as stream:
         start = stream.read(PROBE)
     whole = len(start) < PROBE
-    name = shlex.quote(file)
+    iconv = f"-t utf-8 {shlex.quote(file)} > OUT"
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise DataError(f"{file}: this is UTF-16, not UTF-8; convert it: iconv -f utf-16 -t utf-8 {name} > OUT")
+        raise DataError(f"{file}: this is UTF-16, not UTF-8; convert it: iconv -f utf-16 {iconv}")
     if 100 * start.count(b"\0") > len(start):
         raise DataError(f"{file}: this file is binary (a NUL at byte {start.index(0)}); give plain {kind}")
     text, _ = codecs.utf_8_decode(start, "surrogateescape", whole)
-    wrong = [match.start() for match in _SURROGATE.finditer(text)]
+    wrong = _SURROGATE.findall(text)
     if (1000 if kind == TEXT else 50) * len(wrong) > len(start):
-        offset = len(text[: wrong[0]].encode("utf-8", "surrogateescape"))
+        offset = len(text.partition(wrong[0])[0].encode())
         raise DataError(
             f"{file}: not UTF-8 (byte 0x{start[offset]:02x} at offset {offset}); "
-            f"convert it from what it is, e.g.: iconv -f latin1 -t utf-8 {name} > OUT"
+            f"convert it from what it is, e.g.: iconv -f latin1 {iconv}"
         )
     if must_hold_text and whole and not text.removeprefix("\ufeff").strip():
         raise DataError(f"{file}: this file holds only white space; delete it or give another")
@@ -189,25 +190,18 @@ def _parts(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
     yield held, True
 
 
-def _documents(text: str | None, file: str) -> Iterator[Document]:
-    """Give the text of a row, if it has one: one document, in parts if it is long."""
-    if text is not None:
+def _documents(text: Any, file: str, problems: Counter[str]) -> Iterator[Document]:
+    """Give the text of a row as a document, in parts if it is long; leave out and count what is none."""
+    if not isinstance(text, str):
+        problems["null" if text is None else "not text"] += 1
+    elif not text or text.isspace():
+        problems["empty"] += 1
+    else:
+        if "\0" in text:
+            problems["NUL"] += 1
         parts = _parts([text]) if len(text) > PART_CHARACTERS else [(text, True)]  # most are short
         for number, (part, _) in enumerate(parts):
             yield Document(part, file, number > 0)
-
-
-def _checked(text: Any, problems: Counter[str]) -> str | None:
-    """Give the text of a row if it is a document, else None; count what is wrong with it."""
-    if not isinstance(text, str):
-        problems["null" if text is None else "not text"] += 1
-        return None
-    if not text or text.isspace():
-        problems["empty"] += 1
-        return None
-    if "\0" in text:
-        problems["NUL"] += 1
-    return text
 
 
 # Documents between separators, and JSON lines -------------------------------------------------------------------------
@@ -226,8 +220,7 @@ def read_separated(file: str, separator: str, begin: int, end: int, problems: Co
         data = data.removeprefix(next(filter(data.startswith, before), b""))
         if closed:
             data = data.removesuffix(next(filter(data.endswith, _LINE_ENDS), b""))
-        text, _ = _utf8(data, True, problems)
-        yield from _documents(_checked(text, problems), file)
+        yield from _documents(_utf8(data, True, problems)[0], file, problems)
 
 
 def read_lines(
@@ -240,17 +233,44 @@ def read_lines(
     """
     fix = f'give one such as {{"text": "..."}} a line; from a JSON array: jq -c .[] {shlex.quote(file)} > OUT.jsonl'
     first = begin == 0
-    replaced: Counter[str] = Counter()  # apart from problems, as it may be in another field
     for position, line, _ in _records(file, b"\n", begin, end, fix, buffer):
         if position == 0:
             line = line.removeprefix(codecs.BOM_UTF8)
         if not line or line.isspace():
             continue
-        replaced.clear()
-        decoded, _ = _utf8(line, True, replaced)
-        text = _text_of_line(decoded, bool(replaced), file, field, problems, fix if first else "")
-        decoded, first = "", False
-        yield from _documents(text, file)
+        row, replaced, halves = _json(line)
+        if not isinstance(row, dict):
+            if first:
+                raise DataError(f"{file}: its first line is not a JSON object; {fix}")
+            problems["not JSON"] += 1
+            continue
+        if first and not isinstance(row.get(field, 0), str | None):
+            raise _no_text(file, field, list(row), [name for name, value in row.items() if isinstance(value, str)])
+        first = False
+        if field not in row:
+            problems["no field"] += 1
+            continue
+        text = row.pop(field)
+        if halves and isinstance(text, str) and _SURROGATE.search(text):
+            text = _SURROGATE.sub("\ufffd", text)
+            problems["lone surrogate"] += 1
+        if replaced and isinstance(text, str) and "\ufffd" in text:
+            problems["invalid UTF-8"] += 1
+        yield from _documents(text, file, problems)
+
+
+def _json(line: bytes) -> tuple[Any, bool, bool]:
+    """Decode a line of JSON (None: it is none).
+
+    Also gives whether U+FFFD stands for what was not UTF-8 in it, and whether it may have halves of surrogate pairs.
+    """
+    replaced: Counter[str] = Counter()
+    text, _ = _utf8(line, True, replaced)
+    try:
+        row = _JSON.decode(text)
+    except (ValueError, RecursionError):
+        row = None
+    return row, bool(replaced), b"\\ud" in line or b"\\uD" in line
 
 
 def _records(
@@ -279,36 +299,6 @@ def _records(
                 raise DataError(f"{file}: what begins at byte {position:,} is longer than {LINE_BYTES:,} bytes; {fix}")
         if inside and held:
             yield position, held, False
-
-
-def _text_of_line(line: str, replaced: bool, file: str, field: str, problems: Counter[str], fix: str) -> str | None:
-    """Give the text in a line, None if there is none.
-
-    ``replaced``: U+FFFD stands for what was not UTF-8 in it. ``fix``: what to say if the first line is wrong.
-    """
-    try:
-        row = _JSON.decode(line)
-    except (ValueError, RecursionError):
-        row = None
-    if not isinstance(row, dict):
-        if fix:
-            raise DataError(f"{file}: its first line is not a JSON object; {fix}")
-        problems["not JSON"] += 1
-        return None
-    if fix and not isinstance(row.get(field, 0), str | None):
-        raise _no_text(file, field, list(row), [name for name, value in row.items() if isinstance(value, str)])
-    if field not in row:
-        problems["no field"] += 1
-        return None
-    text = row[field]
-    if isinstance(text, str):
-        if not text.isascii() and ("\\ud" in line or "\\uD" in line):
-            text, halves = _SURROGATE.subn("\ufffd", text)
-            if halves:
-                problems["lone surrogate"] += 1
-        if replaced and "\ufffd" in text:
-            problems["invalid UTF-8"] += 1
-    return _checked(text, problems)
 
 
 def _no_text(file: str, field: str, names: Sequence[str], texts: Sequence[str]) -> DataError:
@@ -346,12 +336,12 @@ def read_rows(file: str, field: str, begin: int, end: int, problems: Counter[str
         for batch in parquet.iter_batches(rows, row_groups=groups, columns=[field], use_threads=False):
             for value in _values(batch.column(0)):
                 text = _utf8(value, True, problems)[0] if isinstance(value, bytes) else value
-                yield from _documents(_checked(text, problems), file)
+                yield from _documents(text, file, problems)
 
 
 def _column_sizes(parquet: Any, file: str, field: str) -> list[int]:
     schema, metadata = parquet.schema_arrow, parquet.metadata
-    texts = [column.name for column in schema if _is_text(column.type)]
+    texts = [column.name for column in schema if _TEXT_TYPE.match(str(column.type))]
     if field not in texts:
         raise _no_text(file, field, schema.names, texts)
     column = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == field)
@@ -382,15 +372,6 @@ def _remote_footer(url: str) -> Any:
 
     with open_raw(url) as file:
         return pyarrow.parquet.read_metadata(file)
-
-
-def _is_text(kind: Any) -> bool:
-    import pyarrow.types as types
-
-    if types.is_dictionary(kind):
-        kind = kind.value_type
-    tests = ("is_string", "is_large_string", "is_string_view", "is_binary", "is_large_binary", "is_binary_view")
-    return any(getattr(types, test)(kind) for test in tests if hasattr(types, test))
 
 
 def _values(column: Any) -> list[Any]:

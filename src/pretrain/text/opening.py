@@ -13,8 +13,7 @@ from __future__ import annotations
 import io
 import lzma
 import os
-import random
-import shlex
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,12 +42,8 @@ CONNECT_SECONDS, READ_SECONDS = 10, 60  # a try without a byte for so long has f
 # The packages whose exceptions mean that the bytes they were given are damaged.
 _DECODERS = ("pyarrow", "backports", "compression", "_zstd")
 _HTTP = ("http", "https")
-# The package that a protocol needs besides fsspec, and the extra of pretrain that installs it.
-_PACKAGES = {
-    **dict.fromkeys(_HTTP, ("aiohttp", "data")),
-    **dict.fromkeys(("s3", "s3a"), ("s3fs", "s3")),
-    **dict.fromkeys(("gs", "gcs"), ("gcsfs", "gs")),
-}
+# The extra of pretrain that installs what a protocol needs besides fsspec.
+_EXTRAS = {"http": "data", "https": "data", "s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
 
 
 def is_url(path: str) -> bool:
@@ -102,21 +97,16 @@ def open_bytes(file: str, buffer: int = 0) -> io.BufferedReader:
     elif compression == ".xz":
         text = lzma.LZMAFile(stream)  # noqa: SIM115
     else:
-        zstd = _zstd(file)
+        try:
+            if sys.version_info >= (3, 14):
+                from compression import zstd  # type: ignore[import-not-found]
+            else:
+                from backports import zstd  # type: ignore[import-not-found]
+        except ImportError as error:
+            raise DataError(f"{file}: .zst needs backports.zstd; pip install 'pretrain[data]'") from error
         # Large dumps are often compressed with windows of up to 2 GiB (zstd --long=31); by default these are refused.
         text = zstd.ZstdFile(stream, options={zstd.DecompressionParameter.window_log_max: 31})
     return io.BufferedReader(text, buffer or LOCAL_BUFFER)
-
-
-def _zstd(file: str) -> Any:
-    try:
-        try:
-            from compression import zstd  # type: ignore[import-not-found]  # Python 3.14 has it
-        except ImportError:
-            from backports import zstd  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise DataError(f"{file}: .zst needs backports.zstd; pip install 'pretrain[data]'") from error
-    return zstd
 
 
 @contextmanager
@@ -140,11 +130,7 @@ def one_line(file: str) -> Iterator[None]:
 
 def unreadable(file: str, error: OSError) -> DataError:
     """Say why a file on this machine cannot be read."""
-    if isinstance(error, PermissionError):
-        fix = f"fix its permissions: chmod u+r {shlex.quote(file)}"
-    else:
-        fix = "is it still there, and its disk in order?"
-    return DataError(f"{file}: cannot be read ({error.strerror or error}); {fix}")
+    return DataError(f"{file}: cannot be read ({error.strerror or error}); is it still there, and may you read it?")
 
 
 # Remote files ---------------------------------------------------------------------------------------------------------
@@ -175,16 +161,26 @@ def expand_url(url: str) -> list[tuple[str, int | None]]:
 class _RemoteFile(io.RawIOBase):
     """A remote file, unbuffered: each read is one request for exactly these bytes, tried up to TRIES times.
 
-    A server that knows no byte ranges is read as one stream, forwards only, and tried once. ``size`` is None if the
-    server does not give one. Raises DataError if it is not there, cannot be reached, or the bytes do not come.
+    A server that knows no byte ranges is read as one stream, forwards only, and tried once. Raises DataError if the
+    file is not there, cannot be reached, or the bytes do not come.
     """
 
     def __init__(self, url: str) -> None:
+        from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential, wait_random
+
         super().__init__()
         self.url = url
         self.size, self.has_ranges = _size_and_ranges(url)
-        self.position = 0
         self.file = _open(url, self.size if self.has_ranges else None)
+        self.retrying = Retrying(
+            stop=stop_after_attempt(TRIES if self.has_ranges else 1),
+            wait=wait_exponential() + wait_random(0, 1),
+            # After these a second request would get the same answer.
+            retry=retry_if_exception(
+                lambda error: isinstance(error, Exception) and _status(error) not in (400, 401, 403, 404, 410, 416)
+            ),
+            reraise=True,
+        )
 
     def readable(self) -> bool:
         return True
@@ -192,57 +188,39 @@ class _RemoteFile(io.RawIOBase):
     def seekable(self) -> bool:
         return self.has_ranges
 
+    def tell(self) -> int:
+        return self.file.tell()
+
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size or 0}[whence]
-        if not self.has_ranges and position != self.position:
+        if not self.has_ranges:
             raise DataError(
                 f"{self.url}: its server gives files only as a whole, and this one is needed in parts; download it "
                 f"and give the file"
             )
-        self.position = position
-        return position
+        return self.file.seek(offset, whence)
 
     def readinto(self, buffer: Any) -> int:
-        from tenacity import Retrying, retry_if_exception, stop_after_attempt
-
         view = memoryview(buffer).cast("B")
-        wanted = len(view) if self.size is None else min(len(view), max(0, self.size - self.position))
-        if not wanted:
-            return 0
-        retrying = Retrying(
-            stop=stop_after_attempt(TRIES if self.has_ranges else 1),
-            wait=lambda state: backoff(state.attempt_number),
-            # After these a second request would get the same answer.
-            retry=retry_if_exception(
-                lambda error: isinstance(error, Exception) and _status(error) not in (400, 401, 403, 404, 410, 416)
-            ),
-            reraise=True,
-        )
-        with _one_line_remote(self.url):
-            data = retrying(self._fetch, wanted)
-        view[: len(data)] = data
-        self.position += len(data)
-        return len(data)
+        begin = self.tell()
+        wanted = len(view) if self.size is None else min(len(view), max(0, self.size - begin))
 
-    def _fetch(self, wanted: int) -> bytes:
-        if self.has_ranges:
-            self.file.seek(self.position)
-        data = self.file.read(wanted)
-        if self.has_ranges and len(data) != wanted:
-            raise EOFError(f"{len(data):,} bytes came instead of {wanted:,}")
-        if not data and self.size is not None:
-            raise EOFError(f"it ended after {self.position:,} of {self.size:,} bytes")
-        return data
+        def read() -> bytes:
+            if self.has_ranges:
+                self.file.seek(begin)  # an earlier try may have moved it
+            data = self.file.read(wanted)
+            if (self.has_ranges and len(data) < wanted) or (not data and wanted and self.size is not None):
+                raise EOFError(f"{len(data):,} bytes came instead of {wanted:,}")
+            return data
+
+        with _one_line_remote(self.url):
+            data = self.retrying(read)
+        view[: len(data)] = data
+        return len(data)
 
     def close(self) -> None:
         if not self.closed and hasattr(self, "file"):
             self.file.close()
         super().close()
-
-
-def backoff(tries: int) -> float:
-    """Seconds to wait after a number of tries: 1, 2, 4, 8, times a random factor of 0.5 to 1, to spread the retries."""
-    return 2 ** (tries - 1) * random.uniform(0.5, 1)
 
 
 def _protocol(url: str) -> str:
@@ -268,11 +246,8 @@ def _filesystem(url: str) -> tuple[Any, str]:
         elif protocol == "hf":
             from huggingface_hub import constants
 
-            if constants.HF_HUB_OFFLINE:
-                raise DataError(
-                    f"{url}: cannot be read, as HF_HUB_OFFLINE is set; unset it, or give files that you have"
-                )
-            _reach(os.environ.get("HF_ENDPOINT") or constants.ENDPOINT)
+            if not constants.HF_HUB_OFFLINE:  # or the library refuses at once
+                _reach(os.environ.get("HF_ENDPOINT") or constants.ENDPOINT)
         elif protocol in ("gs", "gcs"):
             import gcsfs  # type: ignore[import-not-found]  # noqa: F401  # report first if it is missing
 
@@ -310,13 +285,9 @@ def _size_and_ranges(url: str) -> tuple[int | None, bool]:
     fs, path = _filesystem(url)
     with _one_line_remote(url):
         info = fs.info(path)
-        if info["type"] != "file":
-            raise IsADirectoryError(path)
         size = info["size"]
-        if _protocol(url) not in _HTTP or size is None:
-            return size, size is not None
-        if not info.get("partial", True):
-            return size, False
+        if _protocol(url) not in _HTTP or size is None or not info.get("partial", True):
+            return size, size is not None and info.get("partial", True)
         with _open(url, size) as file:
             try:
                 file.seek(min(1, size))
@@ -349,27 +320,19 @@ def _one_line_remote(url: str) -> Iterator[None]:
     except Exception as error:
         chain = _chain(error)
         names = {type(each).__name__ for each in chain}
-        status = _status(error)
         why = " ".join(f"{type(chain[-1]).__name__}: {chain[-1]}".split())[:200]
-        protocol = _protocol(url)
+        protocol, status = _protocol(url), _status(error)
         if isinstance(error, ImportError):
-            package, extra = _PACKAGES.get(protocol, (error.name or "another package", ""))
-            install = f"pretrain[{extra}]" if extra else package
-            text = f"{protocol}:// needs {package}; pip install '{install}'"
+            fix = f"; pip install 'pretrain[{_EXTRAS[protocol]}]'" if protocol in _EXTRAS else ""
+            text = f"{protocol}:// needs another package ({error}){fix}"
         elif isinstance(error, ValueError) and "not known" in str(error):
             text = f"{protocol}:// is not a known protocol; give https://, hf://, s3:// or gs://"
-        elif "RepositoryNotFoundError" in names:
-            text = "no such repository, or a private one; check the name, or log in: hf auth login"
         elif status in (401, 403) or names & {"PermissionError", "NoCredentialsError", "GatedRepoError"}:
             hint = " (a public bucket needs none: export FSSPEC_S3='{\"anon\": true}')" if protocol[:2] == "s3" else ""
-            text = f"access is refused ({why}); give credentials{hint}"
+            text = f"access is refused ({why}); check the address, or give credentials{hint}"
         # fsspec says of everything over http that it is not there, also without a network.
         elif status in (404, 410) or (isinstance(error, FileNotFoundError) and protocol not in _HTTP):
             text = "no such file or folder; check the address"
-        elif isinstance(error, IsADirectoryError):
-            text = "a folder where a file was expected"
-        elif status is not None:
-            text = f"its server answers with status {status}; try again later, or check the address"
         else:
-            text = f"cannot be reached ({why}); check the address and the network"
+            text = f"cannot be reached ({why}); check the address and the network, or try again later"
         raise DataError(f"{url}: {text}") from error
