@@ -84,7 +84,7 @@ def test_it_is_listed(capsys: pytest.CaptureFixture[str]):
             assert each.name in printed
             assert each.licence in printed
             assert each.page in printed
-        assert "6,543 files, about 654 GB" in printed
+        assert "6,543 files, about 654.3 GB" in printed
         assert "validation: shard_06542.parquet" in printed
 
 

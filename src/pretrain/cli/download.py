@@ -6,7 +6,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated
@@ -145,15 +145,12 @@ def _files_of_set(found: TextSet, train: int, base_url: str, folder: Path) -> li
     items = []
     missing = 0
     for name in found.files(train):
-        item = Download(found.url(name, base_url), folder / found.saved_as.get(name, name))
-        item.size, item.sha256, item.total = (
-            found.sizes.get(name, 0),
-            found.sha256.get(name, ""),
-            found.size_about(name),
-        )
-        items.append(item)
-        if not item.file.exists():
+        url, file = found.url(name, base_url), folder / found.saved_as.get(name, name)
+        size, sha256 = found.sizes.get(name, 0), found.sha256.get(name, "")
+        item = Download(url, file, size, sha256, total=found.size_about(name))
+        if not file.exists():
             missing += item.total - (item.part.stat().st_size if item.part.exists() else 0)
+        items.append(item)
     there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(there).free
     if missing > free:
@@ -167,51 +164,53 @@ def _files_of_set(found: TextSet, train: int, base_url: str, folder: Path) -> li
 def _facts(each: TextSet) -> str:
     """A set of the catalogue, in a few lines."""
     count = len(each.train) + bool(each.validation)
-    size = f"about {each.bytes / 1e9:,.0f} GB" if each.huge else decimal(each.bytes)
-    lines = [each.about]
-    if each.characters:
-        lines.append(f"{each.characters:,} characters")
-    if each.tokens:
-        lines.append(f"about {each.tokens:,} tokens of GPT-2")
-    if each.validation:
-        lines.append(f"validation: {each.validation}")
-    lines += [f"licence: {each.licence}", each.page]
-    return "\n  ".join([f"{each.name}  ({count:,} files, {size})", *lines])
+    about = "about " * each.huge
+    amounts = [
+        f"{number:,} {unit}"
+        for number, unit in ((each.characters, "characters"), (each.tokens, "tokens of GPT-2"))
+        if number
+    ]
+    lines = [
+        f"{each.name}  ({count:,} file{'s' * (count != 1)}, {about}{decimal(each.bytes)})",
+        each.about,
+        about + ", ".join(amounts),
+        f"validation: {each.validation}" if each.validation else "",
+        f"licence: {each.licence}",
+        each.page,
+    ]
+    return "\n  ".join(filter(None, lines))
 
 
 @contextmanager
 def _progress(items: list[Download]) -> Iterator[Callable[[Download], None]]:
-    """Show progress on standard error: bars on a terminal, else a line for each finished file."""
+    """Show on standard error a line for each finished file, and below them, on a terminal, a bar for all."""
     from rich import progress
     from rich.console import Console, RenderableType
     from rich.live import Live
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    bars = progress.Progress(
+    bar = progress.Progress(
         progress.TextColumn("{task.description}"),
         progress.BarColumn(),
         progress.DownloadColumn(),
         progress.TransferSpeedColumn(),
         progress.TimeRemainingColumn(),
     )
-    tasks = [bars.add_task("", total=None, visible=False) for _ in items]
-    whole = bars.add_task("")
+    task = bar.add_task("")
 
     def draw() -> RenderableType:
-        for task, item in zip(tasks, items, strict=True):
-            running = item.state == "running"
-            if running or bars.tasks[task].visible:
-                name = item.file.name + (f", try {item.tries}" if item.tries > 1 else "")
-                bars.update(task, visible=running, description=name, completed=item.done, total=item.total or None)
         ready = sum(item.state in ("fetched", "kept") for item in items)
+        again = [
+            f", {item.file.name}: try {item.tries}" for item in items if item.state == "running" and item.tries > 1
+        ]
         done, total = sum(item.done for item in items), sum(item.total for item in items)
-        bars.update(whole, description=f"{ready} of {len(items)} files", completed=done, total=total or None)
-        return bars
+        text = f"{ready} of {len(items)} files{''.join(again)}"
+        bar.update(task, description=text, completed=done, total=total or None)
+        return bar
 
     def finished(item: Download) -> None:
-        if not console.is_terminal:
-            size = "there already" if item.state == "kept" else decimal(item.done)
-            console.print(f"{item.file.name}  {item.problem or size}", markup=False)
+        size = "there already" if item.state == "kept" else decimal(item.done)
+        console.print(f"{item.file.name}  {item.problem or size}", markup=False)
 
-    with Live(get_renderable=draw, console=console, transient=True) if console.is_terminal else nullcontext():
+    with Live(get_renderable=draw, console=console, transient=True):  # which is silent unless on a terminal
         yield finished
