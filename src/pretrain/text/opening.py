@@ -285,12 +285,12 @@ def _size_and_ranges(url: str) -> tuple[int | None, bool]:
     fs, path = _filesystem(url)
     with _one_line_remote(url):
         info = fs.info(path)
-        size: Any = info["size"]
+        size = info["size"]
         ranges = size is not None and info.get("partial", True)
-        if ranges and _protocol(url) in _HTTP:
+        if size and ranges and _protocol(url) in _HTTP:
             with _open(url, size) as file:
                 try:
-                    file.seek(min(1, size))
+                    file.seek(1)
                     file.read(1)
                 except ValueError:  # how fsspec says that the server answered with the whole file
                     ranges = False
