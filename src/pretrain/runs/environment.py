@@ -28,13 +28,7 @@ GIT_SECONDS = 5
 
 
 def write_environment(folder: Path, device: torch.device, **facts: Any) -> None:
-    """Add what this process runs on to ``environment.json``; nothing happens when that cannot be written.
-
-    Args:
-        folder: the run directory.
-        device: where it trains.
-        facts: more to note, such as ``step`` (steps done before), ``precision`` and ``processes``.
-    """
+    """Add what this process runs on, and further ``facts``, to ``environment.json``, if that can be written."""
     starts = [*read_environment(folder), environment(device) | facts]
     starts = starts if len(starts) <= STARTS else [starts[0], *starts[1 - STARTS :]]
     with suppress(OSError):  # a full disk is reported where it matters more
@@ -52,12 +46,16 @@ def read_environment(folder: Path) -> list[dict[str, Any]]:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What this process is: its time and command, versions, and what it computes on."""
+    packages = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            packages[name] = version(name)
     facts: dict[str, Any] = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": ["pretrain", *sys.argv[1:]] if Path(sys.argv[0]).stem in ("pretrain", "__main__") else sys.argv,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "packages": packages,
         "commit": source_commit(),
         "device": str(device),
         "cpu": cpu_name(),
@@ -73,25 +71,14 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def source_commit() -> str:
     """The git commit of this package's source, with ``+`` if it was changed since; empty if it is not in a git."""
-    folder = Path(__file__).parent
 
     def git(*words: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=GIT_SECONDS, check=True
-        )
-        return done.stdout.strip()
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=GIT_SECONDS, check=True).stdout.strip()
 
     try:
         git("ls-files", "--error-unmatch", "run.py")  # installed into somebody's own checkout, it is not theirs
-        return git("rev-parse", "HEAD") + (
-            "+" if git("status", "--porcelain", "--untracked-files=no", "--", "..") else ""
-        )
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "..")
+        return git("rev-parse", "HEAD") + "+" * bool(changed)
     except (OSError, subprocess.SubprocessError):
-        return ""
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
         return ""

@@ -58,8 +58,8 @@ class RunFiles(Callback):
         """``finished`` steps are done with all their lines; later ones are dropped."""
         self.run, self.say = run, say
         self._waiting: dict[Path, list[dict[str, Any]]] = {run.metrics: [], run.samples: []}
-        for file in (run.metrics, run.samples, run.events):
-            keep_steps(file, finished)
+        self.on_rollback(finished)
+        keep_steps(run.events, finished)
 
     def on_step(self, record: dict[str, Any]) -> None:
         """A line of metrics.jsonl."""
@@ -78,7 +78,10 @@ class RunFiles(Callback):
 
     def on_save(self, step: int) -> None:
         """First the lines, so that no step of a checkpoint is ever missing from them."""
-        self._flush()
+        for file, records in self._waiting.items():
+            if records:
+                append_jsonl(file, *records)
+                records.clear()
 
     def on_rollback(self, step: int) -> None:
         """Drop the lines of steps that will come again."""
@@ -89,12 +92,6 @@ class RunFiles(Callback):
     def _write(self, file: Path, record: dict[str, Any]) -> None:
         self._waiting[file].append(record)
         try:
-            self._flush()
-        except OSError as error:  # on_save tries again, and fails the save
+            self.on_save(record["step"])
+        except OSError as error:  # the next save tries again, and fails with it
             self.say(f"the log of step {record['step']} is not written yet ({error.strerror or error})")
-
-    def _flush(self) -> None:
-        for file, records in self._waiting.items():
-            if records:
-                append_jsonl(file, *records)
-                records.clear()

@@ -49,7 +49,9 @@ def resolve_init(config: Config) -> Config:
         run = Run.open(source)
         folder, theirs = run.folder, run.config.model
         wanted, _ = resolve(config, run.tokenizer().vocab_size)  # the dial may still have to set its size
-        if different := _different(theirs, wanted.model):
+        has, wants = (dataclasses.asdict(_fixed_windows(model)) for model in (theirs, wanted.model))
+        meaning = [name for name in has if name not in (*FREE, "depth")]
+        if different := [f"model.{n} {has[n]!r} → {wants[n]!r}" for n in meaning if has[n] != wants[n]]:
             raise UsageError(f"{source} is another model than this run asks for: {'; '.join(different)}")
         ours = config.model
     if ours.position == "learned" and ours.context_length > theirs.context_length:
@@ -91,13 +93,3 @@ def load_initial(model: GPT, config: Config, tokenizer: Tokenizer) -> None:
 def _fixed_windows(model: ModelConfig) -> ModelConfig:
     """The same model with its windows as a number, which no longer changes with the context length."""
     return dataclasses.replace(model, window=window_length(model) if "S" in layer_kinds(model) else 0)
-
-
-def _different(theirs: ModelConfig, ours: ModelConfig) -> list[str]:
-    """Fields in which two models differ in what their weights mean: ``model.layers 4 → 6``."""
-    before, after = dataclasses.asdict(_fixed_windows(theirs)), dataclasses.asdict(_fixed_windows(ours))
-    return [
-        f"model.{name} {before[name]!r} → {value!r}"
-        for name, value in after.items()
-        if value != before[name] and name not in (*FREE, "depth")
-    ]

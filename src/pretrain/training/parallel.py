@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.config import Config, TrainConfig
+from pretrain.config import Config
 from pretrain.device import Precision, free_memory
 from pretrain.errors import UsageError
 from pretrain.model import GPT, meta_model
@@ -55,9 +55,13 @@ def parallelize(
             raise UsageError("train.fp8 needs a GPU of compute capability 8.9 or more (Ada, Hopper); leave it out here")
         use_fp8(model)
     if train.activation_checkpointing:
-        checkpoint_activations(model)
-    if wants_compiler(train, device, say):
-        for module in [model] if kind == "none" else model.blocks:
+        for block in model.blocks:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    if train.compile == "on" or (train.compile == "auto" and device.type == "cuda"):  # a CPU takes a minute for it
+        problem = compiler_problem(device)
+        if problem:
+            say(f"torch.compile does not work here ({problem}); continuing without it")
+        for module in [] if problem else [model] if kind == "none" else model.blocks:
             module.compile(dynamic=False)
     if kind in ("fsdp", "hsdp"):
         mesh = device_mesh(kind, world, device.type)
@@ -134,11 +138,11 @@ class Parameters:
             name: nn.Parameter(p.to_local().detach()) if isinstance(p, DTensor) else p for name, p in self.whole.items()
         }
         self.sharded = isinstance(model, FSDPModule)
-        self.mesh = device_mesh(kind, world, "cpu") if self.sharded else None
+        self.cpu_mesh = device_mesh(kind, world, "cpu") if self.sharded else None
         first = next(iter(self.whole.values()))
-        spread = first.device_mesh if isinstance(first, DTensor) else None
-        self.group = spread["shard"].get_group() if spread else None
-        self.between = spread["replicate"].get_group() if spread and spread.ndim == 2 else None
+        mesh = first.device_mesh if isinstance(first, DTensor) else None
+        self.group = mesh["shard"].get_group() if mesh else None
+        self.between = mesh["replicate"].get_group() if mesh and mesh.ndim == 2 else None
         """The processes of other machines that hold the same rows (HSDP)."""
         self.groups = [group for group in (self.group, self.between) if group is not None]
 
@@ -182,24 +186,13 @@ class Parameters:
         ``tensor`` is on the CPU; ``name`` is ``model.PARAMETER`` or ``optim.PARAMETER.KEY``, or anything else, which
         is whole.
         """
-        if not self.sharded or self.mesh is None:
-            return tensor
         kind, _, rest = name.partition(".")
-        whole = self.whole.get(rest if kind == "model" else rest.rpartition(".")[0])
-        if kind not in ("model", "optim") or not isinstance(whole, DTensor) or tensor.shape != whole.to_local().shape:
+        whole = self.whole.get({"model": rest, "optim": rest.rpartition(".")[0]}.get(kind, ""))
+        if self.cpu_mesh is None or not isinstance(whole, DTensor) or tensor.shape != whole.to_local().shape:
             return tensor
         return DTensor.from_local(
-            tensor, self.mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+            tensor, self.cpu_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
         )
-
-
-def wants_compiler(train: TrainConfig, device: torch.device, say: Callable[[str], None]) -> bool:
-    """Whether to compile: if asked to, or on a GPU (a CPU takes about a minute for it); and only if it works."""
-    if train.compile == "off" or (train.compile == "auto" and device.type != "cuda"):
-        return False
-    if problem := compiler_problem(device):
-        say(f"torch.compile does not work here ({problem}); continuing without it")
-    return not problem
 
 
 def use_fp8(model: GPT, emulate: bool = False) -> None:
@@ -226,9 +219,3 @@ def compiler_problem(device: torch.device) -> str:
     except Exception as error:  # whatever a missing compiler, an old driver or a full /tmp raises
         return (str(error).strip() or type(error).__name__).splitlines()[0]
     return ""
-
-
-def checkpoint_activations(model: GPT) -> None:
-    """Activation checkpointing: let each block compute its activations again in the backward pass."""
-    for block in model.blocks:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

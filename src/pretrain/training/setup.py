@@ -59,11 +59,8 @@ def set_up(
     tokenizer, rows, length = corpus.tokenizer, config.batch_rows, config.model.context_length
     bytes_per_token = corpus.bytes_per_token
     if config.data.stream:
-        seed, rank, size = config.train.seed, world.rank, world.size
-        text = find_text(config.data)
-        batches = LiveBatches(
-            text, tokenizer, config.data, rows=rows, length=length, seed=seed, rank=rank, world=size
-        )  # fmt: skip
+        sizes = {"rows": rows, "length": length, "seed": config.train.seed, "rank": world.rank, "world": world.size}
+        batches = LiveBatches(find_text(config.data), tokenizer, config.data, **sizes)
         bytes_per_token = batches.bytes_per_token
     else:
         order = training_order(corpus, config)

@@ -26,20 +26,18 @@ class Stopped(BaseException):
 
 
 class StopRequest:
-    """While entered, ``requested`` says whether a signal asked the process to stop.
+    """While entered, ``requested`` says whether a signal asked the process to stop; ``grace_seconds`` later it leaves.
 
     In a thread other than the main one, where Python cannot install handlers, it never says so.
-
-    Args:
-        grace_seconds: how long saving and leaving may take after the first signal.
     """
 
     def __init__(self, grace_seconds: float):
         self.requested = False
-        self._first = 0.0
         self.grace_seconds = grace_seconds
+        self._first = 0.0
         self._previous = {}
-        self._timer: threading.Timer | None = None
+        self._timer = threading.Timer(grace_seconds, self._leave)
+        self._timer.daemon = True
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -49,20 +47,16 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+        self._timer.cancel()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            if time.monotonic() - self._first > TOGETHER:
-                raise KeyboardInterrupt
-            return
-        self.requested, self._first = True, time.monotonic()
-        self._timer = threading.Timer(self.grace_seconds, self._leave)
-        self._timer.daemon = True
-        self._timer.start()
+        if not self.requested:
+            self.requested, self._first = True, time.monotonic()
+            self._timer.start()
+        elif time.monotonic() - self._first > TOGETHER:
+            raise KeyboardInterrupt
 
     def _leave(self) -> None:
         """The end of the grace period: whatever the main thread hangs in, nothing committed is lost."""

@@ -50,38 +50,32 @@ def train(
         UsageError: the configuration cannot run here, or differs from that of the run in ``out``.
         DataError: the text cannot be used, or is not what the run was trained on.
         CheckpointError: no checkpoint can be used or written, or another process is training in ``out``.
-        DeviceMemoryError: not even one row fits in the device's memory.
         Interrupted: a signal asked to stop; everything is saved.
-        TrainingError: steps keep being skipped, a weight is not finite, a spike has no checkpoint to roll back to, or
-            other processes do not answer.
-        PeerError: another process failed and says why.
-        PretrainError: the other processes could not be joined.
+        PretrainError: training cannot go on, for another reason that its text gives.
     """
-    console = console or Console(quiet=True)
-    out = Path(out)
-    with join_world(config.train.device, config.parallel) as world:  # an impossible device is refused before any work
+    out, console = Path(out), console or Console(quiet=True)
+    with join_world(config.train.device, config.parallel) as world, contextlib.ExitStack() as until_the_end:
         if world.device.type == "cpu":
             keep_freed_memory()
         if not world.is_rank0:
             console = Console(quiet=True)
-        with contextlib.ExitStack() as until_the_end:
 
-            def open_and_lock() -> Run:
-                find_optimizer(config.optim)  # refuses an unknown name before any work
-                until_the_end.enter_context(lock_run(out))
-                try:
-                    run = open_run(config, out, console)
-                    if resume_from:
-                        go_back(run, resume_from, console.say)
-                except KeyboardInterrupt:
-                    raise Interrupted(f"stopped before the first step; resume with: {console.command}") from None
-                return run
+        def open_and_lock() -> Run:
+            find_optimizer(config.optim)  # refuses an unknown name before any work
+            until_the_end.enter_context(lock_run(out))
+            try:
+                run = open_run(config, out, console)
+                if resume_from:
+                    go_back(run, resume_from, console.say)
+            except KeyboardInterrupt:
+                raise Interrupted(f"stopped before the first step; resume with: {console.command}") from None
+            return run
 
-            run = world.run_on_rank0(open_and_lock)
-            if run.summary is None:
-                set_up(run, world, console, started, resume_from, callbacks).fit()
-            else:
-                console.say(f"{run.folder} is finished: {run.summary['steps']} steps; nothing left to train")
+        run = world.run_on_rank0(open_and_lock)
+        if run.summary is None:
+            set_up(run, world, console, started, resume_from, callbacks).fit()
+        else:
+            console.say(f"{run.folder} is finished: {run.summary['steps']} steps; nothing left to train")
     return run
 
 
@@ -89,22 +83,7 @@ def open_run(config: Config, folder: Path, console: Console) -> Run:
     """The run in ``folder``, or a new one with its text prepared; nothing is left behind when that fails."""
     config = with_absolute_paths(config)
     if Run.exists(folder):
-        run = Run.open(folder)
-        vocab_size = run.tokenizer().vocab_size
-        config, _ = resolve(config, vocab_size)
-        changed = differences(run.config, config)
-        if changed and config.train.init_from:  # it may be as it was given at first, before it was resolved
-            config, _ = resolve(resolve_init(config), vocab_size)
-            changed = differences(run.config, config)
-        before, after = run.config.train.steps, config.train.steps
-        if run.summary and after > before and len(changed) == 1 and changed[0].startswith("train.steps "):
-            console.say(f"longer    {before:,} steps are done; continuing to {after:,}, with the longer schedule")
-            run.reopen()
-        elif changed:
-            raise UsageError(
-                f"{folder} was made with another configuration ({'; '.join(changed)}); choose another --out"
-            )
-        return Run.create(folder, config)
+        return Run.create(folder, same_configuration(Run.open(folder), config, console.say))
     config = resolve_init(config)
     if is_tokens(config.data.paths):
         corpus = open_corpus(config.data.paths, config.tokenizer.kind)
@@ -121,16 +100,32 @@ def open_run(config: Config, folder: Path, console: Console) -> Run:
     return Run.create(folder, config)
 
 
+def same_configuration(run: Run, config: Config, say: Callable[[str], None]) -> Config:
+    """The configuration to resume ``run`` with. A UsageError if it would learn something else than a longer run."""
+    vocab_size, before = run.tokenizer().vocab_size, run.config
+    config, _ = resolve(config, vocab_size)
+    if differences(before, config) and config.train.init_from:  # perhaps as it was given at first
+        config, _ = resolve(resolve_init(config), vocab_size)
+    changed = differences(before, config)
+    longer = [f"train.steps {before.train.steps} → {config.train.steps}"]
+    if run.summary and config.train.steps > before.train.steps and changed == longer:
+        steps = f"{before.train.steps:,} steps are done; continuing to {config.train.steps:,}"
+        say(f"longer    {steps}, with the longer schedule")
+        run.reopen()
+    elif changed:
+        different = "; ".join(changed)
+        raise UsageError(f"{run.folder} was made with another configuration ({different}); choose another --out")
+    return config
+
+
 def with_absolute_paths(config: Config) -> Config:
     """The configuration with ``data.paths`` as they are from any folder, since the run may be resumed from another."""
 
     def absolute(paths: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(path if "://" in path else os.path.abspath(os.path.expanduser(path)) for path in paths)
 
-    data = dataclasses.replace(
-        config.data, paths=absolute(config.data.paths), val_paths=absolute(config.data.val_paths)
-    )
-    return dataclasses.replace(config, data=data)
+    paths = {name: absolute(getattr(config.data, name)) for name in ("paths", "val_paths")}
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **paths))
 
 
 def go_back(run: Run, step: int, say: Callable[[str], None]) -> None:
@@ -143,12 +138,10 @@ def go_back(run: Run, step: int, say: Callable[[str], None]) -> None:
     if saved and saved[-1].state.get("went_back_to") == step:
         return
     run.checkpoint(step)
-    aside = run.folder / "set-aside"
-    later = [checkpoint for checkpoint in saved if checkpoint.step > step]
-    if later:
+    if later := [checkpoint for checkpoint in saved if checkpoint.step > step]:
+        aside = run.folder / "set-aside"
         aside.mkdir(exist_ok=True)
-        records = [record for record in read_jsonl(run.metrics) if record["step"] > step]
-        append_jsonl(aside / "metrics.jsonl", *records)
+        append_jsonl(aside / "metrics.jsonl", *(r for r in read_jsonl(run.metrics) if r["step"] > step))
         for checkpoint in reversed(later):  # newest first: cut short, this can simply be done again
             remove(aside / checkpoint.folder.name)
             checkpoint.folder.rename(aside / checkpoint.folder.name)

@@ -133,7 +133,7 @@ def random_state(rank: int, device: torch.device) -> dict[str, Tensor]:
 
 def set_random_state(state: dict[str, Tensor], rank: int, device: torch.device) -> None:
     """Set what :func:`random_state` gave, as far as ``state`` has it."""
-    if (cpu := state.get(f"random.cpu.{rank}")) is not None:
-        torch.set_rng_state(cpu)
-    if (cuda := state.get(f"random.cuda.{rank}")) is not None:
-        torch.cuda.set_rng_state(cuda, device)
+    if f"random.cpu.{rank}" in state:
+        torch.set_rng_state(state[f"random.cpu.{rank}"])
+    if f"random.cuda.{rank}" in state:
+        torch.cuda.set_rng_state(state[f"random.cuda.{rank}"], device)
