@@ -78,15 +78,12 @@ class Precision:
 
 def choose_precision(name: str, device: torch.device) -> Precision:
     """The precision of ``train.precision``. auto: bf16 where it is clearly faster than fp32, else fp16 on old GPUs."""
-    if name == "auto":
-        if device.type == "cuda":
-            name = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-        elif device.type == "cpu":
-            bf16, fp32 = (matmul_flops(device, dtype, 0.03) for dtype in (torch.bfloat16, torch.float32))
-            name = "bf16" if bf16 > 1.3 * fp32 else "fp32"
-        else:
-            name = "fp32"
-    return Precision(name, device)
+    if name == "auto" and device.type == "cuda":
+        name = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    elif name == "auto" and device.type == "cpu":
+        bf16, fp32 = (matmul_flops(device, dtype, 0.03) for dtype in (torch.bfloat16, torch.float32))
+        name = "bf16" if bf16 > 1.3 * fp32 else "fp32"
+    return Precision("fp32" if name == "auto" else name, device)
 
 
 @dataclass(frozen=True)
@@ -144,15 +141,14 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     key = f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {str(dtype).removeprefix('torch.')}"
     file = cache_folder() / PEAK_FILE
     known: dict[str, float] = {}
-    with suppress(OSError, ValueError):
-        known = json.loads(file.read_text(encoding="utf-8"))
-    if isinstance(known, dict) and isinstance(known.get(key), float):
-        return known[key]
-    flops = matmul_flops(device, dtype)
-    with suppress(OSError):  # a home that cannot be written to: measured again next time
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps({**known, key: flops}, indent=2) + "\n")
-    return flops
+    with suppress(OSError, ValueError, TypeError):  # not there yet, or damaged
+        known = dict(json.loads(file.read_text(encoding="utf-8")))
+    if key not in known:
+        known[key] = matmul_flops(device, dtype)
+        with suppress(OSError):  # a home that cannot be written to: measured again next time
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, json.dumps(known, indent=2) + "\n")
+    return known[key]
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:

@@ -58,11 +58,11 @@ def parallelize(
         for block in model.blocks:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if train.compile == "on" or (train.compile == "auto" and device.type == "cuda"):  # a CPU takes a minute for it
-        problem = compiler_problem(device)
-        if problem:
+        if problem := compiler_problem(device):
             say(f"torch.compile does not work here ({problem}); continuing without it")
-        for module in [] if problem else [model] if kind == "none" else model.blocks:
-            module.compile(dynamic=False)
+        else:
+            for module in [model] if kind == "none" else model.blocks:
+                module.compile(dynamic=False)
     if kind in ("fsdp", "hsdp"):
         mesh = device_mesh(kind, world, device.type)
         # Weights travel in the dtype of the products; their fp32 originals stay spread, gradients are added in fp32.
@@ -187,7 +187,8 @@ class Parameters:
         is whole.
         """
         kind, _, rest = name.partition(".")
-        whole = self.whole.get({"model": rest, "optim": rest.rpartition(".")[0]}.get(kind, ""))
+        parameter = rest if kind == "model" else rest.rpartition(".")[0] if kind == "optim" else ""
+        whole = self.whole.get(parameter)
         if self.cpu_mesh is None or not isinstance(whole, DTensor) or tensor.shape != whole.to_local().shape:
             return tensor
         return DTensor.from_local(

@@ -182,11 +182,13 @@ def join_world(device: str, config: ParallelConfig) -> Iterator[World]:
         PretrainError: the other processes did not come.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
+    chosen = choose_device(device)
     if size == 1 or not dist.is_available():
-        yield World(choose_device(device))
+        yield World(chosen)
         return
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
-    chosen = choose_device(device)
+    if chosen.type == "mps":
+        raise UsageError("several processes cannot share an Apple GPU; use --train.device cpu, or one process")
     if chosen.type == "cuda":
         if local >= torch.cuda.device_count():
             raise UsageError(
@@ -196,24 +198,21 @@ def join_world(device: str, config: ParallelConfig) -> Iterator[World]:
         chosen = torch.device("cuda", local)
         torch.cuda.set_device(chosen)
         # What NCCL was doing when a collective hangs; read with torch's fr_trace.
-        for name, value in (("TORCH_FR_BUFFER_SIZE", "2000"), ("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")):
-            os.environ.setdefault(name, value)
-    elif chosen.type == "mps":
-        raise UsageError("several processes cannot share an Apple GPU; use --train.device cpu, or one process")
-    backend = "nccl" if chosen.type == "cuda" else "gloo"
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    backend, device_id = ("nccl", chosen) if chosen.type == "cuda" else ("gloo", None)
     timeout = timedelta(seconds=config.start_seconds)
     try:
         store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
         # Where torchrun starts everybody again, what an earlier attempt left in its store is not to be believed.
         store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        device_id = chosen if chosen.type == "cuda" else None
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device_id)
         control = dist.new_group(backend="gloo", timeout=timeout)
     except (dist.DistError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
         raise PretrainError(
             f"rank {rank} of {size} could not join the others at {os.environ.get('MASTER_ADDR')}:"
-            f"{os.environ.get('MASTER_PORT')} ({reason}); are all machines started, with the same --nnodes?"
+            f"{os.environ.get('MASTER_PORT')} ({str(error).splitlines()[0]}); are all machines started, with the same"
+            f" --nnodes?"
         ) from None
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     world = World(chosen, rank, size, local_size, control, store.clone())  # type: ignore[arg-type,attr-defined]
