@@ -201,6 +201,25 @@ GPT.forward = poisoned
     assert (event["event"], event["step"]) == ("skipped", 4)
 
 
+def test_a_save_that_fails_on_rank_0_fails_on_all(base: Config, tmp_path: Path):
+    """None of them waits for a commit that does not come."""
+    full_once = """
+import errno
+import pretrain.runs.checkpoint as module
+commit, calls = module._commit, []
+def full(*args):
+    calls.append(1)
+    if len(calls) == 1:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    commit(*args)
+module._commit = full
+"""
+    run = run_together(change(base, checkpoint__keep_last=0), tmp_path / "run", 2, full_once)
+    assert [c.step for c in checkpoints(run.checkpoints)] == [8, 12]
+    (event,) = read_jsonl(run.events)
+    assert event["event"] == "save_failed"
+
+
 def test_processes_that_disagree_are_named(base: Config, tmp_path: Path):
     disagree = """
 import os, dataclasses
