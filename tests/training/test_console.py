@@ -94,6 +94,7 @@ def test_a_terminal_has_a_panel_and_events_above_it(tiny: Config, tmp_path, monk
     assert "step 12/12" in text
     assert "tokens/s" in text
     assert "of peak fp32" in text
+    assert "[bold]" not in text
     assert text.count("bits per byte   ") == 3  # the lines of three validations
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import rich.console
 from rich.console import Group
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pretrain.device import Precision, peak_flops, process_memory, total_memory
 from pretrain.runs.metrics import Smoothed
@@ -106,9 +106,9 @@ class Panel:
         self.record: dict[str, Any] = {}
         self.validation: dict[str, Any] = {}
         self.smoothed, self._mean = math.nan, Smoothed()
-        columns = ("[bold]step {task.completed:,}/{task.total:,}", BarColumn(30), "{task.percentage:.0f}%")
-        left = TimeRemainingColumn(compact=True)
-        self.bar = Progress(*columns, left, "left", console=console, speed_estimate_period=3600)
+        steps_done = TextColumn("step {task.completed:,}/{task.total:,}", style="bold")
+        columns = (steps_done, BarColumn(30), "{task.percentage:.0f}%", TimeRemainingColumn(compact=True), "left")
+        self.bar = Progress(*columns, console=console, speed_estimate_period=3600)
         self._task = self.bar.add_task("", total=steps, completed=done)
         self.live = Live(get_renderable=self.draw, console=console, transient=True, refresh_per_second=2)
 
