@@ -65,7 +65,7 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` is set in any process: the same answer in all of them."""
-        return bool(self.sum(torch.tensor(int(flag))))
+        return flag if self.control is None else bool(self.sum(torch.tensor(int(flag))))
 
     def broadcast(self, value: T) -> T:
         """Rank 0's value, in every process."""
