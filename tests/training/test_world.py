@@ -201,23 +201,34 @@ GPT.forward = poisoned
     assert (event["event"], event["step"]) == ("skipped", 4)
 
 
-def test_a_save_that_fails_on_rank_0_fails_on_all(base: Config, tmp_path: Path):
-    """None of them waits for a commit that does not come."""
-    full_once = """
+FULL_AT_FIRST = """
 import errno
-import pretrain.runs.checkpoint as module
-commit, calls = module._commit, []
+from {module} import {owner} as owner
+work, calls = owner.{name}, []
 def full(*args):
     calls.append(1)
-    if len(calls) == 1:
+    if {condition}:
         raise OSError(errno.ENOSPC, "No space left on device")
-    commit(*args)
-module._commit = full
+    return work(*args)
+owner.{name} = full
 """
-    run = run_together(change(base, checkpoint__keep_last=0), tmp_path / "run", 2, full_once)
+
+
+@pytest.mark.parametrize(
+    ("module", "owner", "name", "condition"),
+    [
+        ("pretrain.runs", "checkpoint", "_commit", "len(calls) == 1"),
+        ("pretrain.training.callbacks", "RunFiles", "on_save", "args[1] == 4"),
+    ],
+)
+def test_a_save_that_fails_on_rank_0_fails_on_all(
+    base: Config, tmp_path: Path, module: str, owner: str, name: str, condition: str
+):
+    """None of them waits for a commit that does not come."""
+    full = FULL_AT_FIRST.format(module=module, owner=owner, name=name, condition=condition)
+    run = run_together(change(base, checkpoint__keep_last=0), tmp_path / "run", 2, full)
     assert [c.step for c in checkpoints(run.checkpoints)] == [8, 12]
-    (event,) = read_jsonl(run.events)
-    assert event["event"] == "save_failed"
+    assert [event["event"] for event in read_jsonl(run.events)] == ["save_failed"]
 
 
 def test_processes_that_disagree_are_named(base: Config, tmp_path: Path):

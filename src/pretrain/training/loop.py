@@ -220,12 +220,16 @@ class Trainer:
             if self.world.is_rank0:
                 prune(self.run.checkpoints, self.config.checkpoint, self.val_losses)
 
+        self.log()
+        failure: OSError | None = None
         try:
-            self.log()
             self.notify("on_save", step)
-            self.writer.save(step, tensors, values, committed)
         except OSError as error:
-            self.save_failed(error, must)
+            failure = error
+        if failure := self.world.broadcast(failure):  # rank 0's, whose callbacks write: without it none may save
+            self.save_failed(failure, must)
+        else:
+            self.writer.save(step, tensors, values, committed)
 
     def wait_for_save(self, must: bool = False) -> None:
         """Wait for the save under way, and deal with its failure."""
