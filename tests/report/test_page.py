@@ -69,6 +69,7 @@ def test_a_run_on_a_page(make_run, tmp_path: Path):
         "held-out loss2.2750",
         "guess any token",
         "clipped to norm 1 at 30 of 40 steps (75.0%)",
+        "Held-out loss 2.275 nats per token",
         "seen its training text",
     ):
         assert said in elements.text

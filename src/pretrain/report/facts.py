@@ -1,6 +1,6 @@
 """What the page says of a run beside its curves: results, the loss in plain words, data, configuration, environment.
 
-run directory, curves → facts, as the template facts.html shows them
+run directory → facts; and its curves → progress: both as the template facts.html shows them
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pretrain.errors import PretrainError
 from pretrain.io import duration, without_secrets
 from pretrain.report.baselines import Baselines, baselines
 from pretrain.report.curves import SMOOTHED, Curves
-from pretrain.report.words import choices, packed
+from pretrain.report.words import choices, held_out_in_words
 from pretrain.runs import Run
 from pretrain.runs.environment import read_environment
 from pretrain.sizing import count_parameters, flops_per_token, resolve
@@ -31,8 +31,8 @@ RECENT_STEPS = 50
 Pairs = list[tuple[str, str]]
 
 
-def facts(run: Run, curves: Curves) -> dict[str, Any]:
-    """What the template shows of a run. Numbers that are not known yet are 0, texts empty."""
+def facts(run: Run) -> dict[str, Any]:
+    """What does not change with every step. Numbers that are not known yet are 0, texts empty."""
     manifest, vocabulary, parameters, flops = None, 0, 0, 0
     with suppress(PretrainError, OSError):
         vocabulary = run.tokenizer().vocab_size
@@ -40,22 +40,28 @@ def facts(run: Run, curves: Curves) -> dict[str, Any]:
         flops = flops_per_token(run.config.model, vocabulary)
     with suppress(PretrainError, OSError):
         manifest = Manifest.load(run.data)
-    counted = baselines(run)
     recipe, fields = configuration(run, vocabulary)
     return {
         "model": run.config.model,
         "vocabulary": vocabulary,
         "parameters": parameters,
         "flops_per_token": flops,
-        "baselines": counted,
-        "results": results(run, curves, vocabulary, parameters, flops),
-        "remarks": remarks(run, curves, counted, manifest),
-        "losses": losses(run, curves, counted, manifest),
+        "manifest": manifest,
+        "baselines": baselines(run),
         "data": data(run, manifest),
         "recipe": recipe,
         "config": fields,
         "environment": environment(run),
         "commands": commands(run),
+    }
+
+
+def progress(run: Run, curves: Curves, known: dict[str, Any]) -> dict[str, Any]:
+    """What changes with every step; ``known`` are the :func:`facts`."""
+    return {
+        "results": results(run, curves, known["vocabulary"], known["parameters"], known["flops_per_token"]),
+        "remarks": remarks(run, curves, known["baselines"], known["manifest"]),
+        "losses": losses(run, curves, known["baselines"], known["manifest"]),
     }
 
 
@@ -140,15 +146,7 @@ def remarks(run: Run, curves: Curves, counted: Baselines | None, manifest: Manif
     said: list[str] = []
     if measured := held_out(curves):
         _, loss, bits = measured[-1]
-        said.append(
-            f"Before each next token of text that it has not seen, the model is as unsure as if it had to guess among"
-            f" {choices(loss)} equally likely ones."
-        )
-        if bits is not None:
-            said.append(
-                f"With its predictions, held-out text could be packed into {packed(bits)} of its size ({bits:.3f} bits"
-                f" for each byte of 8)."
-            )
+        said += held_out_in_words(loss, bits)
         if counted and loss > counted.unigram:
             said.append("That is no better yet than knowing how frequent each token is.")
         elif counted and loss > counted.bigram:

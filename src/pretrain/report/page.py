@@ -24,7 +24,7 @@ from pretrain.errors import UsageError
 from pretrain.io import read_jsonl, without_secrets, write_atomically
 from pretrain.optim import find_optimizer
 from pretrain.report.curves import SKIPPED, Curves, thinned
-from pretrain.report.facts import differences, facts
+from pretrain.report.facts import differences, facts, progress
 from pretrain.runs import Run
 
 ROWS, LEAST_ROWS, MOST_ROWS = 12_000, 600, 5_000
@@ -33,17 +33,15 @@ SAMPLES, SAMPLE_CHARACTERS = 200, 2_000
 """Samples in a page, shared by its runs, evenly taken from all; and how much of each."""
 EVENTS, MARKS = 200, 1000
 """The newest events and skipped steps of a run that are shown."""
-FILES = (
-    *("config.toml", "tokenizer.json", "data/manifest.json", "environment.json", "summary.json"),
-    *("metrics.jsonl", "samples.jsonl", "events.jsonl"),
-)
-"""What the page is made of."""
+FIXED = ("config.toml", "tokenizer.json", "data/manifest.json", "environment.json", "summary.json")
+GROWING = ("metrics.jsonl", "samples.jsonl", "events.jsonl")
+"""The files that the page is made of."""
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint(folder: Path, names: Sequence[str] = (*FIXED, *GROWING)) -> str:
     """Changes when anything that the page shows of a run directory may have changed."""
     stamps = []
-    for name in FILES:
+    for name in names:
         with suppress(OSError):
             status = (folder / name).stat()
             stamps.append((name, status.st_mtime_ns, status.st_size))
@@ -64,15 +62,19 @@ class View:
         self.run: Run | None = None
         self.facts: dict[str, Any] = {}
         self.curves = Curves(folder / "metrics.jsonl")
-        self.fingerprint = ""
+        self.fingerprint = self._fixed = ""
 
     def refresh(self) -> None:
         """Take in what is new. Raises CheckpointError: its config.toml is damaged."""
-        self.fingerprint = fingerprint(self.folder)  # first: what is written meanwhile makes another one
+        # Before anything is read: what is written meanwhile makes another fingerprint.
+        self.fingerprint, fixed = fingerprint(self.folder), fingerprint(self.folder, FIXED)
         self.curves.refresh()
-        if Run.exists(self.folder):
+        if fixed != self._fixed and Run.exists(self.folder):
             self.run = Run.open(self.folder)
-            self.facts = {"name": self.name, **facts(self.run, self.curves)}
+            self.facts = {"name": self.name, **facts(self.run)}
+            self._fixed = fixed
+        if self.run:
+            self.facts |= progress(self.run, self.curves, self.facts)
 
     def payload(self) -> dict[str, Any]:
         """What the page's script shows, thinned."""

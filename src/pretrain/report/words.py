@@ -16,36 +16,33 @@ def choices(loss: float) -> str:
     return f"{count:.1f}" if count < 10 else f"{count:,.0f}"
 
 
-def packed(bits_per_byte: float) -> str:
-    """The share of its size that text could be compressed to."""
-    return f"{bits_per_byte / 8:.0%}"
+def held_out_in_words(loss: float, bits_per_byte: float | None) -> list[str]:
+    """What the loss on held-out text means, in sentences."""
+    said = [
+        f"Held-out loss {loss:.3f} nats per token: before each next token it is as unsure as if it had to guess among"
+        f" {choices(loss)} equally likely ones."
+    ]
+    if bits_per_byte is not None:
+        said.append(
+            f"That is {bits_per_byte:.3f} bits per byte: with its predictions, held-out text could be packed into"
+            f" {bits_per_byte / 8:.0%} of its size. Random guessing of bytes would be 8."
+        )
+    return said
 
 
 def explain(run: Run, page: Path | None = None) -> str:
     """The closing words of training: what a finished run made, how good it is, and the next command to type."""
     summary = run.summary
     assert summary is not None, "only a finished run can be explained"
-    vocabulary, loss, bpb = summary["vocab_size"], summary["val_loss"], summary["val_bpb"]
+    vocabulary, loss, prompt = summary["vocab_size"], summary["val_loss"], run.config.sample.prompt.strip() or "And"
+    meaning = held_out_in_words(loss, summary["val_bpb"]) if loss is not None else []
+    if meaning:
+        meaning[0] += f" Knowing nothing would be {math.log(vocabulary):.3f}, a guess among all {vocabulary:,}."
     lines = [
         f"Made {run.folder}: a GPT of {summary['parameters'] / 1e6:.1f} million parameters, trained on"
         f" {summary['tokens'] / 1e6:.2f} million tokens in {duration(summary['seconds'])}.",
+        *(f"  {sentence}" for sentence in meaning),
+        f"  Numbers of every step: {run.metrics}" + (f"   All of it on a page: {page}" if page else ""),
+        f'Next, let it write:  pretrain sample {shlex.quote(str(run.folder))} --prompt "{prompt}"',
     ]
-    if loss is not None:
-        lines.append(
-            f"  Held-out loss {loss:.3f} nats per token: before each next token it is as unsure as if it had to guess"
-            f" among {choices(loss)} equally likely ones. Knowing nothing would be {math.log(vocabulary):.3f}, a guess"
-            f" among all {vocabulary:,}."
-        )
-    if bpb is not None:
-        lines.append(
-            f"  That is {bpb:.3f} bits per byte: with its predictions, held-out text could be packed into"
-            f" {packed(bpb)} of its size. Random guessing of bytes would be 8."
-        )
-    prompt = run.config.sample.prompt.strip() or "And"
-    return "\n".join(
-        [
-            *lines,
-            f"  Numbers of every step: {run.metrics}" + (f"   All of it on a page: {page}" if page else ""),
-            f'Next, let it write:  pretrain sample {shlex.quote(str(run.folder))} --prompt "{prompt}"',
-        ]
-    )
+    return "\n".join(lines)
