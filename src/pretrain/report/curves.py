@@ -86,7 +86,7 @@ class Curves:
 
     def _add(self, record: dict[str, Any]) -> None:
         row = {name: value for name, value in record.items() if type(value) in (int, float)}  # not bool
-        if len(self.train) and row["step"] <= self.train.columns["step"][-1]:
+        if row.get("step", 0) <= (self.train.columns["step"] or [0])[-1]:  # written twice
             return
         measured = {name: row.pop(name) for name in list(row) if name.startswith("val/")}
         if measured:

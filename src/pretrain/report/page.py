@@ -91,7 +91,10 @@ class View:
             "train": train,
             "val": thinned(self.curves.val, rows),
             "samples": [
-                {"step": sample["step"], **{name: sample[name][:SAMPLE_CHARACTERS] for name in ("prompt", "text")}}
+                {
+                    "step": sample["step"],
+                    **{name: sample.get(name, "")[:SAMPLE_CHARACTERS] for name in ("prompt", "text")},
+                }
                 for sample in evenly(read_jsonl(self.folder / "samples.jsonl"), max(10, SAMPLES // self.of))
             ],
             "events": without_secrets(read_jsonl(self.folder / "events.jsonl")[-EVENTS:]),
