@@ -71,22 +71,22 @@ def results(run: Run, curves: Curves, vocabulary: int, parameters: int, flops: i
     step, tokens, seconds = (train.last(name) or 0 for name in ("step", "tokens", "time"))
 
     def shown(value: float | None, form: str) -> str:
-        return format(value, form) if value else ""
+        return "" if value is None else format(value, form)
 
     return {
         "held-out loss": shown(val.last("val/loss"), ".4f"),
         "bits per byte": shown(val.last("val/bpb"), ".4f"),
         "CORE": shown(val.last("val/core"), ".4f"),
         "training loss, smoothed": shown(train.last(SMOOTHED), ".4f"),
-        "steps": shown(step, ",.0f") + ("" if run.summary else f" of {run.config.train.steps:,}"),
-        "tokens": shown(tokens, ",.0f"),
+        "steps": f"{step:,.0f}" + ("" if run.summary else f" of {run.config.train.steps:,}"),
+        "tokens": f"{tokens:,.0f}",
         "time": duration(seconds) if seconds else "",
         "left, about": "" if run.summary else time_left(run, curves),
-        "tokens per second": shown(tokens / seconds if seconds else 0, ",.0f"),
-        "parameters": shown(parameters, ","),
-        "vocabulary": shown(vocabulary, ","),
-        "FLOPs": shown(flops * tokens, ".3g"),
-        "skipped steps": shown(len(curves.skipped()), ","),
+        "tokens per second": shown(tokens / seconds if seconds else None, ",.0f"),
+        "parameters": shown(parameters or None, ","),
+        "vocabulary": shown(vocabulary or None, ","),
+        "FLOPs": shown(flops * tokens or None, ".3g"),
+        "skipped steps": shown(len(curves.skipped()) or None, ","),
     }
 
 
