@@ -59,11 +59,8 @@ class TextSet:
 
     def url(self, file: str, base: str = "") -> str:
         """Where a file is: in the folder ``base``, if given (a mirror), else where it was published."""
-        if not base and self.dataset:
-            from huggingface_hub import hf_hub_url
-
-            path = f"{self.folder}/{file}".lstrip("/")
-            return hf_hub_url(self.dataset, path, repo_type="dataset", endpoint=hugging_face())
+        if self.dataset and not base:
+            base = f"{hugging_face()}/datasets/{self.dataset}/resolve/main/{self.folder}"
         return f"{(base or self.base).rstrip('/')}/{urllib.parse.quote(file)}"
 
 

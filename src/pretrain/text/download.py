@@ -289,8 +289,8 @@ def _digest(headers: httpx2.Headers) -> str:
     stated = f"{headers.get('Repr-Digest', '')},{headers.get('Digest', '')}"
     if "Content-Range" not in headers:
         stated += f",md5={headers.get('Content-MD5', '')}"
-    for name, characters in (("sha-512", 86), ("sha-256", 43), ("md5", 22)):
-        if found := re.search(rf"\b{name}=:?([A-Za-z0-9+/]{{{characters}}}==?)", stated, re.IGNORECASE):
+    for name, length in (("sha-512", "{86}=="), ("sha-256", "{43}="), ("md5", "{22}==")):  # of each in base64
+        if found := re.search(rf"\b{name}=:?([A-Za-z0-9+/]{length})", stated, re.IGNORECASE):
             return f"{name.replace('-', '')}:{base64.b64decode(found[1]).hex()}"
     return ""
 
@@ -318,7 +318,7 @@ def _retry_after(text: str) -> float:
     if text.strip().isdecimal():
         return float(text)
     try:
-        return email.utils.parsedate_to_datetime(text).timestamp() - time.time()
+        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
     except ValueError:
         return 0.0
 

@@ -145,8 +145,8 @@ def expand_url(url: str) -> list[tuple[str, int | None]]:
     """
     if _protocol(url) in _HTTP:
         return [(url, _size_and_ranges(url)[0])]
-    fs, path = _filesystem(url)
     with _one_line_remote(url):
+        fs, path = _filesystem(url)
         if any(character in path for character in "*?["):
             found = fs.glob(path, detail=True)
         else:
@@ -233,32 +233,31 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
     protocol = _protocol(url)
     options: dict[str, Any] = {}
-    with _one_line_remote(url):
-        if protocol in _HTTP:
-            import aiohttp
+    if protocol in _HTTP:
+        import aiohttp
 
-            options["client_kwargs"] = {
-                "timeout": aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS),
-                # Ranges must be those of the file itself, not of a compressed form of it.
-                "headers": {"Accept-Encoding": "identity"},
-                "trust_env": True,  # proxies
-            }
-        elif protocol == "hf":
-            from huggingface_hub import constants
+        options["client_kwargs"] = {
+            "timeout": aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS),
+            # Ranges must be those of the file itself, not of a compressed form of it.
+            "headers": {"Accept-Encoding": "identity"},
+            "trust_env": True,  # proxies
+        }
+    elif protocol == "hf":
+        from huggingface_hub import constants
 
-            if not constants.HF_HUB_OFFLINE:  # or the library refuses at once
-                _reach(os.environ.get("HF_ENDPOINT") or constants.ENDPOINT)
-        elif protocol in ("gs", "gcs"):
-            import gcsfs  # type: ignore[import-not-found]  # noqa: F401  # report first if it is missing
+        if not constants.HF_HUB_OFFLINE:  # or the library refuses at once
+            _reach(os.environ.get("HF_ENDPOINT") or constants.ENDPOINT)
+    elif protocol in ("gs", "gcs"):
+        import gcsfs  # type: ignore[import-not-found]  # noqa: F401  # report first if it is missing
 
-            _reach(os.environ.get("STORAGE_EMULATOR_HOST", "https://storage.googleapis.com"))
-        elif protocol in ("s3", "s3a"):
-            options["config_kwargs"] = {
-                "connect_timeout": CONNECT_SECONDS,
-                "read_timeout": READ_SECONDS,
-                "retries": {"max_attempts": 2},
-            }
-        return url_to_fs(url, **options)
+        _reach(os.environ.get("STORAGE_EMULATOR_HOST", "https://storage.googleapis.com"))
+    elif protocol in ("s3", "s3a"):
+        options["config_kwargs"] = {
+            "connect_timeout": CONNECT_SECONDS,
+            "read_timeout": READ_SECONDS,
+            "retries": {"max_attempts": 2},
+        }
+    return url_to_fs(url, **options)
 
 
 @lru_cache
@@ -271,19 +270,19 @@ def _reach(server: str) -> None:
 
 def _open(url: str, size: int | None) -> Any:
     """Open for reading by ranges; over http with size None, as a stream."""
-    fs, path = _filesystem(url)
     options: dict[str, Any] = {"cache_type": "none"}
     if _protocol(url) in _HTTP:
         options = {"block_size": 0} if size is None else {"size": size, **options}
     with _one_line_remote(url):
+        fs, path = _filesystem(url)
         return fs.open(path, "rb", **options)
 
 
 @lru_cache(maxsize=4096)
 def _size_and_ranges(url: str) -> tuple[int | None, bool]:
     """Ask for the size of a file, and whether any part of it can be read by itself. Tries only once."""
-    fs, path = _filesystem(url)
     with _one_line_remote(url):
+        fs, path = _filesystem(url)
         info = fs.info(path)
         size = info["size"]
         ranges = size is not None and info.get("partial", True)
