@@ -140,6 +140,13 @@ def test_files_held_out_by_name(library: Path, tmp_path: Path):
     assert documents_of(tmp_path / "out", "val") == [(library / f"{n}.txt").read_text() for n in ("07", "03")]
 
 
+def test_a_file_held_out_of_its_folder_is_not_trained_on(library: Path, tmp_path: Path):
+    texts = texts_of(library)
+    prepare_text(data_of(library, val_paths=(str(library / "07.txt"),)), BYTE, tmp_path / "out")
+    assert documents_of(tmp_path / "out", "train") == texts[:7] + texts[8:]
+    assert documents_of(tmp_path / "out", "val") == [texts[7]]
+
+
 def test_nothing_held_out(library: Path, tmp_path: Path):
     made = prepare_text(data_of(library, val_fraction=0), BYTE, tmp_path / "out", shard_tokens=50_000, workers=2)
     assert (made.manifest.tokens("val"), made.manifest.documents("train")) == (0, 360)

@@ -73,7 +73,7 @@ class Prepared:
 def prepare(config: Config, folder: Path, say: Callable[[str], None] = lambda _: None) -> Prepared:
     """Make token shards in ``folder`` of the text that ``config.data`` names, for runs of ``config``.
 
-    Lines for a person are passed to ``say``. Raises what :func:`prepare_text` does; a DataError also if the text is too
+    ``say`` is called with each line to show. Raises what :func:`prepare_text` does; a DataError also if the text is too
     short for one context.
     """
     length = config.model.context_length

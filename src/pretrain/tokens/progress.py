@@ -1,4 +1,4 @@
-"""What a person sees of work on data: a live line on a terminal, a few plain lines elsewhere."""
+"""Progress of work on data: a live line on a terminal, a few plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Progress:
 
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[None]:
-        """While entered, show the progress of a stage that has about ``total`` bytes of text to go through."""
+        """While entered, show the progress of a stage over about ``total`` bytes of text."""
         self._name, self._total = name, max(1, total)
         self.bytes = self.tokens = 0
         self._began = self._said = time.monotonic()
