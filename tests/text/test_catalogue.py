@@ -105,7 +105,7 @@ def test_it_is_listed(capsys: pytest.CaptureFixture[str]):
         (["tinystories", "--base-url", "ftp://host"], "--base-url must begin with http:// or https://"),
         (["tinystories", "--workers", "0"], "--workers must be at least 1, not 0"),
         (["tinystories", "--tries", "0"], "--tries must be at least 1, not 0"),
-        (["tinystories", "--timeout", "0"], "--timeout must be more than 0 seconds"),
+        (["tinystories", "--timeout", "0"], "--timeout must be above 0.0, not 0.0"),
         (["tinystories", "--shard", "1"], "did you mean '--shards'?"),
     ],
 )

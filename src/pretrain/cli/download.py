@@ -16,6 +16,7 @@ import tyro
 from rich.filesize import decimal
 
 from pretrain.cli.parsing import Command
+from pretrain.config.schema import Count, Natural, Positive
 from pretrain.errors import DataError, Interrupted, UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -35,25 +36,20 @@ class DownloadArguments(Command):
     """A set by name, or one or more http(s) URLs."""
     list: bool = False
     """List the catalogue."""
-    shards: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 0
+    shards: Annotated[Natural, tyro.conf.arg(aliases=["-n"])] = 0
     """Training files to download, besides the validation file. 0: all, which huge sets refuse."""
     out: str = ""
     """The folder to put the files in. Default: data/NAME, or data/downloads for URLs."""
-    workers: int = 4
+    workers: Count = 4
     """Files downloaded at once."""
     base_url: str = ""
     """The folder with the set's files on a mirror, instead of where they were published."""
-    tries: int = 5
+    tries: Count = 5
     """Tries for each file, with longer and longer waits between."""
-    timeout: float = 30.0
+    timeout: Positive = 30.0
     """Seconds without a byte after which a connection counts as broken."""
 
     def __post_init__(self):
-        for name in ("workers", "tries"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        if self.timeout <= 0:
-            raise ValueError(f"--timeout must be more than 0 seconds, not {self.timeout:g}")
         if self.base_url and not _is_url(self.base_url):
             raise ValueError(f"--base-url must begin with http:// or https://, not {self.base_url!r}")
 
