@@ -120,12 +120,7 @@ def losses(run: Run, curves: Curves, counted: Baselines | None, manifest: Manife
         bits, seen = counted.bits_per_byte, f"{counted.tokens:,} training tokens"
         add("guess any token", counted.uniform, bits(counted.uniform), "knows nothing: every token is equally likely")
         add("count tokens", counted.unigram, bits(counted.unigram), f"knows how frequent each token is among {seen}")
-        add(
-            "count pairs",
-            counted.bigram,
-            bits(counted.bigram),
-            f"also looks at the token before, by the pairs of {seen}",
-        )
+        add("count pairs", counted.bigram, bits(counted.bigram), f"also looks at the token before, by pairs of {seen}")
         add("a zip file", None, counted.zipped, "deflate applied to the held-out text")
     if measured := held_out(curves):
         # The keys make one row of a measurement that is both the last and the lowest.
@@ -185,9 +180,13 @@ def data(run: Run, manifest: Manifest | None) -> Pairs:
         return rows
     for split, name in (("train", "training"), ("val", "held out")):
         shards = [shard for shard in manifest.shards if shard.split == split]
-        size = sum(shard.text_bytes for shard in shards)
-        counts = {"documents": manifest.documents(split), "tokens": manifest.tokens(split), "bytes of text": size}
-        rows.append((name, ", ".join(f"{what} {count:,}" for what, count in {**counts, "shards": len(shards)}.items())))
+        counts = {
+            "documents": manifest.documents(split),
+            "tokens": manifest.tokens(split),
+            "bytes of text": sum(shard.text_bytes for shard in shards),
+            "shards": len(shards),
+        }
+        rows.append((name, ", ".join(f"{what} {count:,}" for what, count in counts.items())))
     return [
         *rows,
         ("vocabulary", f"{manifest.vocab_size:,} tokens, {manifest.bytes_per_token:.2f} bytes of text each on average"),
@@ -233,7 +232,7 @@ def text(value: Any) -> str:
 
 
 def environment(run: Run) -> Pairs:
-    """What the run was made on; of several starts, the first one and where later ones differ."""
+    """Hardware and software of the first start of a run, and where those of later starts differ."""
     rows: Pairs = []
     for start in read_environment(run.folder):
         step, known = start.pop("step", 0), dict(rows)
@@ -248,10 +247,9 @@ def environment(run: Run) -> Pairs:
 
 def start_rows(start: dict[str, Any]) -> Pairs:
     """What environment.json has of a start, as text."""
-    flat = without_secrets({**start, **start.get("packages", {})})
-    flat.pop("packages", None)
+    packages = start.pop("packages", {})
     rows = []
-    for name, value in flat.items():
+    for name, value in without_secrets({**start, **packages}).items():
         if name == "command":
             value = shlex.join(map(str, value))
         if name.endswith("_bytes"):
