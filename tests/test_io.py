@@ -47,6 +47,8 @@ def test_durations():
         ("https://u:pw@h/x,https://u:pw@h/y", "https://h/x,https://h/y"),
         ("s3://u:p(w,@h/x, http://h/b@c", "s3://h/x, http://h/b@c"),
         ("https://h?sig=a@b", "https://h"),
+        ("https://h/a,b(1).txt?sig=1", "https://h/a,b(1).txt"),
+        ("cannot read https://h/o'b.txt?sig=AB,CD: gone", "cannot read https://h/o'b.txt: gone"),
         ("no URL: a@b", "no URL: a@b"),
     ],
 )

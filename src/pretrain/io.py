@@ -11,7 +11,6 @@ import signal
 import uuid
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 
 def write_atomically(file: Path, text: str, sync: bool = True) -> None:
@@ -121,14 +120,7 @@ def without_secrets(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [without_secrets(item) for item in value]
     if isinstance(value, str) and "://" in value:
-        value = re.sub(r"://[^/?#\s'\"<>@]+@", "://", value)  # first: a password may hold what ends a URL in a text
-        return re.sub(r"[A-Za-z][\w+.-]*://[^\s'\"<>(),]+", lambda url: _bare_url(url[0]), value)
+        value = re.sub(r"://[^/?#\s'\"<>@]+@", "://", value)  # user name and password
+        # The query ends with the word; quotes, brackets and commas at the very end belong to the text around the URL.
+        value = re.sub(r"(://[^\s?#\"<>]*)[?#][^\s\"<>]*?(?=['),.:;]*(?:[\s\"<>]|$))", r"\1", value)
     return value
-
-
-def _bare_url(url: str) -> str:
-    try:
-        parts = urlsplit(url)
-        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
-    except ValueError:
-        return "URL"

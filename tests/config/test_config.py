@@ -3,6 +3,7 @@ import re
 import tomllib
 from typing import Any
 
+import numpy as np
 import pytest
 import tomli_w
 
@@ -86,6 +87,7 @@ def test_python_gets_the_same_checks(values: dict[str, Any], expected: str):
 
 
 def test_integers_become_floats_and_lists_tuples():
+    assert type(load_config(**{"optim.lr": np.float64(0.5)}).optim.lr) is float  # as numpy.logspace gives them
     config = load_config("quickstart", **{"optim.weight_decay": 1, "optim.betas": [0, 0.5], "checkpoint.at": [3]})
     assert repr(config.optim.weight_decay) == "1.0"
     assert repr(config.optim.betas) == "(0.0, 0.5)"

@@ -20,6 +20,7 @@ from tests.report.test_page import Elements
 from pretrain.config import load_config
 from pretrain.errors import CheckpointError, UsageError
 from pretrain.io import append_jsonl, keep_steps
+from pretrain.report import answers
 from pretrain.report.answers import Model
 from pretrain.report.watch import Watcher
 from pretrain.runs import Run
@@ -239,6 +240,14 @@ def test_an_answer_is_what_sample_gives(trained: Run):
         assert "is there memory for a second model?" in watcher.answerer.answer(PROMPT | {"max_tokens": 10**6})["error"]
         assert watcher.answerer.answer(PROMPT) == expected
     assert watcher.answerer.process.poll() is not None
+
+
+def test_a_prompt_does_not_wait_for_ever(make_run, monkeypatch):
+    monkeypatch.setattr(answers, "BUSY_SECONDS", 0.01)
+    answerer = answers.Answerer(make_run().folder)
+    with answerer._lock:  # as while another prompt is being answered
+        assert "still being answered" in answerer.answer(PROMPT)["error"]
+    assert answerer.process is None
 
 
 def test_nothing_to_answer_with(make_run):

@@ -329,6 +329,12 @@ def test_a_server_that_goes_on_with_another_file_is_found_out(
     assert server.ranges("/a.txt") == ["", "bytes=120000-", ""]
 
 
+def test_a_mirror_of_the_hub_without_tags(server: Server, file: Path):
+    server.headers["/a.txt"] = {"X-Repo-Commit": "0" * 40, "ETag": ""}
+    fetch(server.url("/a.txt"), file)
+    assert only(file)
+
+
 def test_a_hash_of_a_part_is_not_one_of_the_file(server: Server, file: Path):
     whole, rest = ({"Content-MD5": base64_of("md5", data)} for data in (BODY, BODY[1000:]))
     server.faults["/a.txt"] = [Fault(headers=whole, drop=1000), Fault(headers=rest)]

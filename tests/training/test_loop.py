@@ -144,7 +144,7 @@ def test_the_micro_batch_changes_nothing_but_rounding(tiny: Config, tmp_path: Pa
 
 def test_a_step_with_a_nan_changes_nothing(tiny: Config, tmp_path: Path, monkeypatch):
     run = open_run(tiny, tmp_path / "run", Console(quiet=True))
-    state = set_up(run, World(torch.device("cpu")), Console(quiet=True)).state
+    state = set_up(run, World(torch.device("cpu")), Console(quiet=True), started=0.0).state
     train_step(state)
     before = {name: tensor.clone() for name, tensor in state.tensors().items()}
     with monkeypatch.context() as patch:
@@ -273,7 +273,7 @@ def test_a_run_killed_before_its_summary_still_gets_it(tiny: Config, tmp_path: P
 
 def test_making_room_for_moments_leaves_the_loss_scale(tiny: Config, tmp_path: Path):
     run = open_run(change(tiny, train__precision="fp16"), tmp_path / "run", Console(quiet=True))
-    state = set_up(run, World(torch.device("cpu")), Console(quiet=True)).state
+    state = set_up(run, World(torch.device("cpu")), Console(quiet=True), started=0.0).state
     assert float(state.loss_scale.scale) == 2.0**16
 
 

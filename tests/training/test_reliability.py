@@ -344,6 +344,11 @@ def test_a_spike_is_skipped_or_rolled_back(tiny: Config, tmp_path: Path, monkeyp
         run.reopen()
         before = learned(run)
         assert learned(train(config, tmp_path / "run")) == before  # a resume leaves the same batches out
+        # After --resume-from the run still knows, whatever was rolled back, and the same command does nothing again.
+        train(config, tmp_path / "run", resume_from=4)
+        used.clear()
+        train(config, tmp_path / "run", resume_from=4)
+        assert used == []
 
 
 # ---------------------------------------------------------------- resources

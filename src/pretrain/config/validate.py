@@ -31,6 +31,9 @@ class Section:
 
 def checked(name: str, value: Any, hint: Any) -> Any:
     """The value as its type wants it. Raises ValueError: one line that begins with ``name``."""
+    for plain in (float, str):  # msgspec refuses subclasses such as numpy.float64
+        if isinstance(value, plain):
+            value = plain(value)
     try:
         return msgspec.convert(value, hint)
     except msgspec.ValidationError as error:

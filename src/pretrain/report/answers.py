@@ -24,6 +24,9 @@ from pretrain.tokenizer import Tokenizer
 IDLE_SECONDS = 300.0
 """The child ends when no prompt came for so long, so that its memory is free again."""
 
+BUSY_SECONDS = 10.0
+"""A prompt waits for the answer before it at most so long."""
+
 
 class Answerer:
     """The child process as the server sees it, one prompt at a time; it starts with the first prompt."""
@@ -34,8 +37,10 @@ class Answerer:
         self._lock = threading.Lock()
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """``text`` and the ``step`` of the checkpoint that wrote it, or ``error``; waits for the prompt before it."""
-        with self._lock:
+        """``text`` and the ``step`` of the checkpoint that wrote it, or ``error``; waits a while for the one before."""
+        if not self._lock.acquire(timeout=BUSY_SECONDS):
+            return {"error": "Another prompt is still being answered; try again later, or ask for fewer tokens."}
+        try:
             if self.process is None or self.process.poll() is not None:
                 self.process = subprocess.Popen(
                     [sys.executable, "-m", "pretrain.report.answers", str(self.folder)],
@@ -53,6 +58,8 @@ class Answerer:
             except (OSError, ValueError):  # it ended at this moment, or while it wrote
                 code = self.process.wait()
             return {"error": f"The process that answers ended (exit code {code}); is there memory for a second model?"}
+        finally:
+            self._lock.release()
 
     def close(self) -> None:
         """End the child."""

@@ -270,7 +270,7 @@ def _facts(url: str, answer: httpx2.Response) -> _Facts:
     redirects = httpx2.Headers()
     for each in (answer, *reversed(answer.history)):  # the first answer counts
         redirects.update(each.headers)
-    tag = redirects.get("X-Linked-ETag") or (redirects["ETag"] if "X-Repo-Commit" in redirects else "")
+    tag = redirects.get("X-Linked-ETag") or (redirects.get("ETag", "") if "X-Repo-Commit" in redirects else "")
     sha256 = re.fullmatch(r'(?:W/)?"?([0-9a-f]{64})"?', tag)
     headers = answer.headers
     size = headers.get("Content-Range", "").rpartition("/")[2] or headers.get("Content-Length", "")

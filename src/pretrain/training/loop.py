@@ -190,9 +190,10 @@ class Trainer:
                 f" --checkpoint.every, or use --guard.spike_action skip"
             )
         self.count_skip(spike, "a spike")
-        skipped = self.state.progress.skipped_batches + spike - checkpoint.step
+        before = self.state.progress
         self.state.load_state_dict(checkpoint, batches=False)
-        self.state.progress.skipped_batches = skipped
+        self.state.progress.skipped_batches = before.skipped_batches + spike - checkpoint.step
+        self.state.progress.went_back_to, self.state.progress.pending = before.went_back_to, None
         self.waiting = [record for record in self.waiting if record["step"] <= self.step]
         self.notify("on_rollback", self.step)
         self.event("roll_back", f"a spike at step {spike}: back to step {self.step}, skipping the batches since then")

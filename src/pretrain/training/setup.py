@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Sequence
 from importlib.metadata import version
 
@@ -37,7 +36,7 @@ def set_up(
     run: Run,
     world: World,
     console: Console,
-    started: float | None = None,
+    started: float,
     went_back_to: int = 0,
     callbacks: Sequence[Callback] = (),
 ) -> Trainer:
@@ -47,11 +46,10 @@ def set_up(
         run: the run directory, with its data prepared.
         world: the processes that train together.
         console: where progress is shown.
-        started: ``time.monotonic()`` when this job began; now by default.
+        started: ``time.monotonic()`` when this job began.
         went_back_to: the step to which ``--resume-from`` brought the run before, if it did.
         callbacks: the user's.
     """
-    started = time.monotonic() if started is None else started
     config, device, say = run.config, world.device, console.say
 
     # Data: batches are a function of the step, so nothing is read yet.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def train(
         config: from :func:`pretrain.load_config`.
         out: the run directory; made if it does not exist.
         console: where progress is shown; nowhere by default.
-        started: ``time.monotonic()`` when the whole job began, from which its seconds are counted.
+        started: ``time.monotonic()`` when the whole job began, from which its seconds are counted; now by default.
         resume_from: go back to the checkpoint of this step first; 0: resume from the newest.
         callbacks: code of your own, see :class:`pretrain.Callback`.
 
@@ -53,6 +54,7 @@ def train(
         Interrupted: a signal asked to stop; everything is saved.
         PretrainError: training cannot go on, for another reason that its text gives.
     """
+    started = time.monotonic() if started is None else started
     out, console = Path(out), console or Console(quiet=True)
     with join_world(config.train.device, config.parallel) as world, contextlib.ExitStack() as until_the_end:
         if world.device.type == "cpu":
