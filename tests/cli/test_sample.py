@@ -99,7 +99,7 @@ def test_a_prompt_longer_than_the_context_says_so(sample):
         (["--num-samples", "0"], "--num-samples must be at least 1"),
         (["--interactive", "--json"], "--interactive"),
         (["--temprature", "1"], "did you mean '--temperature'?"),
-        (["--stop", ""], "stop must be str of length at least 1"),
+        (["--stop", ""], "stop must be a text that is not empty"),
     ],
 )
 def test_wrong_use(sample, args: list[str], said: str):

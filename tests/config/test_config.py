@@ -59,8 +59,8 @@ def test_a_config_survives_toml():
         ("optim.lr", float("nan"), "optim.lr must be above 0.0, not nan"),
         ("guard.hang_factor", 0.5, "guard.hang_factor must be at least 1.0, not 0.5"),
         ("model.rope_fraction", 0.0, "model.rope_fraction 0.0 of the head dimension 64 is not an even number"),
-        ("model.window_pattern", "LXS", "model.window_pattern must be str matching regex '^[LS]+$', not 'LXS'"),
-        ("data.field", "", "data.field must be str of length at least 1, not ''"),
+        ("model.window_pattern", "LXS", "model.window_pattern must be of the form '^[LS]+$', not 'LXS'"),
+        ("data.field", "", "data.field must be a text that is not empty, not ''"),
         ("train.seed", 2**63, "train.seed must be at most 9223372036854775807"),
     ],
 )

@@ -45,6 +45,9 @@ def checked(name: str, value: Any, hint: Any) -> Any:
         near = did_you_mean(str(value), choices, or_list=False)
         raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}{near}")
     wanted = re.sub(r"^Expected (?:(?:int|float) (?=\W))?|, got .*", "", wrong).replace("array", "a list")
-    for symbol, word in ((">= ", "at least "), ("<= ", "at most "), ("> ", "above "), ("< ", "below ")):
+    for symbol, word in (
+        (">= ", "at least "), ("<= ", "at most "), ("> ", "above "), ("< ", "below "),
+        ("str matching regex", "of the form"), ("str of length at least 1", "a text that is not empty"),
+    ):  # fmt: skip
         wanted = wanted.replace(symbol, word)
     raise ValueError(f"{name} must be {wanted}, not {value!r}")
