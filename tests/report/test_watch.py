@@ -254,7 +254,7 @@ def test_nothing_to_answer_with(make_run):
     run = make_run()
     with watching(run.folder) as watcher:
         error = json.loads(ask(watcher, "/prompt", PROMPT)[1])["error"]
-        assert "has no whole checkpoint yet" in error
+        assert "has no intact checkpoint yet" in error
 
 
 def test_a_newer_checkpoint_is_loaded(trained: Run, tmp_path: Path):

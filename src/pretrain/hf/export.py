@@ -44,7 +44,7 @@ def export_run(run: Run, format: Literal["hf", "safetensors"], out: Path, checkp
 
     Raises:
         UsageError: ``out`` has files, or cannot be written.
-        CheckpointError: the run has no whole checkpoint.
+        CheckpointError: the run has no intact checkpoint.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists and is not an empty folder; choose another --out")

@@ -78,7 +78,7 @@ class Model:
         self._loaded: tuple[GPT, Tokenizer] | None = None
 
     def load(self) -> tuple[GPT, Tokenizer]:
-        """The model and its tokenizer. Raises PretrainError: there is no run yet, or no whole checkpoint."""
+        """The model and its tokenizer. Raises PretrainError: there is no run yet, or no intact checkpoint."""
         newest = max((checkpoint.step for checkpoint in checkpoints(self.folder / "checkpoints")), default=0)
         if self._loaded is None or newest != self._newest:
             self._loaded = None  # before the next one takes memory

@@ -170,10 +170,10 @@ class Run:
         return open_corpus(paths if is_tokens(paths) else [str(self.data)], str(self.folder / "tokenizer.json"))
 
     def newest_checkpoint(self) -> Checkpoint:
-        """The newest whole checkpoint. A CheckpointError when there is none."""
+        """The newest intact checkpoint. A CheckpointError when there is none."""
         checkpoint = newest(self.checkpoints, say=lambda _: None)
         if checkpoint is None:
-            raise CheckpointError(f"{self.folder} has no whole checkpoint yet; train it further first")
+            raise CheckpointError(f"{self.folder} has no intact checkpoint yet; train it further first")
         return checkpoint
 
     def checkpoint(self, step: int) -> Checkpoint:

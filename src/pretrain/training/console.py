@@ -59,7 +59,7 @@ class Console(Callback):
             self.say(f"resuming  after step {trainer.step:,}")
         if world.size > 1:
             rows = world.rows_per_rank(config.batch_rows)
-            self.say(f"processes {world.size} ({state.parameters.kind}), {rows} rows of the batch each")
+            self.say(f"processes {world.size} ({state.parameters.parallelism}), {rows} rows of the batch each")
         self._every = max(1, train.steps // 20)
         if self._console.is_terminal and not self._console.quiet:
             share = flops_per_token(config.model, vocabulary) / (peak_flops(device, precision.dtype) * world.size)

@@ -31,7 +31,7 @@ from pretrain.sizing import count_parameters, parallelism_that_fits
 from pretrain.training.world import World
 
 
-def choose_kind(config: Config, vocab_size: int, world: World) -> str:
+def choose_parallelism(config: Config, vocab_size: int, world: World) -> str:
     """How the processes share the model: what ``parallel.kind`` says, or for auto ddp if the model fits so."""
     if world.size == 1:
         return "none"
@@ -43,7 +43,7 @@ def choose_kind(config: Config, vocab_size: int, world: World) -> str:
 
 
 def parallelize(
-    model: GPT, kind: str, config: Config, world: World, precision: Precision, say: Callable[[str], None]
+    model: GPT, parallelism: str, config: Config, world: World, precision: Precision, say: Callable[[str], None]
 ) -> None:
     """Apply what ``config`` asks for to a model on the meta device, then give it memory, still without values.
 
@@ -61,10 +61,10 @@ def parallelize(
         if problem := compiler_problem(device):
             say(f"torch.compile does not work here ({problem}); continuing without it")
         else:
-            for module in [model] if kind == "none" else model.blocks:
+            for module in [model] if parallelism == "none" else model.blocks:
                 module.compile(dynamic=False)
-    if kind in ("fsdp", "hsdp"):
-        mesh = device_mesh(kind, world, device.type)
+    if parallelism in ("fsdp", "hsdp"):
+        mesh = device_mesh(parallelism, world, device.type)
         # Weights travel in the dtype of the products; their fp32 originals stay spread, gradients are added in fp32.
         half = None if precision.dtype == torch.float32 else precision.dtype
         policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -95,9 +95,9 @@ def init_parameters(model: GPT, world: World, fill: Callable[[GPT], None]) -> No
     set_model_state_dict(model, values, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
 
 
-def training_forward(model: GPT, kind: str, world: World) -> Callable[..., Tensor]:
+def training_forward(model: GPT, parallelism: str, world: World) -> Callable[..., Tensor]:
     """What to call in place of the model in a training step: under DDP its wrapper, which adds up gradients."""
-    if kind != "ddp":
+    if parallelism != "ddp":
         return model
     devices = [world.device.index] if world.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
@@ -117,9 +117,9 @@ def set_gradient_sync(forward: Callable[..., Tensor], last: bool, reshard: bool)
         forward.set_requires_all_reduce(last)
 
 
-def device_mesh(kind: str, world: World, device_type: str) -> DeviceMesh:
+def device_mesh(parallelism: str, world: World, device_type: str) -> DeviceMesh:
     """The processes as FSDP sees them: in a row, or (hsdp) a row for each machine."""
-    if kind == "fsdp":
+    if parallelism == "fsdp":
         return init_device_mesh(device_type, (world.size,), mesh_dim_names=("shard",))
     shape = (world.size // world.local_size, world.local_size)
     return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
@@ -131,14 +131,14 @@ class Parameters:
     Optimizers, norms and checkpoints work on these, so that they need not know how the model is spread.
     """
 
-    def __init__(self, model: GPT, kind: str, world: World):
-        self.model, self.kind, self.world = model, kind, world
+    def __init__(self, model: GPT, parallelism: str, world: World):
+        self.model, self.parallelism, self.world = model, parallelism, world
         self.whole = dict(model.named_parameters())
         self.local = {
             name: nn.Parameter(p.to_local().detach()) if isinstance(p, DTensor) else p for name, p in self.whole.items()
         }
         self.sharded = isinstance(model, FSDPModule)
-        self.cpu_mesh = device_mesh(kind, world, "cpu") if self.sharded else None
+        self.cpu_mesh = device_mesh(parallelism, world, "cpu") if self.sharded else None
         first = next(iter(self.whole.values()))
         mesh = first.device_mesh if isinstance(first, DTensor) else None
         self.group = mesh["shard"].get_group() if mesh else None

@@ -27,7 +27,7 @@ from pretrain.training.heartbeat import Heartbeat
 from pretrain.training.init_from import load_initial
 from pretrain.training.loggers import Loggers
 from pretrain.training.loop import Trainer
-from pretrain.training.parallel import Parameters, choose_kind, init_parameters, parallelize, training_forward
+from pretrain.training.parallel import Parameters, choose_parallelism, init_parameters, parallelize, training_forward
 from pretrain.training.state import Progress, TrainState
 from pretrain.training.world import World
 
@@ -40,7 +40,7 @@ def set_up(
     went_back_to: int = 0,
     callbacks: Sequence[Callback] = (),
 ) -> Trainer:
-    """Make a run ready to train on, from its newest whole checkpoint if it has one. All processes call it.
+    """Make a run ready to train on, from its newest intact checkpoint if it has one. All processes call it.
 
     Args:
         run: the run directory, with its data prepared.
@@ -85,10 +85,10 @@ def set_up(
 
     # The model: described on the meta device, made parallel, given memory, then values.
     torch.manual_seed(config.train.seed + world.rank)  # of dropout; all else has generators of its own
-    kind = choose_kind(config, tokenizer.vocab_size, world)
+    parallelism = choose_parallelism(config, tokenizer.vocab_size, world)
     model = meta_model(config.model, tokenizer.vocab_size, tokenizer.bos_id)
     model.activation_dtype = precision.dtype
-    parallelize(model, kind, config, world, precision, say)
+    parallelize(model, parallelism, config, world, precision, say)
     if checkpoint is None:
 
         def initial_values(whole: GPT) -> None:
@@ -101,7 +101,7 @@ def set_up(
         init_parameters(model, world, initial_values)
 
     # Optimizers work on what this process holds of the parameters.
-    parameters = Parameters(model, kind, world)
+    parameters = Parameters(model, parallelism, world)
     optimizers = build_optimizers(model, config.optim)
     parameters.distribute(optimizers)
 
@@ -112,7 +112,7 @@ def set_up(
     if checkpoint:
         state.load_state_dict(checkpoint)
     state.progress.went_back_to = went_back_to or state.progress.went_back_to
-    state.forward = training_forward(model, kind, world)
+    state.forward = training_forward(model, parallelism, world)
     # Rows at once: as before a resume, for the same rounding; never more than there are for this process.
     fit = progress.micro_rows or rows_that_fit(config, precision.dtype.itemsize, free_memory(device))
     micro_rows = config.train.micro_batch or world.broadcast(fit)

@@ -134,7 +134,7 @@ def go_back(run: Run, step: int, say: Callable[[str], None]) -> None:
     """Make ``step`` the newest checkpoint; later ones and their metrics are moved to ``set-aside``.
 
     A run that went back to that step before goes on from where it came to since, so that the same command can be given
-    again. Raises CheckpointError when there is no whole checkpoint of that step.
+    again. Raises CheckpointError when there is no intact checkpoint of that step.
     """
     saved = checkpoints(run.checkpoints)
     if saved and saved[-1].state.get("went_back_to") == step:
