@@ -15,7 +15,7 @@ def for_inference(model: GPT, dtype: torch.dtype | None = None) -> GPT:
 
     It computes in ``dtype``, by default the model's own, to which the weights of matrix products are cast once instead
     of at every step. On a CPU they are also packed in oneDNN's blocked layout, at the price of a copy: GPT-2 124M then
-    decodes 1.1 (fp32, one row) to 1.9 times as fast (eight rows). A model that is spread over processes is given back
+    decodes 1.1 (fp32, one row) to 1.9 times as fast (eight rows). A model that is sharded over processes is given back
     as it is.
     """
     if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):

@@ -30,7 +30,7 @@ class Evaluator:
     world: World
     model: GPT
     sharded: bool
-    """The model is spread over the processes, which must then all compute together."""
+    """The model is sharded over the processes, which must then all compute together."""
     tokenizer: Tokenizer
     val_streams: dict[str, TokenStream]
     """The held-out tokens of each data set that has some."""

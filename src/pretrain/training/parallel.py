@@ -65,7 +65,7 @@ def parallelize(
                 module.compile(dynamic=False)
     if parallelism in ("fsdp", "hsdp"):
         mesh = device_mesh(parallelism, world, device.type)
-        # Weights travel in the dtype of the products; their fp32 originals stay spread, gradients are added in fp32.
+        # Weights travel in the dtype of the products; their fp32 originals stay sharded, gradients are added in fp32.
         half = None if precision.dtype == torch.float32 else precision.dtype
         policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in model.blocks:
@@ -107,7 +107,7 @@ def set_gradient_sync(forward: Callable[..., Tensor], last: bool, reshard: bool)
     """Let gradients be added up over processes only in the ``last`` backward pass of a step.
 
     Under FSDP a process would then hold the gradients of the whole model until that pass. Where memory comes before
-    traffic (``parallel.reshard``) they are spread in every pass, and only the sum over machines (HSDP) waits for the
+    traffic (``parallel.reshard``) they are sharded again in every pass, and only the sum over machines (HSDP) waits for the
     last.
     """
     if isinstance(forward, DistributedDataParallel):
@@ -128,7 +128,7 @@ def device_mesh(parallelism: str, world: World, device_type: str) -> DeviceMesh:
 class Parameters:
     """The parameters as this process holds them: plain tensors, whole, or under FSDP its rows of them.
 
-    Optimizers, norms and checkpoints work on these, so that they need not know how the model is spread.
+    Optimizers, norms and checkpoints work on these, so that they need not know how the model is sharded.
     """
 
     def __init__(self, model: GPT, parallelism: str, world: World):

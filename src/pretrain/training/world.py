@@ -115,7 +115,7 @@ class World:
     def shorten_timeout(self, seconds: float, groups: Sequence[dist.ProcessGroup] = ()) -> None:
         """After the first step, which may compile for minutes, wait less for processes that do not answer.
 
-        ``groups`` are those that the model is spread over.
+        ``groups`` are those that the model is sharded over.
         """
         if self.control is not None:
             set_timeout = dist.distributed_c10d._set_pg_timeout
