@@ -107,8 +107,8 @@ def set_gradient_sync(forward: Callable[..., Tensor], last: bool, reshard: bool)
     """Let gradients be added up over processes only in the ``last`` backward pass of a step.
 
     Under FSDP a process would then hold the gradients of the whole model until that pass. Where memory comes before
-    traffic (``parallel.reshard``) they are sharded again in every pass, and only the sum over machines (HSDP) waits for the
-    last.
+    traffic (``parallel.reshard``) they are sharded again in every pass, and only the sum over machines (HSDP) waits for
+    the last.
     """
     if isinstance(forward, DistributedDataParallel):
         forward.require_backward_grad_sync = last
