@@ -188,11 +188,6 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def total_memory(device: torch.device) -> int:
     """Bytes of memory that a device has; of a CPU what the machine, or the container's limit, allows."""
     if device.type == "cuda":

@@ -26,7 +26,7 @@ class DataError(PretrainError):
 
 
 class CheckpointError(PretrainError):
-    """A run directory or checkpoint cannot be used: absent, torn, or of another configuration."""
+    """A run directory or checkpoint cannot be used: absent, cut short, or of another configuration."""
 
 
 class DeviceMemoryError(PretrainError):

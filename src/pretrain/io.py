@@ -30,6 +30,12 @@ def write_atomically(file: Path, text: str, sync: bool = True) -> None:
         sync_folder(file.parent)
 
 
+def sync_file(file: Path) -> None:
+    """Make the contents of a file safe on the disk."""
+    with file.open("rb+") as handle:
+        os.fsync(handle.fileno())
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder safe on the disk, where the system can."""
     if hasattr(os, "O_DIRECTORY"):
@@ -90,12 +96,18 @@ def keep_steps(file: Path, up_to: int) -> None:
         temporary = file.with_suffix(".tmp")
         temporary.unlink(missing_ok=True)
         append_jsonl(temporary, *kept)
+        sync_file(temporary)
         os.replace(temporary, file)
 
 
 def cache_folder() -> Path:
     """Where what was measured on this machine is kept."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "pretrain")
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def signals_to_handle(*names: str) -> list[int]:

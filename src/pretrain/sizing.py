@@ -142,5 +142,5 @@ def rows_up_to(config: Config, limit: int) -> int:
 
 
 def parallelism_that_fits(parameters: int, free_bytes: int) -> str:
-    """Ddp if weights, gradients, two moments and work space fit in 60 % of a device's free memory, else fsdp."""
+    """``ddp`` if weights, gradients, two moments and work space fit in 60 % of a device's free memory, else fsdp."""
     return "ddp" if 20 * parameters < 0.6 * free_bytes else "fsdp"

@@ -108,6 +108,8 @@ def test_toml_files_are_checked_like_everything_else(tmp_path):
     file.write_text("model = 3\n")
     with pytest.raises(UsageError, match=r"\[model\] must be a table of fields, not 3"):
         load_config(str(file))
+    with pytest.raises(UsageError, match=r"\[model\] must be a table of fields, not 3"):
+        load_config(str(file), **{"model.layers": 2})
     file.write_text("[model\n")
     with pytest.raises(UsageError, match="not valid TOML"):
         load_config(str(file))

@@ -78,7 +78,7 @@ def test_a_flipped_bit_anywhere_is_found(tmp_path: Path):
             found = newest(tmp_path, said.append)
             assert found is not None
             assert found.step == 1, (file.name, place)
-            assert said[0].startswith("passing over damaged checkpoint step-00000002")
+            assert said[0].startswith("skipping damaged checkpoint step-00000002")
         if file.name != COMMIT:
             assert file.name in second.broken()
             file.unlink()
@@ -140,6 +140,18 @@ def test_a_save_that_fails_leaves_nothing_of_itself(tmp_path: Path, monkeypatch,
     with pytest.raises(OSError, match="No space"):
         save_checkpoint(tmp_path, 2, tensors(2), {})
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert newest(tmp_path, pytest.fail) is not None
+
+
+def test_a_step_saved_again_stays_until_the_new_one_is_written(tmp_path: Path, monkeypatch):
+    save_checkpoint(tmp_path, 1, tensors(1), {})
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_module, "_write_tensors", fail)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(tmp_path, 1, tensors(2), {})
     assert newest(tmp_path, pytest.fail) is not None
 
 

@@ -393,6 +393,8 @@ def test_prepared_stream_validates_as_shards_do(tmp_path: Path):
     config = load_config(
         **{"data.paths": [str(folder)], "data.split": "last_file", "tokenizer.kind": "bpe", "tokenizer.vocab_size": 265}
     )
+    (tmp_path / "run" / "data").mkdir(parents=True)
+    (tmp_path / "run" / "data" / "tokenizer.json").touch()  # of an attempt that failed before the run was there
     prepared = prepare_stream(config, find_text(config.data), tmp_path / "run" / "data", said.append)
     assert prepared.manifest.tokens("train") == 0
     assert prepared.tokenizer.vocab_size == 265

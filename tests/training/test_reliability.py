@@ -30,7 +30,7 @@ from pretrain.optim import Optimizer
 from pretrain.runs import Run
 from pretrain.runs.checkpoint import checkpoints
 from pretrain.tokens import TrainingBatches
-from pretrain.training import Console, callbacks, evaluator, train
+from pretrain.training import Console, callbacks, evaluator, state, train
 from pretrain.training.guard import Guard, LossScale
 from pretrain.training.heartbeat import Heartbeat
 from pretrain.training.state import TrainState
@@ -89,6 +89,32 @@ def test_a_signal_in_any_phase_loses_nothing(
     assert signal.getsignal(number) == signal.SIG_DFL
     torch.manual_seed(5)
     assert_same_run(train(config, tmp_path / "run"), undisturbed)
+
+
+def test_a_signal_while_a_step_is_saved_does_not_save_it_again(tiny: Config, tmp_path: Path, monkeypatch):
+    """Replacing the checkpoint that was just committed would leave none for a moment."""
+    save, steps = checkpoint_module.save_checkpoint, []
+
+    def slowly(folder: Path, step: int, *rest):
+        steps.append(step)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+        return save(folder, step, *rest)
+
+    monkeypatch.setattr(checkpoint_module, "save_checkpoint", slowly)
+    with pytest.raises(Interrupted, match=r"stopped after step \d+ of 12, all saved"):
+        train(tiny, tmp_path / "run")
+    assert len(steps) == 1
+
+
+def test_a_run_goes_on_on_another_type_of_device(tiny: Config, tmp_path: Path, monkeypatch):
+    """Whose random state its checkpoint does not have."""
+    train(change(tiny, train__steps=4), tmp_path / "run")
+    states = state.random_state
+    monkeypatch.setattr(
+        state, "random_state", lambda rank, device: states(rank, device) | {f"random.cuda.{rank}": torch.zeros(16)}
+    )
+    assert train(tiny, tmp_path / "run").summary is not None
 
 
 def run_command(config: Config, out: Path, prelude: str = "") -> subprocess.Popen:

@@ -15,7 +15,7 @@ import signal
 import socket
 
 from pretrain.errors import Interrupted, PeerError, PretrainError, UsageError
-from pretrain.io import signals_to_handle
+from pretrain.io import cores, signals_to_handle
 
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
 """Which process of this machine this is."""
@@ -65,8 +65,6 @@ def launch(arguments: list[str], count: int, grace_seconds: float, command: str)
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import parse_args, run
-
-    from pretrain.device import cores
 
     # SIGUSR1 is SLURM's warning before its time limit.
     passed_on = signals_to_handle("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")

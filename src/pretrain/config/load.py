@@ -42,7 +42,9 @@ def load_config(recipe: str = "quickstart", **overrides: Any) -> Config:
         section, _, leaf = name.partition(".")
         if not leaf:
             raise UsageError(f"unknown field '{name}': fields are written SECTION.NAME, such as model.layers")
-        tree.setdefault(section, {})[leaf] = value
+        fields = tree.setdefault(section, {})
+        if isinstance(fields, dict):  # config_from_dict refuses anything else
+            fields[leaf] = value
     return config_from_dict(tree, source=recipe)
 
 

@@ -328,7 +328,7 @@ class GuardConfig(Section):
     """Protection against bad steps, spikes and hangs (docs/reliability.md)."""
 
     max_skips: Count = 10
-    """Most steps in a row that may be skipped, as not finite or as spikes, before training stops."""
+    """Training stops after this many steps in a row were skipped, as not finite or as spikes."""
     spike_sigma: NonNegative = 0.0
     """Treat a step as a spike if its loss or gradient norm is this many standard deviations above the mean of the
     window. 0: never."""

@@ -49,6 +49,7 @@ def orthogonalize(matrices: Tensor, coefficients: list[tuple[float, float, float
     Computes in the dtype of the matrices; bfloat16 suffices, as the result is only a direction.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]  # products with the smaller side are the cheaper ones
+    # The iteration converges for singular values up to 1, which bfloat16 would round beyond: hence a little below.
     x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
     for a, b, c in coefficients:
         gram = x.mT @ x if tall else x @ x.mT

@@ -54,6 +54,10 @@ class Checkpoint:
         """The plain values saved with the tensors."""
         return json.loads(read_bounded(self.folder / STATE, STATE_BYTES))
 
+    def names(self) -> set[str]:
+        """The names of its tensors."""
+        return set(HuggingFaceStorageReader(str(self.folder)).read_metadata().state_dict_metadata)
+
     def load(self, tensors: Mapping[str, Tensor], as_dtensor: AsDTensor = lambda name, tensor: tensor) -> None:
         """Fill these tensors in place with the saved ones of the same names, whatever processes saved them.
 
@@ -116,8 +120,7 @@ def save_checkpoint(
             raise error[0]
 
     def prepare() -> None:
-        for leftover in (temporary, final):  # of a save that was cut off, or of an equal one
-            remove(leftover)
+        remove(temporary)  # of a save that was cut off
         temporary.mkdir(parents=True)
 
     def commit() -> None:
@@ -153,6 +156,7 @@ def _commit(temporary: Path, final: Path) -> None:
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
         hashes[file.name] = sha256_of(file)
+    remove(final)  # the same step, saved before
     temporary.rename(final)
     sync_folder(final.parent)
     write_atomically(final / COMMIT, json.dumps(hashes, indent=2) + "\n")
@@ -232,7 +236,7 @@ def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
         problem = checkpoint.broken()
         if not problem:
             return checkpoint
-        say(f"passing over damaged checkpoint {checkpoint.folder.name}: {problem}")
+        say(f"skipping damaged checkpoint {checkpoint.folder.name}: {problem}")
     if there:
         raise CheckpointError(f"every checkpoint in {folder} is damaged; start again with another --out")
     return None
@@ -246,7 +250,7 @@ def prune(folder: Path, config: CheckpointConfig, val_losses: Mapping[int, float
     there = {checkpoint.step: checkpoint for checkpoint in checkpoints(folder)}
     steps, every = list(there), config.keep_every
     regular = [step for step in steps if step not in config.at and not (every and step % every == 0)]
-    keep = {*regular[-config.keep_last :], *steps[-1:]}
+    keep = {*regular[-config.keep_last :], *steps[-1:]}  # keep_last 0 keeps all, as -0 is 0
     if config.keep_best and (measured := val_losses.keys() & there):
         keep.add(min(measured, key=lambda step: (val_losses[step], step)))
     for step in regular:

@@ -18,8 +18,8 @@ from typing import Any
 import psutil
 import torch
 
-from pretrain.device import cores, cpu_name
-from pretrain.io import write_atomically
+from pretrain.device import cpu_name
+from pretrain.io import cores, write_atomically
 
 ENVIRONMENT = "environment.json"
 STARTS = 100

@@ -160,7 +160,7 @@ class Run:
     def corpus(self) -> Corpus:
         """The tokens of the run: the shards that its configuration names, or those made of its text.
 
-        Of a stream they are only the held-out ones. Raises DataError if they are no longer there, or torn.
+        Of a stream they are only the held-out ones. Raises DataError if they are no longer there, or cut short.
         """
         paths = self.config.data.paths
         if not self.data.is_dir():  # it was trained on token shards

@@ -12,7 +12,6 @@ vocabulary in two contexts, and the worst texts we know, as ``tokenizers`` does.
 import functools
 import itertools
 import json
-import os
 import random
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ import tokenizers
 from tokenizers import models
 
 from pretrain.errors import UsageError
+from pretrain.io import cores
 from pretrain.tokenizer.patterns import byte_alphabet, byte_level, bytes_of_token, pattern_of
 
 EncoderName = Literal["auto", "gigatoken", "tiktoken", "tokenizers"]
@@ -192,8 +192,7 @@ class Tiktoken:
 
     def encode(self, texts: list[str], threads: int) -> list[np.ndarray | None]:
         """The ids of each text, None for those it gave up on."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        if (threads := min(threads or cores, len(texts))) <= 1:
+        if (threads := min(threads or cores(), len(texts))) <= 1:
             return [self._encode(text) for text in texts]
         with ThreadPoolExecutor(threads) as pool:
             part = -(-len(texts) // (4 * threads))

@@ -20,7 +20,7 @@ from pretrain.config import Config
 from pretrain.errors import DataError, UsageError
 from pretrain.tokenizer import Tokenizer, build_tokenizer
 from pretrain.tokens.foreign import SUFFIXES, open_foreign, split_of, token_files
-from pretrain.tokens.order import DataOrder, MixedOrder, key, mixture_shares
+from pretrain.tokens.order import DATASETS, DataOrder, MixedOrder, key, mixture_shares
 from pretrain.tokens.shards import MANIFEST, PLAN, Manifest
 from pretrain.tokens.windows import TokenFile, TokenStream
 
@@ -109,7 +109,7 @@ def open_corpus(paths: Sequence[str], tokenizer: str = "") -> Corpus:
             come without one. The kinds that are made from a text count as none.
 
     Raises:
-        DataError: something is missing, torn or of another vocabulary than the rest.
+        DataError: something is missing, cut short or of another vocabulary than the rest.
         UsageError: the vocabulary is needed and not given, or is not that of our shards.
     """
     given = build_tokenizer(tokenizer, 0, []) if tokenizer not in ("", "bpe", "char") else None
@@ -148,7 +148,7 @@ def prepared_dataset(folder: Path) -> Dataset:
 def foreign_dataset(path: str, tokenizer: Tokenizer) -> Dataset:
     """Files of another program: all of a folder, those of a pattern, or one. Their names tell the split.
 
-    Raises DataError if there are none, or one of them is torn or has ids that the tokenizer lacks.
+    Raises DataError if there are none, or one of them is cut short or has ids that the tokenizer lacks.
     """
     found = [Path(path).expanduser()]
     if found[0].is_dir():
@@ -195,7 +195,7 @@ def training_order(corpus: Corpus, config: Config) -> DataOrder | MixedOrder:
         return DataOrder(corpus.tokens("train"), length, data.order, data.stride, seed)
     shares = mixture_shares(data.weights, names)
     orders = tuple(
-        DataOrder(dataset.tokens("train"), length, data.order, data.stride, int(key(seed, number, 3)[0]))
+        DataOrder(dataset.tokens("train"), length, data.order, data.stride, int(key(seed, number, DATASETS)[0]))
         for number, dataset in enumerate(corpus.datasets)
     )
     return MixedOrder(orders, shares, seed)

@@ -51,7 +51,7 @@ def token_files(folder: Path) -> list[Path]:
 def open_foreign(path: Path, vocab_size: int) -> tuple[TokenFile, str]:
     """A file of another program, and a hash of its size and a sample of it.
 
-    Raises DataError if it is missing, torn or no token file, or has ids that the vocabulary lacks.
+    Raises DataError if it is missing, cut short or no token file, or has ids that the vocabulary lacks.
     """
     try:
         file = _describe(path, vocab_size)

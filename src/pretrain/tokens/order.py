@@ -18,6 +18,8 @@ import numpy as np
 
 from pretrain.errors import UsageError
 
+OFFSETS, MIXTURE, DATASETS, PIECES = 1, 2, 3, 4
+"""The last part of keys for different uses, which must not be equal; that of the windows themselves has none."""
 FEISTEL_ROUNDS = 6
 ENCRYPT_BLOCK = 8192  # numbers encrypted at once: they and the intermediate results stay in the nearest caches
 MIXTURE_BLOCK = 1000  # rows in which a mixture has its shares exactly
@@ -30,12 +32,11 @@ def mix(x: np.ndarray, out: np.ndarray | None = None, scratch: np.ndarray | None
     """
     out = np.empty_like(x) if out is None else out
     scratch = np.empty_like(x) if scratch is None else scratch
-    with np.errstate(over="ignore"):
-        np.bitwise_xor(x, np.right_shift(x, np.uint64(30), out=scratch), out=out)
-        np.multiply(out, np.uint64(0xBF58476D1CE4E5B9), out=out)
-        np.bitwise_xor(out, np.right_shift(out, np.uint64(27), out=scratch), out=out)
-        np.multiply(out, np.uint64(0x94D049BB133111EB), out=out)
-        return np.bitwise_xor(out, np.right_shift(out, np.uint64(31), out=scratch), out=out)
+    np.bitwise_xor(x, np.right_shift(x, np.uint64(30), out=scratch), out=out)
+    np.multiply(out, np.uint64(0xBF58476D1CE4E5B9), out=out)
+    np.bitwise_xor(out, np.right_shift(out, np.uint64(27), out=scratch), out=out)
+    np.multiply(out, np.uint64(0x94D049BB133111EB), out=out)
+    return np.bitwise_xor(out, np.right_shift(out, np.uint64(31), out=scratch), out=out)
 
 
 def key(*parts: int) -> np.ndarray:
@@ -115,7 +116,7 @@ class DataOrder:
                 continue
             starts = permute(place, windows, key(self.seed, epoch)).astype(np.int64) * step
             if not self.stride:
-                starts += int(key(self.seed, epoch, 1)[0] % np.uint64(min(slack, self.length - 1) + 1))
+                starts += int(key(self.seed, epoch, OFFSETS)[0] % np.uint64(min(slack, self.length - 1) + 1))
             parts.append(starts)
         return np.concatenate(parts)
 
@@ -155,7 +156,7 @@ class MixedOrder:
         sorted_sets = np.repeat(np.arange(len(self.shares)), self.shares)
         within = np.arange(MIXTURE_BLOCK, dtype=np.uint64)
         # mix is bijective, so no two of a block are equal, and every sort gives the same order
-        sets = np.concatenate([sorted_sets[mix(key(self.seed, block, 2) + within).argsort()] for block in blocks])
+        sets = np.concatenate([sorted_sets[mix(key(self.seed, block, MIXTURE) + within).argsort()] for block in blocks])
         starts = np.empty(len(sets), dtype=np.int64)
         begin = 0  # of the data set in the stream
         for number, (order, share) in enumerate(zip(self.orders, self.shares, strict=True)):

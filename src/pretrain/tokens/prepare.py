@@ -32,7 +32,7 @@ from filelock import FileLock, Timeout
 
 from pretrain.config import Config, DataConfig, TokenizerConfig
 from pretrain.errors import DataError, Interrupted, PretrainError, UsageError
-from pretrain.io import write_atomically
+from pretrain.io import cores, write_atomically
 from pretrain.text.pieces import EMBEDDED, Piece
 from pretrain.text.split import TRAIN, VAL, Survey, find_tail, join_surveys
 from pretrain.tokenizer import Tokenizer, build_tokenizer
@@ -114,8 +114,8 @@ def prepare_text(
         Interrupted: Ctrl-C or a signal asked to stop; what is committed stays.
     """
     progress = progress or Progress()
-    kind, cores = tokenizer.kind, os.cpu_count() or 1
-    workers = workers or cores
+    kind = tokenizer.kind
+    workers = workers or cores()
     given = None if kind in ("bpe", "char") else build_tokenizer(kind, tokenizer.vocab_size, [])
     pieces, held_out, split = find_sides(data)
     jobs = plan_jobs(pieces, split, shard_tokens, field=data.field, val_fraction=data.val_fraction)
@@ -186,10 +186,10 @@ def prepare_text(
             if size == LEARN_BYTES:
                 progress.say(f"tokenizer trained on {size / 1e6:,.0f} MB, taken evenly from all of the text")
             # In a process of its own, whose memory is free afterwards; on this machine also for Ray.
-            run("learning", learn_bpe, [(training, tokenizer.vocab_size, tokenizer.pattern)], size, engine="local")
+            run("tokenizer", learn_bpe, [(training, tokenizer.vocab_size, tokenizer.pattern)], size, engine="local")
 
-        side_by_side = cores if engine == "ray" else min(workers, len(jobs))
-        threads = 0 if small else max(1, cores // side_by_side)
+        side_by_side = cores() if engine == "ray" else min(workers, len(jobs))
+        threads = 0 if small else max(1, cores() // side_by_side)
         done = run_jobs("tokenizing", tokenize_job, finished_commits, jobs, shard_tokens, file, threads)
         shards = [shard for commits in done for commit in commits for shard in commit.shards]
         problems = sum((Counter(commits[-1].problems) for commits in done), Counter[str]())

@@ -41,7 +41,7 @@ from pretrain.text.pieces import EMBEDDED, Piece
 from pretrain.text.split import TRAIN, VAL, Part
 from pretrain.tokenizer import Tokenizer, build_tokenizer
 from pretrain.tokens.datasets import is_tokens
-from pretrain.tokens.order import key, permute
+from pretrain.tokens.order import PIECES, key, permute
 from pretrain.tokens.packing import Cursor, Place, best_fit, concatenate
 from pretrain.tokens.prepare import TOKENIZER, Prepared
 from pretrain.tokens.shards import Manifest, Shard, ShardWriter, bytes_per_token, utf8_bytes
@@ -187,6 +187,7 @@ def prepare_stream(
         tokenizer.save(temporary / TOKENIZER)
         manifest = Manifest.of(tokenizer, shards, problems)
         manifest.save(temporary)
+        shutil.rmtree(folder, ignore_errors=True)  # of an attempt that failed before the run was there
         temporary.rename(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -267,7 +268,7 @@ class Assignment:
     def _assign(self, epoch: int) -> None:
         pieces = np.arange(len(self.sizes), dtype=np.uint64)
         if self.shuffled:
-            pieces = permute(pieces, len(pieces), key(self.seed, epoch, 4))
+            pieces = permute(pieces, len(pieces), key(self.seed, epoch, PIECES))
         # Of readers with equal loads another comes first in each epoch, so that equal pieces change their readers.
         readers = sorted(range(self.readers), key=lambda reader: (reader - epoch) % self.readers)
         loads = list(self._loads[epoch])

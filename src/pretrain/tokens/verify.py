@@ -6,13 +6,13 @@ manifest.json, tokenizer.json  →  each shard: there, size, ids, SHA-256  →  
 from __future__ import annotations
 
 import hashlib
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from pretrain.errors import DataError
+from pretrain.io import cores
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokens.progress import Progress
 from pretrain.tokens.shards import MANIFEST, Manifest, Shard
@@ -33,7 +33,7 @@ def verify(folder: Path, tokenizer: Tokenizer | None = None, progress: Progress 
     listed = {shard.file for shard in manifest.shards}
     faults += [f"{file} is not in {MANIFEST}" for file in sorted(folder.glob("*.bin")) if file.name not in listed]
     total = sum(shard.tokens for shard in manifest.shards) * np.dtype(manifest.dtype).itemsize
-    with progress.stage("verifying", total), ThreadPoolExecutor(os.cpu_count()) as pool:
+    with progress.stage("verifying", total), ThreadPoolExecutor(cores()) as pool:
         for found in pool.map(lambda shard: _shard_faults(folder, manifest, shard, progress), manifest.shards):
             faults += found
     return faults

@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any
 
 from pretrain.errors import PretrainError
+from pretrain.io import cores
 from pretrain.tokens.source import Report
 
 TRIES = 2
@@ -47,7 +48,7 @@ def run_in_processes(
     while todo := [task for task in range(len(arguments)) if task not in results]:
         side_by_side = min(workers, len(todo))
         # The tokenizer's library has threads of its own; together they are as many as there are cores.
-        threads = max(1, (os.cpu_count() or 1) // side_by_side)
+        threads = max(1, cores() // side_by_side)
         reports = context.SimpleQueue()
         pool = ProcessPoolExecutor(side_by_side, context, _initialize, (reports, threads))
         others = set(multiprocessing.active_children())
@@ -84,7 +85,7 @@ def run_in_processes(
 
 @contextmanager
 def _starting_workers() -> Iterator[None]:
-    """While entered, processes start with the environment of workers, deaf to Ctrl-C, and without our main module."""
+    """While entered, processes start with the environment of workers, ignoring Ctrl-C, and without our main module."""
     added = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
     # A spawned process imports the main module of its parent: a user's script without a main guard would run again.
     main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")

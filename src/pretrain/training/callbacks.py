@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.io import append_jsonl, keep_steps
+from pretrain.io import append_jsonl, keep_steps, sync_file
 from pretrain.runs import Run
 
 if TYPE_CHECKING:
@@ -33,7 +33,10 @@ class Callback:
         """After a validation, with the step's line and the text that was sampled, if any."""
 
     def on_event(self, event: dict[str, Any]) -> None:
-        """An event such as a skipped step: ``event`` has ``step``, ``event`` (its kind) and ``text``."""
+        """An event such as a skipped step: ``event`` has ``step``, ``event`` (its kind) and ``text``.
+
+        A hang is reported from the thread of the heartbeat.
+        """
 
     def on_save(self, step: int) -> None:
         """Before a checkpoint is written; an OSError raised here counts as one of writing the checkpoint."""
@@ -77,11 +80,11 @@ class RunFiles(Callback):
             append_jsonl(self.run.events, event)
 
     def on_save(self, step: int) -> None:
-        """First the lines, so that no step of a checkpoint is ever missing from them."""
-        for file, records in self._waiting.items():
-            if records:
-                append_jsonl(file, *records)
-                records.clear()
+        """First the lines, safe on the disk, so that no step of a checkpoint is ever missing from them."""
+        self._flush()
+        for file in self._waiting:
+            if file.exists():
+                sync_file(file)
 
     def on_rollback(self, step: int) -> None:
         """Drop the lines of steps that will come again."""
@@ -92,6 +95,12 @@ class RunFiles(Callback):
     def _write(self, file: Path, record: dict[str, Any]) -> None:
         self._waiting[file].append(record)
         try:
-            self.on_save(record["step"])
+            self._flush()
         except OSError as error:  # the next save tries again, and fails with it
             self.say(f"the log of step {record['step']} is not written yet ({error.strerror or error})")
+
+    def _flush(self) -> None:
+        for file, records in self._waiting.items():
+            if records:
+                append_jsonl(file, *records)
+                records.clear()

@@ -28,6 +28,8 @@ from pretrain.training.signals import Stopped, StopRequest
 from pretrain.training.state import TrainState
 from pretrain.training.step import UPDATE, train_step_with_oom_retry
 
+FETCH_EVERY = 10  # steps on a GPU, whose numbers a step must not wait for
+
 
 @dataclass
 class Trainer:
@@ -61,7 +63,7 @@ class Trainer:
         self.config, self.world = self.state.config, self.state.world
         self.stop = StopRequest(self.config.guard.grace_seconds)
         self.first = self.saved = self.step
-        self.fetch_every = 1 if self.world.device.type == "cpu" else 10
+        self.fetch_every = 1 if self.world.device.type == "cpu" else FETCH_EVERY
 
     @property
     def step(self) -> int:
@@ -84,7 +86,7 @@ class Trainer:
                 self.wait_for_save(must=True)
             except Stopped:
                 raise self.leave() from None
-            except (dist.DistError, RuntimeError) as error:
+            except RuntimeError as error:
                 if self.world.size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
                     raise
                 raise self.world.connection_lost(error) from error
@@ -190,7 +192,7 @@ class Trainer:
                 f" --checkpoint.every, or use --guard.spike_action skip"
             )
         self.count_skip(spike, "a spike")
-        before = self.state.progress
+        before, self.saved = self.state.progress, checkpoint.step
         self.state.load_state_dict(checkpoint, batches=False)
         self.state.progress.skipped_batches = before.skipped_batches + spike - checkpoint.step
         self.state.progress.went_back_to, self.state.progress.pending = before.went_back_to, None
@@ -253,7 +255,8 @@ class Trainer:
         progress = self.state.progress
         if progress.pending:  # its numbers may still be on the device
             (progress.pending,) = fetch([progress.pending])
-        if self.step != self.saved or progress.pending:
+        self.wait_for_save()
+        if self.step != self.saved:
             self.save(must=True)
         self.wait_for_save(must=True)
         if not self.world.is_rank0:

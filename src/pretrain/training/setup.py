@@ -120,10 +120,11 @@ def set_up(
 
     # Callbacks: on rank 0 all of them, elsewhere only the heartbeat.
     listeners: list[Callback] = [Heartbeat(run.folder, config, world)]
-    losses = {r["step"]: r["val/loss"] for r in read_jsonl(run.metrics) if r.get("val/loss") is not None}
+    losses: dict[int, float] = {}
     if world.is_rank0:
         finished = progress.step - bool(progress.pending)
-        losses = {step: loss for step, loss in losses.items() if step <= finished}
+        measured = [r for r in read_jsonl(run.metrics) if r.get("val/loss") is not None and r["step"] <= finished]
+        losses = {record["step"]: record["val/loss"] for record in measured}
         listeners += [RunFiles(run, finished, say), console, Loggers(run.folder, config, finished, say), *callbacks]
         facts = {"step": progress.step, "precision": precision.name, "processes": world.size}
         write_environment(run.folder, device, **facts)

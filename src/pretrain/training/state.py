@@ -87,8 +87,9 @@ class TrainState:
         if isinstance(self.model, FSDPModule):
             self.model.reshard()  # after an evaluation it still holds gathered weights
         tensors = self.tensors()
-        if rank >= progress.world:  # this process was not there, so no random state of its own was saved
-            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("random.")}
+        if missing := {name for name in tensors if name.startswith("random.")} - checkpoint.names():
+            # This process, or a device of this type, was not there when it was saved: another seed for each step.
+            tensors = {name: tensor for name, tensor in tensors.items() if name not in missing}
             torch.manual_seed(self.config.train.seed + rank + 1_000_003 * checkpoint.step)
         checkpoint.load(tensors, self.parameters.as_dtensor)
         set_random_state(tensors, rank, self.world.device)

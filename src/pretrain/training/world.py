@@ -1,4 +1,4 @@
-"""The processes that train together: who they are, how they agree, and which of them fell silent.
+"""The processes that train together: who they are, how they agree, and which of them stopped responding.
 
 torchrun starts them and says so in the environment; one process alone is a world of size 1 and talks to nobody.
 Numbers of a step travel by the device's backend (NCCL on CUDA, gloo on the CPU); everything else (agreeing to stop,
@@ -122,7 +122,7 @@ class World:
             for group in {dist.group.WORLD, self.control, *groups}:
                 set_timeout(timedelta(seconds=seconds), group)
 
-    # Which of them fell silent ---------------------------------------------------------------------------------------
+    # Which of them stopped responding --------------------------------------------------------------------------------
 
     def publish_heartbeat(self, beat: dict[str, Any]) -> None:
         """Leave word of what this process is doing, for the others to read when they wait in vain."""
@@ -146,6 +146,7 @@ class World:
         asking = threading.Thread(target=lambda: found.append(self._stragglers(store)), daemon=True)
         asking.start()
         asking.join(STRAGGLER_SECONDS)
+        # In place of all the others one of them, which is not this rank.
         return found[0] if found else {int(self.is_rank0): "this machine cannot reach the others"}
 
     def _stragglers(self, store: dist.Store) -> dict[int, str]:
@@ -208,7 +209,7 @@ def join_world(device: str, config: ParallelConfig) -> Iterator[World]:
         store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device_id)
         control = dist.new_group(backend="gloo", timeout=timeout)
-    except (dist.DistError, RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:
         raise PretrainError(
             f"rank {rank} of {size} could not join the others at {os.environ.get('MASTER_ADDR')}:"
             f"{os.environ.get('MASTER_PORT')} ({str(error).splitlines()[0]}); are all machines started, with the same"
