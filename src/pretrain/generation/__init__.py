@@ -11,9 +11,9 @@ from pretrain.generation.options import SamplingOptions
 
 if TYPE_CHECKING:
     from pretrain.generation.decode import generate
-    from pretrain.generation.sample import Sample, encode_prompt, sample_text, sample_texts
+    from pretrain.generation.sample import encode_prompt, sample_text, sample_texts
 
-__all__ = ["Sample", "SamplingOptions", "encode_prompt", "generate", "sample_text", "sample_texts"]
+__all__ = ["SamplingOptions", "encode_prompt", "generate", "sample_text", "sample_texts"]
 
 
 def __getattr__(name: str) -> Any:

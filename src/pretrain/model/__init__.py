@@ -3,7 +3,6 @@
 tokens (B, T)  →  transformer.GPT  →  loss.linear_cross_entropy  →  nats
 """
 
-from pretrain.model.cache import KVCache
 from pretrain.model.transformer import GPT, meta_model
 
-__all__ = ["GPT", "KVCache", "meta_model"]
+__all__ = ["GPT", "meta_model"]

@@ -1,6 +1,6 @@
 """A run on disk: its directory, checkpoints, metrics, and what it ran on."""
 
-from pretrain.runs.checkpoint import Checkpoint, checkpoints
+from pretrain.runs.checkpoint import checkpoints
 from pretrain.runs.run import Run
 
-__all__ = ["Checkpoint", "Run", "checkpoints"]
+__all__ = ["Run", "checkpoints"]

@@ -12,8 +12,8 @@
 ``fast.py`` encodes many times faster than the library that defines the ids.
 """
 
-from pretrain.tokenizer.build import KINDS, build_tokenizer
+from pretrain.tokenizer.build import build_tokenizer
 from pretrain.tokenizer.gpt2 import local_gpt2_tokenizer
 from pretrain.tokenizer.tokenizer import Tokenizer
 
-__all__ = ["KINDS", "Tokenizer", "build_tokenizer", "local_gpt2_tokenizer"]
+__all__ = ["Tokenizer", "build_tokenizer", "local_gpt2_tokenizer"]
