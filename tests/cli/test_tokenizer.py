@@ -164,8 +164,8 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch, capsys: Any):
 def test_what_cannot_be_shown_is_one_line(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch):
     assert "give the text: TEXT" in refusal(capsys, "show", "byte")
     assert "only one of them" in refusal(capsys, "show", "byte", "text", "--file", "file")
-    assert "'gpt3' is no such kind" in refusal(capsys, "show", "gpt3", "x")
-    assert "a char tokenizer is made of a text" in refusal(capsys, "show", "char", "x")
+    assert "no tokenizer 'gpt3'" in refusal(capsys, "show", "gpt3", "x")
+    assert "no tokenizer 'char'" in refusal(capsys, "show", "char", "x")
     assert "tokenizer.json" in refusal(capsys, "show", tmp_path, "x")
     assert "no such file" in refusal(capsys, "show", "byte", "--file", tmp_path / "none.txt").lower()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))

@@ -45,7 +45,7 @@ class Evaluate(Command):
         if self.data and self.split != "val":
             raise ValueError("--split is of the run's own text; leave it out with --data")
         if not self.runs:
-            raise ValueError("RUN is missing: give a run directory, or hf:DIR; see pretrain eval --help")
+            raise ValueError("RUN is missing: give a run directory, or hf:DIR")
 
     def __call__(self) -> int:
         from pretrain.evaluation import open_bundle, read_tasks

@@ -59,7 +59,7 @@ def parse(kind: type[C], args: list[str], name: str) -> C:
     text = " ".join(line for line in lines[1:] if line.strip("-"))  # without Unicode the box is drawn with dashes
     near = re.search(r"Perhaps you meant: .*?(--[\w.-]+)", text)
     message = re.split(r" (?:Perhaps you meant:|Argument helptext:|For full helptext)", text)[0]
-    message = re.sub(r"^Error parsing (?:[\w.]*: (?=\w+\.))?", "", message)
+    message = re.sub(r"^Error parsing (?:[\w.]+: )?", "", message)
     message = re.sub(r"^Missing from [\w ]+: (\S+).*", r"\1 is missing", message)
     message = re.sub(r"^Unrecognized options: (--[\w.-]+).*", r"no option \1", message)
     hint = f"; did you mean '{near[1]}'?" if near else ""

@@ -31,7 +31,7 @@ class Report(Command):
 
     def __post_init__(self):
         if not self.runs:
-            raise ValueError("RUN is missing: give a run directory; see pretrain report --help")
+            raise ValueError("RUN is missing: give a run directory")
 
     def __call__(self) -> int:
         from pretrain.report import write_report

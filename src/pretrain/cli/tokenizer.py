@@ -173,10 +173,10 @@ def open_tokenizer(name: str) -> Tokenizer:
     """The tokenizer of a run directory or a tokenizer.json, or gpt2 or byte."""
     from pretrain.tokenizer import Tokenizer, build_tokenizer
 
-    if name in ("bpe", "char"):
-        raise UsageError(f"a {name} tokenizer is made of a text; give its tokenizer.json or run directory")
     if Path(name).is_dir():
         return Tokenizer.load(Path(name, "tokenizer.json"))
+    if name not in ("gpt2", "byte") and not Path(name).is_file():
+        raise UsageError(f"no tokenizer '{name}'; give a tokenizer.json, a run directory, gpt2 or byte")
     return build_tokenizer(name, 0, [])
 
 
