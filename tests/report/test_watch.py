@@ -24,7 +24,7 @@ from pretrain.report import answers
 from pretrain.report.answers import Model
 from pretrain.report.watch import Watcher
 from pretrain.runs import Run
-from pretrain.training.heartbeat import HEARTBEAT
+from pretrain.runs.run import HEARTBEAT
 
 PROMPT = {"prompt": "Ada", "max_tokens": 12, "temperature": 0, "top_k": 0, "seed": 0}
 

@@ -31,7 +31,7 @@ from pretrain.io import duration
 from pretrain.report.answers import Answerer
 from pretrain.report.page import View, fingerprint, render
 from pretrain.runs import Run
-from pretrain.training.heartbeat import HEARTBEAT
+from pretrain.runs.run import HEARTBEAT
 
 HOST, NAMES = "127.0.0.1", {"127.0.0.1", "localhost"}
 """Where it listens, and what this machine may be called in a request; the port may be another, as of a tunnel."""

@@ -10,7 +10,6 @@ Nothing is pickled, so loading a checkpoint runs no code from it.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import threading
 import warnings
@@ -30,7 +29,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from pretrain.config import CheckpointConfig
 from pretrain.errors import CheckpointError
-from pretrain.io import read_bounded, sha256_of, sync_folder, write_atomically
+from pretrain.io import read_bounded, sha256_of, sync_file, sync_folder, write_atomically
 
 SAVE_TIMEOUT = timedelta(hours=1)
 COMMIT = "COMMIT"
@@ -153,8 +152,7 @@ def _commit(temporary: Path, final: Path) -> None:
     """Make what lies in ``temporary`` last, then make it exist: hashes, rename, marker."""
     hashes = {}
     for file in sorted(temporary.iterdir()):
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
+        sync_file(file)
         hashes[file.name] = sha256_of(file)
     remove(final)  # the same step, saved before
     temporary.rename(final)

@@ -25,6 +25,7 @@ from pretrain.tokenizer import Tokenizer
 from pretrain.tokens import Corpus, is_tokens, open_corpus
 
 LOCK = "lock"
+HEARTBEAT = "heartbeat.json"
 BEFORE_RUN = {"data", "data.tmp", "tokenizer.json", LOCK}
 """What a run that was stopped while preparing leaves behind; it is overwritten."""
 CORE_FILE = "core.jsonl"
@@ -51,7 +52,7 @@ def lock_run(folder: Path) -> Iterator[None]:
     except Timeout:
         who = ""
         with suppress(OSError, ValueError, KeyError, TypeError):
-            beat = json.loads((folder / "heartbeat.json").read_text(encoding="utf-8"))
+            beat = json.loads((folder / HEARTBEAT).read_text(encoding="utf-8"))
             who = f" (process {beat['pid']} on {beat['host']}, at step {beat['step']})"
         raise CheckpointError(f"another process is training in {folder}{who}; wait, or use another --out") from None
     except OSError as error:

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.config import Config
 from pretrain.io import write_atomically
+from pretrain.runs.run import HEARTBEAT
 from pretrain.training.callbacks import Callback
 from pretrain.training.world import World
 
 if TYPE_CHECKING:
     from pretrain.training.loop import Trainer
 
-HEARTBEAT = "heartbeat.json"
 STACKS = "hang.txt"
 SAVING = "saving"
 """The phase of waiting for a checkpoint to be written, which may take longer than any other."""
