@@ -226,4 +226,9 @@ def join_world(device: str, config: ParallelConfig) -> Iterator[World]:
         if backend == "nccl":  # to leave in order would wait for processes that may never answer
             dist.distributed_c10d._abort_process_group()
         raise
-    dist.destroy_process_group()
+    else:
+        dist.destroy_process_group()
+    finally:
+        # gloo's threads drop the tensors of the last collectives, for which they need the GIL. One that waits for it
+        # when the interpreter ends is killed, and the process with it ("terminate called without an active exception").
+        time.sleep(0.1)
