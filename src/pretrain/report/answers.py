@@ -18,7 +18,7 @@ import torch
 from pretrain.generation import sample_text
 from pretrain.model import GPT
 from pretrain.runs import Run
-from pretrain.runs.checkpoint import checkpoints
+from pretrain.runs.checkpoint import Checkpoint, checkpoints
 from pretrain.tokenizer import Tokenizer
 
 IDLE_SECONDS = 300.0
@@ -68,32 +68,10 @@ class Answerer:
             self.process.wait()
 
 
-class Model:
-    """The newest checkpoint of a run, loaded anew when there is a newer one."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.step = 0
-        self._newest = 0
-        self._loaded: tuple[GPT, Tokenizer] | None = None
-
-    def load(self) -> tuple[GPT, Tokenizer]:
-        """The model and its tokenizer. Raises PretrainError: there is no run yet, or no intact checkpoint."""
-        newest = max((checkpoint.step for checkpoint in checkpoints(self.folder / "checkpoints")), default=0)
-        if self._loaded is None or newest != self._newest:
-            self._loaded = None  # before the next one takes memory
-            run = Run.open(self.folder)
-            checkpoint = run.newest_checkpoint()
-            model = run.load_model(torch.device("cpu"), checkpoint)
-            model.activation_dtype = torch.float32
-            self.step, self._newest, self._loaded = checkpoint.step, newest, (model, run.tokenizer())
-        return self._loaded
-
-
 def serve(folder: Path) -> None:
     """Answer each line of standard input with one of standard output, until it ends or is idle for IDLE_SECONDS."""
     torch.set_num_threads(1)
-    model = Model(folder)
+    loaded: tuple[Checkpoint, GPT, Tokenizer] | None = None
     while True:
         idle = threading.Timer(IDLE_SECONDS, os._exit, [0])
         idle.start()
@@ -102,7 +80,14 @@ def serve(folder: Path) -> None:
         if not line:  # the server is gone
             return
         try:
-            answer = {"text": "".join(sample_text(*model.load(), **json.loads(line))), "step": model.step}
+            if loaded is None or checkpoints(folder / "checkpoints")[-1:] != [loaded[0]]:
+                loaded = None  # before the next one takes memory
+                run = Run.open(folder)
+                newest = run.newest_checkpoint()
+                loaded = newest, run.load_model(torch.device("cpu"), newest), run.tokenizer()
+                loaded[1].activation_dtype = torch.float32
+            checkpoint, model, tokenizer = loaded
+            answer = {"text": "".join(sample_text(model, tokenizer, **json.loads(line))), "step": checkpoint.step}
         except Exception as error:  # such as a checkpoint that training removes meanwhile
             answer = {"error": str(error)}
         print(json.dumps(answer), flush=True)

@@ -133,17 +133,16 @@ def run_names(runs: Sequence[Run]) -> list[str]:
     return names
 
 
-def render(views: Sequence[View], token: str = "") -> str:
-    """The page of what the views hold now; with ``token`` the live one, which asks its server what has changed."""
+def render(views: Sequence[View], live: bool = False) -> str:
+    """The page of what the views hold now; if ``live`` one that asks its server what has changed."""
     script = f"{_static('uPlot.iife.min.js')}\n{_static('page.js')}"
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    live = {"token": token, "fingerprint": views[0].fingerprint} if token else None
     runs = [view.facts for view in views if view.run]
     page = TEMPLATES.get_template("page.html").render(
         digest=digest,
         css=Markup(f"{_static('uPlot.min.css')}\n{_static('page.css')}"),
         script=Markup(script),
-        data={"runs": [view.payload() for view in views], "live": live},
+        data={"runs": [view.payload() for view in views], "live": live and {"fingerprint": views[0].fingerprint}},
         views=views,
         runs=runs,
         labels=[label for label in runs[0]["results"] if any(run["results"][label] for run in runs)] if runs else [],

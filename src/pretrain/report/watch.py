@@ -7,14 +7,12 @@ nothing computed unless a page asks.
 
 Who may ask: the server listens on 127.0.0.1 alone, and answers only requests addressed to this machine by its own
 names, so that no other web page reaches it by a name that it made point here (DNS rebinding). A prompt must besides
-come from the page itself: its origin, and a token that only the page knows.
+have the page's own origin, which browsers state and pages cannot choose.
 """
 
 from __future__ import annotations
 
-import hmac
 import json
-import secrets
 import threading
 import time
 from contextlib import suppress
@@ -65,7 +63,6 @@ class Watcher(ThreadingHTTPServer):
         self.view = View(folder)
         self.view.refresh()
         self.answerer = Answerer(folder)
-        self.token = secrets.token_urlsafe(32)
         self.rendering = threading.Lock()
         try:
             super().__init__((HOST, port), Handler)
@@ -121,7 +118,7 @@ class Handler(BaseHTTPRequestHandler):
             if path == "/":
                 with server.rendering:
                     server.view.refresh()
-                    page = render([server.view], server.token)
+                    page = render([server.view], live=True)
                 self._reply(page, "text/html")
             elif path == "/state":
                 sentence, stuck = status(server.view.folder)
@@ -135,10 +132,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """A prompt and its answer, both JSON."""
         from_us = self.headers.get("Origin") == f"http://{self.headers.get('Host')}"
-        token = self.headers.get("X-Pretrain-Token", "")
-        known = hmac.compare_digest(token.encode(), self.server.token.encode())
-        if not (self._is_addressed_to_us() and from_us and known):
-            return self.send_error(HTTPStatus.FORBIDDEN, "Only the page itself may prompt; load it again")
+        if not (self._is_addressed_to_us() and from_us):
+            return self.send_error(HTTPStatus.FORBIDDEN, "Only the page itself may prompt")
         if urlsplit(self.path).path != "/prompt":
             return self.send_error(HTTPStatus.NOT_FOUND)
         size = self.headers.get("Content-Length", "")

@@ -37,6 +37,7 @@ import numpy as np
 
 from pretrain.config import Config, DataConfig
 from pretrain.errors import DataError, UsageError
+from pretrain.text.opening import unreadable
 from pretrain.text.pieces import EMBEDDED, Piece
 from pretrain.text.split import TRAIN, VAL, Part
 from pretrain.tokenizer import Tokenizer, build_tokenizer
@@ -115,7 +116,7 @@ def _sample(file: str) -> bytes:
             source.seek(max(0, end - SAMPLED_BYTES))
             return hashlib.sha256(end.to_bytes(8, "big") + head + source.read(SAMPLED_BYTES)).digest()
     except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror}); fix its permissions") from error
+        raise unreadable(file, error) from error
 
 
 def find_text(data: DataConfig) -> LiveText:

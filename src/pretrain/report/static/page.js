@@ -385,7 +385,6 @@
       const answer = await fetch(path, options).catch(() => {
         throw new Error("The server of this page does not answer; start it again with the same command.");
       });
-      if (answer.status === 403) throw new Error("The server of this page was started again; load the page again.");
       const text = await answer.text();
       if (!answer.ok) throw new Error(text);
       return text;
@@ -435,7 +434,7 @@
       try {
         const { text, step, error } = JSON.parse(await get("prompt", {
           method: "POST", body: JSON.stringify(wish),
-          headers: { "Content-Type": "application/json", "X-Pretrain-Token": page.live.token },
+          headers: { "Content-Type": "application/json" },
         }));
         if (error) throw new Error(error);
         answer.replaceChildren(element("b", { textContent: wish.prompt }), text);
