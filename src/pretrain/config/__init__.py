@@ -25,27 +25,3 @@ from pretrain.config.schema import (
     TokenizerConfig,
     TrainConfig,
 )
-
-__all__ = [
-    "FREE_SECTIONS",
-    "CheckpointConfig",
-    "Config",
-    "DataConfig",
-    "EvalConfig",
-    "GuardConfig",
-    "LogConfig",
-    "ModelConfig",
-    "OptimConfig",
-    "ParallelConfig",
-    "SampleConfig",
-    "ScheduleConfig",
-    "TokenizerConfig",
-    "TrainConfig",
-    "config_from_dict",
-    "config_to_dict",
-    "differences",
-    "load_config",
-    "recipe_names",
-    "recipe_summary",
-    "recipe_text",
-]

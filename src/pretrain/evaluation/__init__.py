@@ -4,17 +4,3 @@ from pretrain.evaluation.bundle import Task, open_bundle, read_tasks
 from pretrain.evaluation.core import CoreResult, TaskResult, answer_task, evaluate_core
 from pretrain.evaluation.loss import LossResult, evaluate_loss
 from pretrain.evaluation.scorer import GPTScorer, Scorer
-
-__all__ = [
-    "CoreResult",
-    "GPTScorer",
-    "LossResult",
-    "Scorer",
-    "Task",
-    "TaskResult",
-    "answer_task",
-    "evaluate_core",
-    "evaluate_loss",
-    "open_bundle",
-    "read_tasks",
-]

@@ -4,5 +4,3 @@ tokens (B, T)  →  transformer.GPT  →  loss.linear_cross_entropy  →  nats
 """
 
 from pretrain.model.transformer import GPT, meta_model
-
-__all__ = ["GPT", "meta_model"]

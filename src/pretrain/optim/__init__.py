@@ -4,13 +4,3 @@ from pretrain.optim.build import build_optimizers, find_optimizer
 from pretrain.optim.distributed import Replicated, RowSharded, alone
 from pretrain.optim.optimizer import Optimizer
 from pretrain.optim.schedule import learning_rate_factor
-
-__all__ = [
-    "Optimizer",
-    "Replicated",
-    "RowSharded",
-    "alone",
-    "build_optimizers",
-    "find_optimizer",
-    "learning_rate_factor",
-]

@@ -6,5 +6,3 @@ memory (a dry run), cluster (several processes), data, speed (measured or assume
 from pretrain.plan.plan import Plan, make_plan
 from pretrain.plan.warn import warnings
 from pretrain.plan.words import describe
-
-__all__ = ["Plan", "describe", "make_plan", "warnings"]

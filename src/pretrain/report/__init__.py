@@ -3,5 +3,3 @@
 from pretrain.report.page import write_report
 from pretrain.report.plot import plot_run
 from pretrain.report.words import explain
-
-__all__ = ["explain", "plot_run", "write_report"]

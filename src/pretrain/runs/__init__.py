@@ -2,5 +2,3 @@
 
 from pretrain.runs.checkpoint import checkpoints
 from pretrain.runs.run import Run
-
-__all__ = ["Run", "checkpoints"]

@@ -10,14 +10,3 @@ installation, ``split`` sets the validation text apart, ``catalogue`` lists publ
 from pretrain.text.embedded import embedded_documents, embedded_name
 from pretrain.text.formats import PROBLEMS, Document
 from pretrain.text.pieces import Piece, find_pieces, read_documents, read_piece
-
-__all__ = [
-    "PROBLEMS",
-    "Document",
-    "Piece",
-    "embedded_documents",
-    "embedded_name",
-    "find_pieces",
-    "read_documents",
-    "read_piece",
-]

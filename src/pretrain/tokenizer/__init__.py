@@ -15,5 +15,3 @@
 from pretrain.tokenizer.build import build_tokenizer
 from pretrain.tokenizer.gpt2 import local_gpt2_tokenizer
 from pretrain.tokenizer.tokenizer import Tokenizer
-
-__all__ = ["Tokenizer", "build_tokenizer", "local_gpt2_tokenizer"]

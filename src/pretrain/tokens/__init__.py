@@ -12,26 +12,3 @@ from pretrain.tokens.prepare import open_prepared, prepare
 from pretrain.tokens.shards import Manifest
 from pretrain.tokens.stream import LiveBatches, find_text, merge_states, prepare_stream
 from pretrain.tokens.windows import TokenStream
-
-__all__ = [
-    "Batches",
-    "Corpus",
-    "DataOrder",
-    "Dataset",
-    "LiveBatches",
-    "Manifest",
-    "MixedOrder",
-    "TokenStream",
-    "TrainingBatches",
-    "ahead",
-    "find_text",
-    "is_tokens",
-    "merge_states",
-    "open_corpus",
-    "open_prepared",
-    "prepare",
-    "prepare_stream",
-    "prepared_dataset",
-    "training_order",
-    "validation_batches",
-]

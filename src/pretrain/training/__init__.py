@@ -3,5 +3,3 @@
 from pretrain.training.callbacks import Callback
 from pretrain.training.console import Console
 from pretrain.training.start import train
-
-__all__ = ["Callback", "Console", "train"]
