@@ -122,8 +122,6 @@ GPUS = {
 }
 """By the name of --gpu. More particular patterns stand before more general ones."""
 
-PEAK_FILE = "peak.json"
-
 
 def known_gpu(device_name: str) -> GPU | None:
     """The published numbers of what the driver calls ``device_name``; None for one that is not in the table."""
@@ -139,7 +137,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         return gpu.tflops * 1e12
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {cpu_name()}"
     key = f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {str(dtype).removeprefix('torch.')}"
-    file = cache_folder() / PEAK_FILE
+    file = cache_folder() / "peak.json"
     known: dict[str, float] = {}
     with suppress(OSError, ValueError, TypeError):  # not there yet, or damaged
         known = dict(json.loads(file.read_text(encoding="utf-8")))

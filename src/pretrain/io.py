@@ -91,11 +91,10 @@ def append_jsonl(file: Path, *records: dict[str, Any]) -> None:
 
 def keep_steps(file: Path, up_to: int) -> None:
     """Drop the records of steps after ``up_to``, which a run that goes on from there will write again."""
-    kept = [record for record in read_jsonl(file) if record["step"] <= up_to]
-    if kept or file.exists():
+    if file.exists():
         temporary = file.with_suffix(".tmp")
         temporary.unlink(missing_ok=True)
-        append_jsonl(temporary, *kept)
+        append_jsonl(temporary, *(record for record in read_jsonl(file) if record["step"] <= up_to))
         sync_file(temporary)
         os.replace(temporary, file)
 

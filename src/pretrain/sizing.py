@@ -80,14 +80,11 @@ def resolve(config: Config, vocab_size: int) -> tuple[Config, list[str]]:
                     for name, value in fields.items())  # fmt: skip
 
     if config.model.depth:
-        shape = dial_shape(config.model)
-        missing = {name: value for name, value in shape.items() if not getattr(config.model, name)}
-        if missing:
-            derive("model", **missing)
+        shape = dial_shape(config.model.depth, config.model.width)
+        derive("model", **{name: value for name, value in shape.items() if not getattr(config.model, name)})
     if not config.train.batch_tokens:
         horizon = horizon_tokens(config, config.model, vocab_size)
-        reference = dataclasses.replace(config.model, depth=REFERENCE_DEPTH, layers=0, width=0, heads=0, kv_heads=0)
-        reference = dataclasses.replace(reference, **dial_shape(reference))
+        reference = dataclasses.replace(config.model, kv_heads=0, **dial_shape(REFERENCE_DEPTH))
         reference_horizon = horizon_tokens(config, reference, vocab_size)
         # The best batch grows with the horizon to the power 0.383; the rates with the root of the batch.
         batch = 2 ** round(math.log2(REFERENCE_BATCH * (horizon / reference_horizon) ** 0.383))
@@ -107,10 +104,10 @@ def resolve(config: Config, vocab_size: int) -> tuple[Config, list[str]]:
     return config, said
 
 
-def dial_shape(model: ModelConfig) -> dict[str, int]:
-    """Layers, width and heads of a depth."""
-    width = model.width or WIDTH_PER_LAYER * model.depth
-    return {"layers": model.depth, "width": width, "heads": max(1, math.ceil(width / HEAD_DIMENSION))}
+def dial_shape(depth: int, width: int = 0) -> dict[str, int]:
+    """Layers, width and heads of a depth, or of another width."""
+    width = width or WIDTH_PER_LAYER * depth
+    return {"layers": depth, "width": width, "heads": max(1, math.ceil(width / HEAD_DIMENSION))}
 
 
 def horizon_tokens(config: Config, model: ModelConfig, vocab_size: int) -> int:

@@ -8,11 +8,11 @@ import torch
 from pretrain.model.loss import IGNORE
 from pretrain.tokens import (
     Batches,
+    BatchesAhead,
     DataOrder,
     MixedOrder,
     TokenStream,
     TrainingBatches,
-    ahead,
     prepare,
     prepared_dataset,
     validation_batches,
@@ -97,7 +97,6 @@ def test_a_function_of_the_step_has_no_state(counting):
     assert state == {}
     batches.restore(state)
     assert torch.equal(batches.batch(3)[0], before)
-    assert ahead(batches, torch.device("cpu")) is batches
 
 
 @pytest.mark.gpu
@@ -107,7 +106,7 @@ def test_batches_ahead_on_a_gpu_are_the_same(counting):
     order = DataOrder(2001, 10, "shuffled", 0, seed=1)
     device = torch.device("cuda")
     plain, copied = TrainingBatches(counting(2001), order, 64), TrainingBatches(counting(2001), order, 64)
-    on_device = ahead(copied, device)
+    on_device = BatchesAhead(copied, device)
     kept = []
     for step in (0, 1, 2, 3, 40, 41, 5, 6, 6, 7):
         inputs, targets = on_device.batch(step)

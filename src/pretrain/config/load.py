@@ -6,7 +6,6 @@ import dataclasses
 import tomllib
 import typing
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ FREE_FIELDS = frozenset(
     | {f"guard.{name}" for name in ("max_skips", "grace_seconds", "hang_factor", "hang_seconds")}
 )
 FREE_SECTIONS = frozenset({"eval", "checkpoint", "parallel", "sample", "log"})
+
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def load_config(recipe: str = "quickstart", **overrides: Any) -> Config:
@@ -50,13 +51,12 @@ def load_config(recipe: str = "quickstart", **overrides: Any) -> Config:
 
 def recipe_names() -> list[str]:
     """Names of the recipes that come with the package, sorted."""
-    files = resources.files("pretrain.recipes").iterdir()
-    return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
+    return sorted(file.stem for file in RECIPES.glob("*.toml"))
 
 
 def recipe_text(name: str) -> str:
     """The TOML text of a named recipe."""
-    return resources.files("pretrain.recipes").joinpath(f"{name}.toml").read_text(encoding="utf-8")
+    return (RECIPES / f"{name}.toml").read_text(encoding="utf-8")
 
 
 def recipe_summary(name: str) -> str:

@@ -1,6 +1,6 @@
 """Set the validation text apart, document by document as they are read, in bounded memory.
 
-    Document, Document, ... ──split_tail, split_hash or all_to──> Part, Part, ...   each for training or validation
+    Document, Document, ... ──split_tail or split_hash──> Part, Part, ...   each for training or validation
             └─────────survey ──find_tail──> Tail, where a tail begins
 
 A document is wholly on one side, except the one that ``split_tail`` may cut. Any run of documents can be split by
@@ -123,9 +123,3 @@ def side_by_hash(text: str, val_fraction: float) -> str:
     """The side of a document, by the first 64 bits of its SHA-256."""
     number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
     return VAL if number < val_fraction * 2**64 else TRAIN
-
-
-def all_to(split: str, documents: Iterable[Document]) -> Iterator[Part]:
-    """Put all documents on one side."""
-    for document in documents:
-        yield Part(document.text, split, not document.continues)

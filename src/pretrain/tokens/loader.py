@@ -1,6 +1,6 @@
 """Batches of token windows: inputs, and targets one token later.
 
-training:    step → DataOrder → starts → TokenStream.windows → (rows, T) inputs and targets [→ ahead: on the device]
+training:    step → DataOrder → starts → TokenStream.windows → (rows, T) inputs and targets [→ BatchesAhead: on a GPU]
 validation:  every token of the split once as a target, in order
 
 torch is imported inside the functions, since the processes that tokenize do without it.
@@ -84,14 +84,6 @@ class TrainingBatches:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Nothing to do."""
-
-
-def ahead(batches: Batches, device: torch.device) -> Batches:
-    """The same batches, on a CUDA device one batch ahead; as they are on other devices, where this gains nothing.
-
-    Making a batch on the CPU takes tens of microseconds, so it is not worth a thread.
-    """
-    return BatchesAhead(batches, device) if device.type == "cuda" else batches
 
 
 class BatchesAhead:

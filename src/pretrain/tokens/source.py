@@ -16,7 +16,7 @@ from pretrain.config import DataConfig
 from pretrain.errors import DataError
 from pretrain.text import embedded_name
 from pretrain.text.pieces import RANGE_BYTES, Piece, find_pieces, read_piece
-from pretrain.text.split import TRAIN, Part, all_to, side_by_hash, split_hash
+from pretrain.text.split import TRAIN, Part, side_by_hash, split_hash
 from pretrain.tokens.shards import utf8_bytes
 
 HASH, TAIL = "hash", "tail"  # how to split pieces that hold documents of both sides
@@ -68,7 +68,7 @@ def read_parts(
     """The documents of consecutive pieces, each on its side of the split: all train, all val, or by hash."""
     documents = chain.from_iterable(read_piece(piece, field, problems) for piece in pieces)
     if split != HASH:
-        yield from all_to(split, documents)
+        yield from (Part(document.text, split, not document.continues) for document in documents)
     elif first := next(documents, None):
         opened = TRAIN
         if first.continues:  # a large plain text, whose side the beginning of the file decides

@@ -307,10 +307,6 @@ class Readers:
     stop: threading.Event = field(default_factory=threading.Event)
     empty: set[int] = field(default_factory=set)  # pieces known to have no training text
 
-    def numbers(self) -> list[int]:
-        """Those that feed this rank's rows."""
-        return sorted({row % self.assignment.readers for row in self.mine})
-
     def batches(self, cursors: Mapping[int, Cursor]) -> Iterator[tuple[np.ndarray, dict[int, Cursor]]]:
         """Batches (rows of this rank, T + 1), each with the cursors of the next one. Endless."""
         cursors = dict(cursors)
@@ -456,14 +452,17 @@ class LiveBatches:
         self.bytes_per_token = _measure(text, tokenizer)
         sizes = [piece.size for piece in text.train]
         assignment = Assignment(sizes, self.readers, data.order == "shuffled", seed)
-        arguments = (text, tokenizer, data.packing, assignment, rows, range(rank, rows, world), length, seed)
-        self._new_readers = functools.partial(Readers, *arguments)
+        mine = range(rank, rows, world)
+        self._mine = sorted({row % self.readers for row in mine})  # the readers that feed the rows of this rank
+        self._new_readers = functools.partial(
+            Readers, text, tokenizer, data.packing, assignment, rows, mine, length, seed
+        )
         self._ahead: ReadAhead | None = None
         self._begin(0, dict.fromkeys(range(self.readers), Cursor()))
 
     def _begin(self, step: int, cursors: dict[int, Cursor]) -> None:
         self._next = step
-        self._cursors = {step: {reader: cursors[reader] for reader in self._new_readers().numbers()}}
+        self._cursors = {step: {reader: cursors[reader] for reader in self._mine}}
         self._made: dict[int, np.ndarray] = {}
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from pretrain.runs import Run
 from pretrain.runs.checkpoint import CheckpointWriter, newest
 from pretrain.runs.environment import write_environment
 from pretrain.sizing import meta_model, rows_that_fit
-from pretrain.tokens import LiveBatches, TrainingBatches, ahead, find_text, training_order
+from pretrain.tokens import BatchesAhead, LiveBatches, TrainingBatches, find_text, training_order
 from pretrain.training.callbacks import Callback, RunFiles
 from pretrain.training.console import Console
 from pretrain.training.evaluator import Evaluator
@@ -63,7 +63,8 @@ def set_up(
     else:
         order = training_order(corpus, config)
         batches = TrainingBatches(corpus.stream("train"), order, rows, world.rank, world.size)
-    batches = ahead(batches, device)
+    if device.type == "cuda":  # on the CPU a batch takes tens of microseconds: not worth a thread
+        batches = BatchesAhead(batches, device)
 
     # The checkpoint decides the precision, and must be of this data.
     checkpoint = world.run_on_rank0(lambda: newest(run.checkpoints, say))
