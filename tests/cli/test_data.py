@@ -25,7 +25,7 @@ WRONG_USE = {
     "fraction": (["prepare", "IN", "--out", "o", "--val-fraction", "1"], 2, "data.val_fraction must be below 1.0"),
     "no such engine": (["prepare", "IN", "--out", "o", "--engine", "spark"], 2, "ray"),
     "no shards": (["verify", "."], 1, "not a finished folder of token shards"),
-    "nothing to look at": (["inspect", "."], 2, "has no manifest.json; for token shards of another program add"),
+    "nothing to look at": (["inspect", "."], 2, "has no manifest.json; for token shards made by another tool add"),
     "no tokens": (["inspect", ".", "--tokenizer", "byte"], 1, "there are no such files"),
     "no folder to look at": (["inspect"], 2, "DIR"),
 }

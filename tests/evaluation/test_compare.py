@@ -1,4 +1,4 @@
-"""What ``pretrain eval`` measures a run on: text, folders of tokens, files of other programs, streams, mixtures."""
+"""What ``pretrain eval`` measures a run on: text, folders of tokens, token files of other tools, streams, mixtures."""
 
 import csv
 import json

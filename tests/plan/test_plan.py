@@ -406,7 +406,7 @@ WARNINGS: dict[str, tuple[dict[str, Any], str]] = {
     "memory": ({"gpu": "t4", "model.width": 16384, "train.batch_tokens": 128}, "does not fit in memory"),
     "idle": ({"gpus": 16}, "8 have nothing to do"),
     "uneven": ({"gpus": 3}, "do not divide among 3 GPUs"),
-    "network": ({"gpus": 8}, "The network decides"),
+    "network": ({"gpus": 8}, "The network is the bottleneck"),
 }
 
 

@@ -790,7 +790,7 @@ def test_the_command_without_a_network(tmp_path: Path, capsys: pytest.CaptureFix
     line = capsys.readouterr().err
     assert re.fullmatch(
         r"pretrain: http://127\.0\.0\.1:\d+/datasets/\S+ cannot be fetched \(127\.0\.0\.1 cannot be reached: .*;"
-        r" check the network, behind a proxy HTTPS_PROXY\)\n",
+        r" check the network; behind a proxy, set HTTPS_PROXY\)\n",
         line,
     )
     assert list(tmp_path.iterdir()) == []

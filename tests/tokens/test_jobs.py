@@ -338,7 +338,7 @@ def test_asked_to_stop_it_says_how_to_go_on(number: signal.Signals, library: Pat
     os.kill(process.pid, number)
     printed, error = process.communicate()
     assert (process.returncode, error.count("\n")) == (130, 1), (printed, error)
-    assert f"To go on: pretrain data prepare {library} --out '{out}' --tokenizer bpe" in error
+    assert f"Resume with: pretrain data prepare {library} --out '{out}' --tokenizer bpe" in error
     assert not (out / "manifest.json").exists()
     assert not any(out.glob("*.tmp"))
     assert subprocess.run(command(library, out), capture_output=True).returncode == 0

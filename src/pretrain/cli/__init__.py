@@ -31,11 +31,11 @@ COMMANDS = {
     "report": ("report.Report", "Write runs as one HTML page: curves, samples, and what they mean."),
     "watch": ("report.Watch", "Show a run in the browser while it trains, and prompt its newest checkpoint."),
     "data download": ("download.DownloadArguments", "Download a public set of text, or files by their URLs."),
-    "data prepare": ("data.Prepare", "Make token shards of text."),
+    "data prepare": ("data.Prepare", "Tokenize text into shards."),
     "data verify": ("data.Verify", "Find damaged, missing or mismatched token shards."),
     "data inspect": ("data.Inspect", "Show what token shards hold."),
     "tokenizer train": ("tokenizer.Train", "Train a tokenizer on text."),
-    "tokenizer show": ("tokenizer.Show", "Show the tokens of a text beside it."),
+    "tokenizer show": ("tokenizer.Show", "Show how a tokenizer splits a text."),
     "recipes": ("recipes.Recipes", "List the recipes, or print one as TOML."),
     "doctor": ("doctor.Doctor", "What this machine can do, what is missing, and the command that fixes it."),
 }
@@ -45,7 +45,7 @@ HELP = """usage: pretrain COMMAND [ARGUMENTS]
 
 Pretrain a GPT-style language model from raw text.
 
-  pretrain train                       the main job: a small GPT from the embedded text, in minutes
+  pretrain train                       a small GPT from the included text, in minutes
   pretrain train --data FILE_OR_DIR    the same on your own text
   pretrain train RECIPE                a published recipe; any field is overridden as --model.layers 6
   pretrain COMMAND --help              everything about one command

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Prepare(Command):
-    """Make token shards of text, of any size, in bounded memory and on all cores.
+    """Tokenize text into shards: of any size, in bounded memory and on all cores.
 
     Stopped or killed at any moment, the same command resumes and writes the same bytes. See docs/data.md.
     """
@@ -36,7 +36,7 @@ class Prepare(Command):
     vocab_size: int = 4096
     """Number of tokens for bpe."""
     pattern: Literal["gpt2", "gpt4", "nanochat"] = "gpt2"
-    """How bpe cuts words."""
+    """How bpe cuts words before it merges their bytes: as GPT-2, as GPT-4 and Llama 3, or as nanochat does."""
     field: str = "text"
     """Name of the text in JSONL objects and of the text column of Parquet files."""
     separator: str = ""
@@ -47,7 +47,7 @@ class Prepare(Command):
     val_fraction: float = 0.05
     """Share of the text held out by tail and hash. 0: nothing."""
     val: tuple[str, ...] = ()
-    """Text to hold out, instead of a split of the other."""
+    """Files to validate on, instead of splitting the text."""
     workers: Natural = 0
     """Processes. 0: as many as there are cores."""
     shard_tokens: Count = 100_000_000
@@ -86,7 +86,7 @@ class Prepare(Command):
             ).manifest
         except Interrupted:
             again = shlex.join(["pretrain", "data", "prepare", *self.typed])
-            raise Interrupted(f"stopped; what is done so far stays in {self.out}. To go on: {again}") from None
+            raise Interrupted(f"stopped; what is done so far stays in {self.out}. Resume with: {again}") from None
         for line in _contents(manifest):
             progress.say(line)
         if progress.bytes:
@@ -143,13 +143,13 @@ class Inspect(Command):
     """Look into token shards: counts, document lengths, frequent tokens, and some documents."""
 
     folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")]
-    """A folder that 'pretrain data prepare' made, or token shards of another program."""
+    """A folder that 'pretrain data prepare' made, or token shards made by another tool."""
     tokenizer: str = ""
-    """The tokenizer of shards of another program: gpt2, or the path of a tokenizer.json."""
+    """The tokenizer of shards made by another tool: gpt2, or the path of a tokenizer.json."""
     samples: Natural = 3
     """Documents of each split to decode: the first one and random others."""
     seed: Natural = 0
-    """Fixes which these are."""
+    """Seed for choosing them."""
 
     def __call__(self) -> int:
         from pretrain.tokens import Manifest, open_corpus
@@ -160,7 +160,7 @@ class Inspect(Command):
         ours = (folder / MANIFEST).is_file()
         if not ours and not self.tokenizer:
             raise UsageError(
-                f"{folder} has no {MANIFEST}; for token shards of another program add --tokenizer gpt2 or FILE"
+                f"{folder} has no {MANIFEST}; for token shards made by another tool add --tokenizer gpt2 or FILE"
             )
         corpus = open_corpus([self.folder], self.tokenizer)
         for line in _contents(Manifest.load(folder)) if ours else ():

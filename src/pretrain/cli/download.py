@@ -37,7 +37,7 @@ class DownloadArguments(Command):
     list: bool = False
     """List the catalogue."""
     shards: Annotated[Natural, tyro.conf.arg(aliases=["-n"])] = 0
-    """Training files to download, besides the validation file. 0: all, which huge sets refuse."""
+    """Training files to download, besides the validation file. 0: all, which is refused for huge sets."""
     out: str = ""
     """The folder to put the files in. Default: data/NAME, or data/downloads for URLs."""
     workers: Count = 4
@@ -135,7 +135,7 @@ def _files_of_urls(urls: Sequence[str], folder: Path) -> list[Download]:
 
 
 def _files_of_set(found: TextSet, train: int, base_url: str, folder: Path) -> list[Download]:
-    """Raises DataError if the disk has no room for them."""
+    """Raises DataError if the disk has not enough space for them."""
     from pretrain.text.download import Download
 
     items = []

@@ -1,4 +1,4 @@
-"""``pretrain export``: a run's model in the formats of others."""
+"""``pretrain export``: a run's model in other formats."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pretrain.cli.parsing import Command
 
 @dataclass
 class Export(Command):
-    """Write a run's model into a folder for others.
+    """Export a run's model into a folder.
 
     hf: transformers loads it with AutoModelForCausalLM and AutoTokenizer, as GPT-2, Llama or Qwen3 if the model
-    computes exactly that, else with a model file of ours written beside it. safetensors: tensors by our names, and
+    computes exactly that, else with a model file written beside it. safetensors: tensors under pretrain's names, and
     config.json.
     """
 

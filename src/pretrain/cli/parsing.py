@@ -61,6 +61,8 @@ def parse(kind: type[C], args: list[str], name: str) -> C:
     message = re.split(r" (?:Perhaps you meant:|Argument helptext:|For full helptext)", text)[0]
     message = re.sub(r"^Error parsing (?:[\w.]+: )?", "", message)
     message = re.sub(r"^Missing from [\w ]+: (\S+).*", r"\1 is missing", message)
+    message = re.sub(r": invalid literal for int\(\) with base 10: (.*)", r" must be an integer, not \1", message)
+    message = re.sub(r": could not convert string to float: (.*)", r" must be a number, not \1", message).rstrip(".")
     message = re.sub(r"^Unrecognized options: (--[\w.-]+).*", r"no option \1", message)
     hint = f"; did you mean '{near[1]}'?" if near else ""
     raise UsageError(f"{message}{hint}; see pretrain {name} --help")

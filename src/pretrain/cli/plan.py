@@ -15,13 +15,13 @@ from pretrain.config.schema import Count, Fraction, Positive
 
 @dataclass
 class Plan(Command):
-    """What a run will need, before it starts: parameters, memory, time; and what is unusual about it.
+    """What a run will need, before it starts: parameters, memory, time; and warnings about unusual settings.
 
-    Takes the recipe and the fields that 'pretrain train' takes. The speed is measured here for some seconds, or with
-    --gpu taken from published peaks (docs/plan.md).
+    Takes the same recipe and fields as 'pretrain train', with the recipe's values as defaults. The speed is measured
+    here for some seconds, or with --gpu taken from published peaks (docs/plan.md).
     """
 
-    recipe: tyro.conf.Positional[str] = "quickstart"
+    recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[RECIPE]")] = "quickstart"
     """A recipe by name ('pretrain recipes' lists them) or a path to a TOML file."""
     gpu: str = ""
     """Plan for a GPU by name, such as h100, h200, b200, a100, l4, rtx4090 or mi300x; none: for this machine's CPU.
@@ -34,8 +34,8 @@ class Plan(Command):
     """Share of the GPU's peak to assume, 0 to 1. 0: what is usual for this width."""
     disk_gb: Positive = 1.0
     """Gigabytes per second that a machine can write, for the time of a checkpoint."""
-    no_measure: bool = False
-    """Assume a share of the peak on this machine too, instead of measuring."""
+    measure: bool = True
+    """Measure the speed on this machine, rather than assume a share of its peak."""
     json: bool = False
     """Print one JSON object."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
@@ -48,7 +48,7 @@ class Plan(Command):
         from pretrain.plan import describe, make_plan, warnings
         from pretrain.training.init_from import resolve_init
 
-        config, measure = resolve_init(self.config), not self.no_measure and not self.mfu
+        config, measure = resolve_init(self.config), self.measure and not self.mfu
         made = make_plan(config, self.gpu, self.gpus, self.parallel, measure, self.mfu, self.disk_gb * 1e9)
         found = warnings(made)
         print(json.dumps({**made.as_dict(), "warnings": found}) if self.json else describe(made, found))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import tyro
 
@@ -15,7 +16,7 @@ from pretrain.errors import UsageError, did_you_mean
 class Recipes(Command):
     """List the recipes, or print one."""
 
-    name: tyro.conf.Positional[str] = ""
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[RECIPE]")] = ""
     """A recipe to print as TOML. None: list them all."""
 
     def __call__(self) -> int:

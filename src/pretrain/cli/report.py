@@ -55,7 +55,7 @@ class Watch(Command):
     """Show a run in the browser while it trains: the page of 'pretrain report', which reloads itself.
 
     A server on this machine only (127.0.0.1), which also answers prompts with the newest checkpoint. Ctrl-C ends it;
-    training does not notice.
+    training is not affected.
     """
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]

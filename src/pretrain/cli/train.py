@@ -23,10 +23,11 @@ class Train(Command):
     """Train a model, or resume a run that was stopped.
 
     Without arguments: the recipe 'quickstart' on the embedded corpus. On your own text: --data FILE_OR_FOLDER.
-    'pretrain train --out RUN' alone resumes an existing run.
+    'pretrain train --out RUN' alone resumes an existing run. The defaults shown below are those of the recipe named:
+    'pretrain train laptop --help' shows those of laptop.
     """
 
-    recipe: tyro.conf.Positional[str] = "quickstart"
+    recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[RECIPE]")] = "quickstart"
     """A recipe by name ('pretrain recipes' lists them) or a path to a TOML file."""
     out: str = ""
     """The run directory. Default: runs/RECIPE. If it exists, the run is resumed."""

@@ -56,7 +56,7 @@ class DataConfig(Section):
     """How a stream fills rows. concatenate: documents one after another, cut where a row ends; best_fit: every row
     begins with a document, and as few documents as possible are cut."""
     readers: Count = 16
-    """Most parts of the text that a stream reads in turn; affects the order, not the speed."""
+    """Parts of the text that a stream reads alternately, at most; affects the order, not the speed."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -275,7 +275,8 @@ class TrainConfig(Section):
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations: less memory, more time."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Precision of the matrix products; weights stay fp32. auto: the fastest on this machine, measured."""
+    """Precision of the matrix products; weights stay fp32. auto: bf16 on GPUs from Ampere on, fp16 on
+    older ones, fp32 on Apple's; on a CPU bf16 if measured to be clearly faster than fp32."""
     fp8: bool = False
     """Matrix products of the blocks in fp8 (Hopper and later GPUs; needs the extra 'fp8')."""
     compile: Literal["auto", "on", "off"] = "auto"

@@ -21,7 +21,7 @@ class SamplingOptions(Section):
     """
 
     max_tokens: Natural = 200
-    """Tokens to write at most; the text may end earlier by itself."""
+    """Maximum number of tokens to generate; the text may end earlier by itself."""
     repetition_penalty: Positive = 1.0
     """Divide the positive logits of tokens that the text holds already by this, and multiply the negative ones (CTRL,
     arXiv 1909.05858). 1: no penalty. The token that ends a document is exempt."""

@@ -40,7 +40,7 @@ def _text(plan: Plan) -> Iterator[str]:
         stop = f", or stop after --train.steps {steps}" if steps else ""
         yield (
             f"{plan.epochs:,.0f} epochs: beyond about {EPOCHS}, text seen again teaches less and less, and the model"
-            f" begins to learn it by heart (arXiv 2305.16264); give more text{stop}."
+            f" begins to memorize it (arXiv 2305.16264); give more text{stop}."
         )
 
     parameters = sum(plan.parameters.values())
@@ -64,8 +64,8 @@ def _text(plan: Plan) -> Iterator[str]:
     elif share > VOCABULARY_SHARE:
         tied = "" if plan.config.model.tied_head else ", or share the table with --model.tied_head"
         yield (
-            f"{share:.0%} of the parameters are tables of the {vocabulary:,} tokens, little is left to think with; use"
-            f" a smaller --tokenizer.vocab_size{tied}."
+            f"{share:.0%} of the parameters are tables of the {vocabulary:,} tokens, which leaves few for the layers;"
+            f" use a smaller --tokenizer.vocab_size{tied}."
         )
 
 
@@ -101,8 +101,8 @@ def _machine(plan: Plan) -> Iterator[str]:
     if plan.traffic_seconds_per_step >= plan.step_seconds:
         hsdp = ", or --parallel hsdp" if layout.parallelism == "fsdp" else ""
         yield (
-            f"The network decides: a step's traffic takes {plan.traffic_seconds_per_step:.2g} s, longer than its"
-            f" compute; use a larger --train.batch_tokens, fewer GPUs{hsdp}."
+            f"The network is the bottleneck: a step's traffic takes {plan.traffic_seconds_per_step:.2g} s, longer than"
+            f" its compute; use a larger --train.batch_tokens, fewer GPUs{hsdp}."
         )
 
 

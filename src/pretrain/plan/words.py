@@ -39,19 +39,19 @@ def describe(plan: Plan, warnings: list[str]) -> str:
         f"{rounded(plan.tokens)} tokens, {ratio(plan.epochs)} epochs, {ratio(plan.tokens / total)} tokens per parameter"
     )
     add("training", f"{steps:,} steps of {batch:,} tokens = {seen}")
-    times = f", {plan.micro_steps} times" if plan.micro_steps > 1 else ""
-    add("batch", f"{config.batch_rows:,} rows; {plan.micro_batch} at once{each}{times}")
+    times = f", {plan.micro_steps} accumulated" if plan.micro_steps > 1 else ""
+    add("batch", f"{config.batch_rows:,} rows; micro-batches of {plan.micro_batch}{each}{times}")
     add("compute", f"{flop(plan.flops_per_token)} per token, {flop(plan.flops_per_token * plan.tokens)} in all")
     add("memory", f"{size(sum(plan.memory.values()))} of {size(plan.hardware.memory)}{each}")
     add("", table([(name, size(value)) for name, value in plan.memory.items() if value]))
     if plan.host_memory:
-        add("", f"and {size(sum(plan.host_memory.values()))} of the machine's own{each}")
+        add("", f"and {size(sum(plan.host_memory.values()))} of host memory{each}")
     writing = f"{duration(plan.checkpoint_seconds)} at {plan.disk_rate / 1e9:g} GB/s{per_machine}"
-    add("checkpoint", f"{size(plan.checkpoint_bytes)}, written beside training in {writing}")
+    add("checkpoint", f"{size(plan.checkpoint_bytes)}, written in the background in {writing}")
     if several:
         sent = plan.traffic_bytes_per_step
         between = f", {size(sent['between'])} between machines" if machines else ""
-        seconds = f"{plan.traffic_seconds_per_step:.2g} s at least, beside compute"
+        seconds = f"{plan.traffic_seconds_per_step:.2g} s at least, overlapped with compute"
         step = f"the step takes {plan.step_seconds:.2g} s"
         add("traffic", f"{size(sent['inside'])} sent by each GPU in a step{between}: {seconds}; {step}")
         add("loader", f"{size(plan.loader_bytes_per_second)}/s of tokens")

@@ -189,7 +189,7 @@ class _Downloader:
             except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError) as error:
                 if (host := error.request.url.host) in self.hosts:
                     raise
-                why = f"{host} cannot be reached: {_line(error)}; check the network, behind a proxy HTTPS_PROXY"
+                why = f"{host} cannot be reached: {_line(error)}; check the network; behind a proxy, set HTTPS_PROXY"
                 raise DataError(f"{without_secrets(item.url)} cannot be fetched ({why})") from None
         digest = f"sha256:{item.sha256}" if item.sha256 else facts.digest
         if defect := _defect(item.part, item.file.suffix, item.size or facts.size, digest):

@@ -35,16 +35,16 @@ LINE_BYTES = 1024**3  # a longer line is an error
 ROWS, ROWS_BYTES = 1024, 8 * 1024 * 1024  # rows of Parquet decoded at once, at most, and about their bytes
 
 PROBLEMS = {
-    "empty": "documents without text, or of nothing but white space; left out",
+    "empty": "documents without text, or of nothing but white space; skipped",
     "invalid UTF-8": "documents with bytes that are not UTF-8; U+FFFD stands in their place",
     "lone surrogate": "documents with half of a surrogate pair (\\ud83d alone in JSON); U+FFFD in its place",
     "NUL": "documents with NUL characters; kept as they are",
-    "not JSON": "lines that are not a JSON object; left out",
-    "no field": "JSON objects without the field; left out",
-    "null": "rows whose text is null; left out",
-    "not text": "JSON objects whose field is a number, list or object; left out",
+    "not JSON": "lines that are not a JSON object; skipped",
+    "no field": "JSON objects without the field; skipped",
+    "null": "rows whose text is null; skipped",
+    "not text": "JSON objects whose field is a number, list or object; skipped",
 }
-"""What can be wrong with a document. Nothing else is changed or left out."""
+"""What can be wrong with a document. Nothing else is changed or skipped."""
 
 # Where a text may be cut without changing its tokens: between a letter or digit and a blank or line end (as
 # tokenizer.split_text does), or after a single line end. The pre-tokenizers in use end a word in both places.

@@ -60,7 +60,7 @@ def find_pieces(paths: Sequence[str], field: str = "text", separator: str = "") 
 def read_piece(piece: Piece, field: str = "text", problems: Counter[str] | None = None) -> Iterator[Document]:
     """Give the documents of a piece in order, in bounded memory.
 
-    Bad documents are fixed or left out, and counted in ``problems`` by the names in ``PROBLEMS``. Raises DataError if
+    Bad documents are fixed or skipped, and counted in ``problems`` by the names in ``PROBLEMS``. Raises DataError if
     the file cannot be read or is damaged.
     """
     problems = Counter() if problems is None else problems

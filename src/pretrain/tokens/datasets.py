@@ -3,7 +3,7 @@
     paths ──is_tokens──> open_corpus ──> Corpus(Dataset, ..., tokenizer) ──stream(split)──> TokenStream
                                             └── training_order(corpus, config) ──> DataOrder or MixedOrder
 
-A path is a folder that 'pretrain data prepare' made, or a folder, file or pattern of files of another program
+A path is a folder that 'pretrain data prepare' made, or a folder, file or pattern of files of another tool
 (``foreign``).
 """
 
@@ -31,7 +31,7 @@ class Dataset:
 
     name: str  # the path as it was given
     files: Mapping[str, Sequence[TokenFile]]  # of each split, in order
-    tokenizer: str  # its fingerprint; empty if unknown, as in files of other programs
+    tokenizer: str  # its fingerprint; empty if unknown, as in files of other tools
     bytes_per_token: float  # UTF-8 bytes of text to a training token, on average; 0 if unknown
     fingerprint: str  # a hash of all contents for our own shards, of sizes and samples for foreign ones
 
@@ -104,8 +104,8 @@ def open_corpus(paths: Sequence[str], tokenizer: str = "") -> Corpus:
     """Open token shards.
 
     Args:
-        paths: folders of our own shards; folders, files or patterns of other programs'.
-        tokenizer: as ``tokenizer.kind``: gpt2, byte or the path of a tokenizer.json, for files of other programs, which
+        paths: folders of our own shards; folders, files or patterns of other tools'.
+        tokenizer: as ``tokenizer.kind``: gpt2, byte or the path of a tokenizer.json, for files of other tools, which
             come without one. The kinds that are made from a text count as none.
 
     Raises:
@@ -146,7 +146,7 @@ def prepared_dataset(folder: Path) -> Dataset:
 
 
 def foreign_dataset(path: str, tokenizer: Tokenizer) -> Dataset:
-    """Files of another program: all of a folder, those of a pattern, or one. Their names tell the split.
+    """Files of another tool: all of a folder, those of a pattern, or one. Their names tell the split.
 
     Raises DataError if there are none, or one of them is cut short or has ids that the tokenizer lacks.
     """

@@ -1,4 +1,4 @@
-"""Token files of other programs, read as they are.
+"""Token files of other tools, read as they are.
 
     nanoGPT                train.bin, val.bin          uint16 without a header
     llm.c, modded-nanogpt  NAME_train_000001.bin       256 int32: magic, version, tokens; then uint16 or uint32
@@ -36,7 +36,7 @@ def split_of(path: Path) -> str:
 
 
 def token_files(folder: Path) -> list[Path]:
-    """The token files of other programs in a folder, sorted: .ds files, and .bin files named for a split."""
+    """The token files of other tools in a folder, sorted: .ds files, and .bin files named for a split."""
     try:
         files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file())
     except OSError as error:
@@ -49,7 +49,7 @@ def token_files(folder: Path) -> list[Path]:
 
 
 def open_foreign(path: Path, vocab_size: int) -> tuple[TokenFile, str]:
-    """A file of another program, and a hash of its size and a sample of it.
+    """A file of another tool, and a hash of its size and a sample of it.
 
     Raises DataError if it is missing, cut short or no token file, or has ids that the vocabulary lacks.
     """

@@ -55,7 +55,7 @@ class Manifest:
     tokenizer: str  # its fingerprint
     shards: tuple[Shard, ...]
     boundary: Count | None = None  # the BOS token with which each document begins, if the vocabulary has one
-    problems: dict[str, int] = field(default_factory=dict)  # what of the text was fixed or left out, and how often
+    problems: dict[str, int] = field(default_factory=dict)  # what of the text was fixed or skipped, and how often
 
     @staticmethod
     def of(tokenizer: Tokenizer, shards: Iterable[Shard], problems: Mapping[str, int] | None = None) -> Manifest:
