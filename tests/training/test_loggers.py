@@ -4,7 +4,7 @@ import sqlite3
 import sys
 import threading
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from pretrain.config import Config, load_config
 from pretrain.errors import UsageError
 from pretrain.io import without_secrets
 from pretrain.training import loggers
-from pretrain.training.loggers import Loggers, chosen
+from pretrain.training.loggers import Logger, chosen
 
 
 def needs(module: str) -> pytest.MarkDecorator:
@@ -29,9 +29,25 @@ def record(step: int, loss: float | None = None) -> dict[str, Any]:
     return {"step": step, "time": 1.5 * step, "train/loss": 1.0 / step if loss is None else loss, "val/bpb": None}
 
 
+class Loggers:
+    """All loggers of a run, as training calls them."""
+
+    def __init__(self, folder: Path, config: Config, done: int, say: Callable[[str], None]):
+        self.all = [Logger(kind, folder, config, done, say) for kind in chosen(config.log.backends, say)]
+
+    def on_evaluation(self, record: dict[str, Any], sample: str) -> None:
+        for each in self.all:
+            each.on_evaluation(record, sample)
+
+    def on_end(self, interrupted: bool) -> None:
+        for each in self.all:
+            each.on_end(interrupted)
+
+
 def steps_of(log: Loggers, records: Iterable[dict[str, Any]]) -> None:
-    for each in records:
-        log.on_step(each)
+    for record in records:
+        for each in log.all:
+            each.on_step(record)
 
 
 class Said(list):
@@ -97,6 +113,15 @@ class FakeWandb(types.ModuleType):
         self.inits: list[dict[str, Any]] = []
         self.logged: list[tuple[int, dict[str, Any]]] = []
         self.finished = 0
+        self.key = False
+
+    def login(self, prompt: bool, verify: bool) -> bool:
+        assert not prompt  # a question would stop the thread for ever
+        assert not verify
+        return self.key
+
+    def setup(self, settings: dict[str, Any]) -> None:
+        assert settings["silent"]
 
     def init(self, **options: Any) -> "FakeWandb":
         self.inits.append(options)
@@ -151,19 +176,14 @@ def test_no_secret_reaches_a_logger(tmp_path: Path, wandb: FakeWandb):
 
 def test_without_a_key_wandb_is_offline(tmp_path: Path, wandb: FakeWandb, monkeypatch):
     monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    netrc = tmp_path / "netrc"
-    netrc.write_text("machine other.example login me password secret\n")
-    netrc.chmod(0o600)
-    monkeypatch.setenv("NETRC", str(netrc))
     said = Said()
     Loggers(tmp_path, config_of("wandb"), 0, said).on_end(False)
     assert wandb.inits[0]["mode"] == "offline"
     assert len(said) == 1
     assert "wandb login" in said[0]
-    netrc.write_text("machine api.wandb.ai login user password secret\n")
+    wandb.key = True
     Loggers(tmp_path, config_of("wandb"), 0, said).on_end(False)
-    assert wandb.inits[1]["mode"] is None
+    assert "mode" not in wandb.inits[1]
     assert len(said) == 1
 
 
@@ -235,15 +255,18 @@ def test_a_folder_is_no_module(tmp_path: Path, monkeypatch):
 
 
 @needs("wandb")
-def test_the_real_wandb_offline(tmp_path: Path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
+def test_the_real_wandb_without_a_key(tmp_path: Path, monkeypatch):
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     said = Said()
     for done, steps in ((0, range(1, 4)), (2, range(3, 6))):
         log = Loggers(tmp_path, config_of("wandb"), done, said)
         steps_of(log, (record(step) for step in steps))
         log.on_evaluation({"step": steps[-1]}, "a sample")
         log.on_end(False)
-    assert said == []
+    assert len(said) == 2
+    assert all("wandb login" in text for text in said)
     files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len({file.name for file in files}) == 1  # parts of one run
     assert all(b"train/loss" in file.read_bytes() for file in files)
@@ -256,9 +279,9 @@ def test_the_real_trackio(tmp_path: Path, monkeypatch):
 import sys
 from pathlib import Path
 from pretrain.config import load_config
-from pretrain.training.loggers import Loggers
+from pretrain.training.loggers import Logger
 for done, steps in ((0, range(1, 4)), (2, range(3, 6))):
-    log = Loggers(Path(sys.argv[1]), load_config("quickstart", **{"log.backends": ["trackio"]}), done, sys.exit)
+    log = Logger("trackio", Path(sys.argv[1]), load_config("quickstart"), done, sys.exit)
     for step in steps:
         log.on_step({"step": step, "train/loss": 1.0 / step})
     log.on_evaluation({"step": steps[-1]}, "a sample")

@@ -301,7 +301,7 @@ def test_a_logger_that_fails_never_stops_training(tiny: Config, tmp_path: Path, 
     def fail(*_):
         raise RuntimeError("the disk of the logger is gone")
 
-    monkeypatch.setattr("pretrain.training.loggers.TensorBoard.__init__", fail)
+    monkeypatch.setattr("pretrain.training.loggers.feed_tensorboard", fail)
     monkeypatch.setattr("pretrain.training.loggers.installed", lambda _: True)
     said: list[str] = []
     console = Console(quiet=True)

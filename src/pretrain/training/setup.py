@@ -25,7 +25,7 @@ from pretrain.training.evaluator import Evaluator
 from pretrain.training.guard import Guard, LossScale
 from pretrain.training.heartbeat import Heartbeat
 from pretrain.training.init_from import load_initial
-from pretrain.training.loggers import Loggers
+from pretrain.training.loggers import Logger, chosen
 from pretrain.training.loop import Trainer
 from pretrain.training.parallel import Parameters, choose_parallelism, init_parameters, parallelize, training_forward
 from pretrain.training.state import Progress, TrainState
@@ -126,7 +126,8 @@ def set_up(
         finished = progress.step - bool(progress.pending)
         measured = [r for r in read_jsonl(run.metrics) if r.get("val/loss") is not None and r["step"] <= finished]
         losses = {record["step"]: record["val/loss"] for record in measured}
-        listeners += [RunFiles(run, finished, say), console, Loggers(run.folder, config, finished, say), *callbacks]
+        loggers = [Logger(kind, run.folder, config, finished, say) for kind in chosen(config.log.backends, say)]
+        listeners += [RunFiles(run, finished, say), console, *loggers, *callbacks]
         facts = {"step": progress.step, "precision": precision.name, "processes": world.size}
         write_environment(run.folder, device, **facts)
     val_streams = {each.name: each.stream("val") for each in corpus.datasets if each.tokens("val")}
