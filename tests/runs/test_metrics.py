@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from pretrain.runs.metrics import SMOOTHING, fetch, smoothed
+from pretrain.runs.metrics import SMOOTHING, Smoothed, fetch
 
 
 def test_tensors_become_numbers_and_the_rest_stays():
@@ -17,7 +17,7 @@ def test_the_smoothed_loss_is_a_mean_of_the_last_steps():
     losses = [5.0, 4.0, 3.0, 2.0]
     weights = [SMOOTHING ** (len(losses) - 1 - i) for i in range(len(losses))]
     expected = sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)
-    assert smoothed(losses)[-1] == pytest.approx(expected)
-    assert smoothed([*losses, None, math.inf, math.nan])[4:] == pytest.approx([expected] * 3)
-    assert math.isnan(smoothed([None, 1.0])[0])
-    assert smoothed([None, 1.0])[1] == pytest.approx(1.0)
+    mean = Smoothed()
+    assert math.isnan(mean.add(None))
+    assert [mean.add(loss) for loss in losses][0::3] == pytest.approx([5.0, expected])
+    assert [mean.add(loss) for loss in (None, math.inf, math.nan)] == pytest.approx([expected] * 3)

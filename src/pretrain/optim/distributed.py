@@ -1,8 +1,8 @@
 """How processes share the work on whole matrices: each takes some of them, and the results are exchanged.
 
     alone            one process does all
-    Replicated       all have the whole gradients (DDP): each works on its share, all-gather
-    RowSharded       each has some rows of every matrix (FSDP): all-to-all to whole matrices, work, all-to-all back
+    replicated       all have the whole gradients (DDP): each works on its share, all-gather
+    row_sharded      each has some rows of every matrix (FSDP): all-to-all to whole matrices, work, all-to-all back
     both             machines have the same rows (HSDP): each machine takes its share, and in it the processes theirs
 
 An exchange is waited for only at the end, so that the traffic of one stack of matrices overlaps with the work on the
@@ -42,59 +42,52 @@ def shares(count: int, size: int, first: int) -> list[int]:
     return [each + ((rank - first) % size < more) for rank in range(size)]
 
 
-class Replicated:
+def replicated(
+    update: Tensor, rows: int, first: int, work: Work, *, group: dist.ProcessGroup | None, inside: Exchange
+) -> Callable[[], Tensor]:
     """Every process of ``group`` has the same, and works on its share of the matrices, ``inside`` with others."""
+    size = dist.get_world_size(group)
+    owned = shares(len(update), size, first)
+    mine = update.split(owned)[dist.get_rank(group)]
+    result = update.new_zeros(max(owned), *update.shape[1:])  # the others send as much
+    if len(mine):
+        result[: len(mine)] = inside(mine, rows, first, work)()
+    everything = result.new_empty(size * len(result), *update.shape[1:])
+    pending = all_gather(everything, result, group=group, async_op=True)
 
-    def __init__(self, group: dist.ProcessGroup | None, inside: Exchange = alone):
-        self.group, self.inside = group, inside
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+    def finish() -> Tensor:
+        assert pending is not None
+        pending.wait()
+        if min(owned) == max(owned):
+            return everything
+        return torch.cat([part[:n] for part, n in zip(everything.split(len(result)), owned, strict=True)])
 
-    def __call__(self, update: Tensor, rows: int, first: int, work: Work) -> Callable[[], Tensor]:
-        """An :data:`Exchange`."""
-        owned = shares(len(update), self.size, first)
-        mine = update.split(owned)[self.rank]
-        result = update.new_zeros(max(owned), *update.shape[1:])  # the others send as much
-        if len(mine):
-            result[: len(mine)] = self.inside(mine, rows, first, work)()
-        everything = result.new_empty(self.size * len(result), *update.shape[1:])
-        pending = all_gather(everything, result, group=self.group, async_op=True)
-
-        def finish() -> Tensor:
-            assert pending is not None
-            pending.wait()
-            if min(owned) == max(owned):
-                return everything
-            return torch.cat([part[:n] for part, n in zip(everything.split(len(result)), owned, strict=True)])
-
-        return finish
+    return finish
 
 
-class RowSharded:
+def row_sharded(
+    update: Tensor, rows: int, first: int, work: Work, *, group: dist.ProcessGroup | None
+) -> Callable[[], Tensor]:
     """Each process of ``group`` has the rows of every matrix that FSDP gives it: equal parts, the last ones shorter."""
+    size, (count, own, columns) = dist.get_world_size(group), update.shape
+    part = -(-rows // size)
+    owned = shares(count, size, first)
+    mine = owned[dist.get_rank(group)]
+    same = [mine] * size
+    padded = update.new_zeros(count, part, columns)
+    padded[:, :own] = update
+    parts = padded.new_empty(size * mine, part, columns)  # from each process its rows of the matrices of ours
+    dist.all_to_all_single(parts, padded, same, owned, group=group)
+    whole = parts.view(size, mine, part, columns).transpose(0, 1).reshape(mine, size * part, columns)
+    if mine:
+        whole[:, :rows] = work(whole[:, :rows])
+    back = whole.view(mine, size, part, columns).transpose(0, 1).reshape(size * mine, part, columns)
+    result = torch.empty_like(padded)
+    pending = dist.all_to_all_single(result, back, owned, same, group=group, async_op=True)
 
-    def __init__(self, group: dist.ProcessGroup | None):
-        self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+    def finish() -> Tensor:
+        assert pending is not None
+        pending.wait()
+        return result[:, :own]
 
-    def __call__(self, update: Tensor, rows: int, first: int, work: Work) -> Callable[[], Tensor]:
-        """An :data:`Exchange`."""
-        count, own, columns = update.shape
-        part = -(-rows // self.size)
-        owned = shares(count, self.size, first)
-        mine, same = owned[self.rank], [owned[self.rank]] * self.size
-        padded = update.new_zeros(count, part, columns)
-        padded[:, :own] = update
-        parts = padded.new_empty(self.size * mine, part, columns)  # from each process its rows of the matrices of ours
-        dist.all_to_all_single(parts, padded, same, owned, group=self.group)
-        whole = parts.view(self.size, mine, part, columns).transpose(0, 1).reshape(mine, self.size * part, columns)
-        if mine:
-            whole[:, :rows] = work(whole[:, :rows])
-        back = whole.view(mine, self.size, part, columns).transpose(0, 1).reshape(self.size * mine, part, columns)
-        result = torch.empty_like(padded)
-        pending = dist.all_to_all_single(result, back, owned, same, group=self.group, async_op=True)
-
-        def finish() -> Tensor:
-            assert pending is not None
-            pending.wait()
-            return result[:, :own]
-
-        return finish
+    return finish

@@ -64,9 +64,8 @@ class Muon(Optimizer):
     exchange: Exchange = staticmethod(alone)
 
     def __init__(self, params: Iterable[Tensor], config: OptimConfig, dtype: torch.dtype = torch.float32):
-        super().__init__(
-            params, {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
-        )  # fmt: skip
+        defaults = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
+        super().__init__(params, defaults)
         self.cautious, self.update_scale, self.dtype = config.cautious, config.update_scale, dtype
         self.coefficients = quintics(config.newton_schulz, config.newton_schulz_steps)
         self.shapes: dict[Tensor, torch.Size] = {}

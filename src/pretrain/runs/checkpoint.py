@@ -31,6 +31,8 @@ from pretrain.config import CheckpointConfig
 from pretrain.errors import CheckpointError
 from pretrain.io import read_bounded, sha256_of, sync_file, sync_folder, write_atomically
 
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as no_dist says
+
 SAVE_TIMEOUT = timedelta(hours=1)
 COMMIT = "COMMIT"
 STATE = "state.json"
@@ -64,9 +66,7 @@ class Checkpoint:
         """
         copies = {name: t if t.is_cpu else torch.empty_like(t, device="cpu") for name, t in tensors.items()}
         parts = {name: as_dtensor(name, copy) for name, copy in copies.items()}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # by no_dist
-            load(parts, storage_reader=HuggingFaceStorageReader(str(self.folder)), no_dist=True)
+        load(parts, storage_reader=HuggingFaceStorageReader(str(self.folder)), no_dist=True)
         for name, tensor in tensors.items():
             tensor.copy_(copies[name])
 
@@ -140,7 +140,6 @@ def save_checkpoint(
 
 
 def _write_tensors(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # by the next line's no_dist
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
         save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)

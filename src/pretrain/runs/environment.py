@@ -11,10 +11,11 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import torch
 
@@ -24,7 +25,6 @@ from pretrain.io import cores, write_atomically
 ENVIRONMENT = "environment.json"
 STARTS = 100
 PACKAGES = ("pretrain", "torch", "numpy", "tokenizers", "safetensors")
-GIT_SECONDS = 5
 
 
 def write_environment(folder: Path, device: torch.device, **facts: Any) -> None:
@@ -38,24 +38,19 @@ def write_environment(folder: Path, device: torch.device, **facts: Any) -> None:
 def read_environment(folder: Path) -> list[dict[str, Any]]:
     """What :func:`write_environment` noted, the oldest start first; empty if nothing was, or it is damaged."""
     try:
-        starts = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return msgspec.json.decode((folder / ENVIRONMENT).read_bytes(), type=list[dict[str, Any]])
+    except (OSError, msgspec.MsgspecError):
         return []
-    return [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
 
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What this process is: its time and command, versions, and what it computes on."""
-    packages = {}
-    for name in PACKAGES:
-        with suppress(PackageNotFoundError):
-            packages[name] = version(name)
     facts: dict[str, Any] = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": ["pretrain", *sys.argv[1:]] if Path(sys.argv[0]).stem in ("pretrain", "__main__") else sys.argv,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "packages": packages,
+        "packages": {name: version(name) for name in PACKAGES},
         "commit": source_commit(),
         "device": str(device),
         "cpu": cpu_name(),
@@ -74,7 +69,7 @@ def source_commit() -> str:
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *words]
-        return subprocess.run(command, capture_output=True, text=True, timeout=GIT_SECONDS, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
 
     try:
         git("ls-files", "--error-unmatch", "run.py")  # installed into somebody's own checkout, it is not theirs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,9 +20,7 @@ def fetch(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class Smoothed:
-    """An exponential mean of losses, debiased (Adam, arXiv 1412.6980, section 3); losses that are not finite are
-    skipped. The terminal and the report both use it.
-    """
+    """An exponential mean of losses, debiased (Adam, arXiv 1412.6980, section 3); skips those that are not finite."""
 
     def __init__(self) -> None:
         self._sum = self._weight = 0.0
@@ -34,9 +31,3 @@ class Smoothed:
             self._sum = SMOOTHING * self._sum + (1 - SMOOTHING) * loss
             self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
         return self._sum / self._weight if self._weight else math.nan
-
-
-def smoothed(losses: Iterable[float | None]) -> list[float]:
-    """The smoothed loss after each of ``losses``."""
-    mean = Smoothed()
-    return [mean.add(loss) for loss in losses]

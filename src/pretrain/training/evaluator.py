@@ -29,8 +29,9 @@ class Evaluator:
     config: Config
     world: World
     model: GPT
-    sharded: bool
-    """The model is sharded over the processes, which must then all compute together."""
+    together: bool
+    """All processes do the same in :meth:`core` and :meth:`sample`: one alone has no others, and those that a model is
+    sharded over must compute together. There they may all be stopped together, too."""
     tokenizer: Tokenizer
     val_streams: dict[str, TokenStream]
     """The held-out tokens of each data set that has some."""
@@ -38,8 +39,6 @@ class Evaluator:
 
     def __post_init__(self):
         self.token_bytes = self.tokenizer.token_bytes()
-        self.together = self.sharded or self.world.size == 1
-        """All processes do the same in :meth:`core` and :meth:`sample`, so they may all be stopped together there."""
 
     def validate(self, all_tokens: bool, micro_rows: int, check: Callable[[], None]) -> dict[str, float]:
         """Validation loss and bits per byte, of each data set too where there are several; nothing without held-out

@@ -17,12 +17,7 @@ NOT_FINITE, SPIKE = 1, 2
 
 
 class Guard:
-    """Judges each step by its loss and gradient norm, compared with those of the last good steps.
-
-    Args:
-        config: ``spike_sigma`` and ``spike_window`` say what a spike is.
-        device: where losses and norms are.
-    """
+    """Judges each step by its loss and gradient norm, compared with those of the last good steps."""
 
     def __init__(self, config: GuardConfig, device: torch.device):
         self.sigma = config.spike_sigma

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from pretrain.runs.checkpoint import CheckpointWriter, newest, not_finite, prune
 from pretrain.runs.metrics import fetch
 from pretrain.tokens import Corpus
 from pretrain.training.callbacks import Callback
+from pretrain.training.console import Console
 from pretrain.training.evaluator import Evaluator
 from pretrain.training.guard import SPIKE
 from pretrain.training.heartbeat import SAVING
@@ -41,9 +42,7 @@ class Trainer:
     evaluator: Evaluator
     writer: CheckpointWriter
     callbacks: Sequence[Callback]
-    say: Callable[[str], None]
-    command: str
-    """The command that resumes this run."""
+    console: Console
     clock_start: float
     """``time.monotonic()`` when the first step would have begun, had the run never been stopped."""
     val_losses: dict[int, float]
@@ -134,7 +133,7 @@ class Trainer:
             check = functools.partial(self.phase, "measuring CORE", may_stop=evaluator.together)
             core = evaluator.core(check)
             record["val/core"] = core.core
-            self.say(f"step {step:5d}   {core.name} {core.core:.4f}")
+            self.console.say(f"step {step:5d}   {core.name} {core.core:.4f}")
         if evaluate and config.sample.max_tokens:
             sample = evaluator.sample(functools.partial(self.phase, "sampling", may_stop=evaluator.together))
         progress.pending = None
@@ -185,7 +184,7 @@ class Trainer:
         """Take back all steps since the last checkpoint, and leave their batches out from now on."""
         self.wait_for_save()
         spike = self.step
-        checkpoint = self.world.run_on_rank0(lambda: newest(self.run.checkpoints, self.say))
+        checkpoint = self.world.run_on_rank0(lambda: newest(self.run.checkpoints, self.console.say))
         if checkpoint is None:
             raise TrainingError(
                 f"a spike at step {spike}, and no checkpoint to roll back to; save earlier with"
@@ -247,7 +246,7 @@ class Trainer:
         last = f"the last checkpoint is of step {self.saved}" if self.saved else "there is no checkpoint yet"
         what = f"saving to {self.run.folder} failed ({error.strerror or error}); {last}"
         if must or self.config.checkpoint.on_error == "stop":
-            raise CheckpointError(f"{what}; make room, then resume with: {self.command}") from None
+            raise CheckpointError(f"{what}; make room, then resume with: {self.console.command}") from None
         self.event("save_failed", f"{what}; training continues to the next save")
 
     def leave(self) -> Interrupted | PeerError:
@@ -262,7 +261,7 @@ class Trainer:
         if not self.world.is_rank0:
             return PeerError(Interrupted.exit_code)
         where = f"after step {self.step} of {self.config.train.steps}"
-        return Interrupted(f"stopped {where}, all saved; resume with: {self.command}")
+        return Interrupted(f"stopped {where}, all saved; resume with: {self.console.command}")
 
     def notify(self, hook: str, *arguments: Any) -> None:
         """Call a hook of every callback."""

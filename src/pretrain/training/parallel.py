@@ -26,7 +26,7 @@ from pretrain.config import Config
 from pretrain.device import Precision, free_memory
 from pretrain.errors import UsageError
 from pretrain.model import GPT, meta_model
-from pretrain.optim import Optimizer, Replicated, RowSharded, alone
+from pretrain.optim import Optimizer, alone, replicated, row_sharded
 from pretrain.sizing import count_parameters, parallelism_that_fits
 from pretrain.training.world import World
 
@@ -153,9 +153,9 @@ class Parameters:
             for group in optimizer.param_groups:
                 group["params"] = [local[p] for p in group["params"]]
             if self.world.size > 1:
-                inside = RowSharded(self.group) if self.sharded else alone
-                between = self.between is not None or not self.sharded
-                exchange = Replicated(self.between, inside) if between else inside
+                exchange = functools.partial(row_sharded, group=self.group) if self.sharded else alone
+                if self.between is not None or not self.sharded:
+                    exchange = functools.partial(replicated, group=self.between, inside=exchange)
                 optimizer.share(exchange, {self.local[name]: p.shape for name, p in self.whole.items()})
 
     def gradients(self) -> list[Tensor]:

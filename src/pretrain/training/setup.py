@@ -40,15 +40,10 @@ def set_up(
     went_back_to: int = 0,
     callbacks: Sequence[Callback] = (),
 ) -> Trainer:
-    """Make a run ready to train on, from its newest intact checkpoint if it has one. All processes call it.
+    """Make a run whose data is prepared ready to train, from its newest intact checkpoint if it has one.
 
-    Args:
-        run: the run directory, with its data prepared.
-        world: the processes that train together.
-        console: where progress is shown.
-        started: ``time.monotonic()`` when this job began.
-        went_back_to: the step to which ``--resume-from`` brought the run before, if it did.
-        callbacks: the user's.
+    All processes call it. ``started`` is ``time.monotonic()`` when this job began; ``went_back_to`` the step to which
+    ``--resume-from`` has just taken the run back, or 0.
     """
     config, device, say = run.config, world.device, console.say
 
@@ -128,11 +123,11 @@ def set_up(
         losses = {record["step"]: record["val/loss"] for record in measured}
         loggers = [Logger(kind, run.folder, config, finished, say) for kind in chosen(config.log.backends, say)]
         listeners += [RunFiles(run, finished, say), console, *loggers, *callbacks]
-        facts = {"step": progress.step, "precision": precision.name, "processes": world.size}
-        write_environment(run.folder, device, **facts)
+        write_environment(run.folder, device, step=progress.step, precision=precision.name, processes=world.size)
     val_streams = {each.name: each.stream("val") for each in corpus.datasets if each.tokens("val")}
     tasks = read_tasks(open_bundle(config.eval.core_bundle)) if config.eval.core_every else []
-    evaluator = Evaluator(config, world, model, parameters.sharded, tokenizer, val_streams, tasks)
+    together = parameters.sharded or world.size == 1
+    evaluator = Evaluator(config, world, model, together, tokenizer, val_streams, tasks)
     return Trainer(
         run=run,
         corpus=corpus,
@@ -140,8 +135,7 @@ def set_up(
         evaluator=evaluator,
         writer=CheckpointWriter(run.checkpoints, parameters.as_dtensor, world.size > 1),
         callbacks=listeners,
-        say=say,
-        command=console.command,
+        console=console,
         clock_start=started - progress.seconds,
         val_losses=world.broadcast(losses),
         bytes_per_token=bytes_per_token,

@@ -112,7 +112,7 @@ class World:
                     f" rank 0: {', '.join(map(str, different))}); start them all alike"
                 )
 
-    def shorten_timeout(self, seconds: float, groups: Sequence[dist.ProcessGroup] = ()) -> None:
+    def shorten_timeout(self, seconds: float, groups: Sequence[dist.ProcessGroup]) -> None:
         """After the first step, which may compile for minutes, wait less for processes that do not answer.
 
         ``groups`` are those that the model is sharded over.
@@ -184,7 +184,7 @@ def join_world(device: str, config: ParallelConfig) -> Iterator[World]:
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = choose_device(device)
-    if size == 1 or not dist.is_available():
+    if size == 1:
         yield World(chosen)
         return
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
