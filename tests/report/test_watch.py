@@ -20,7 +20,7 @@ from tests.report.test_page import Elements
 from pretrain.config import load_config
 from pretrain.errors import CheckpointError, UsageError
 from pretrain.io import append_jsonl, keep_steps
-from pretrain.report import answers
+from pretrain.report import watch
 from pretrain.report.watch import Watcher
 from pretrain.runs import Run
 from pretrain.runs.run import HEARTBEAT
@@ -155,8 +155,8 @@ def test_what_is_no_run(tmp_path: Path):
         Watcher(tmp_path / "later", first.server_port)
     (tmp_path / "later").mkdir()
     (tmp_path / "later" / "data.tmp").mkdir()
-    with Watcher(tmp_path / "later") as watcher:
-        assert watcher.view.run is None
+    with watching(tmp_path / "later") as watcher:
+        assert "has not begun yet" in page(watcher).text
 
 
 # Who may ask -----------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def test_other_pages_cannot_prompt(make_run, headers: dict[str, str]):
     run = make_run()
     with watching(run.folder) as watcher:
         assert ask(watcher, "/prompt", PROMPT, **headers)[0] == 403
-        assert watcher.answerer.process is None
+        assert watcher.process is None
 
 
 def test_requests_that_are_none(make_run):
@@ -199,7 +199,7 @@ def test_requests_that_are_none(make_run):
             code, text = ask(watcher, "/prompt", PROMPT | wrong)
             assert code == 400
             assert f"$.{next(iter(wrong))}" in text
-        assert watcher.answerer.process is None
+        assert watcher.process is None
 
 
 def test_it_listens_here_only(tmp_path: Path):
@@ -218,31 +218,31 @@ def test_an_answer_is_what_sample_gives(trained: Run):
     expected = {"text": "".join(sample_text(trained.load_model(), trained.tokenizer(), "Ada", **options)), "step": 12}
     with watching(trained.folder) as watcher:
         assert json.loads(ask(watcher, "/prompt", PROMPT)[1]) == expected
-        process = watcher.answerer.process
+        process = watcher.process
         assert process is not None
         if hasattr(os, "getpriority"):
             assert os.getpriority(os.PRIO_PROCESS, process.pid) == 19
             assert os.getpgid(process.pid) != os.getpgid(0)  # Ctrl-C in the terminal is not for it
-        assert watcher.answerer.answer(PROMPT) == expected
-        assert watcher.answerer.process is process
+        assert watcher.answer(PROMPT) == expected
+        assert watcher.process is process
         process.kill()
         process.wait()
-        assert watcher.answerer.answer(PROMPT) == expected
+        assert watcher.answer(PROMPT) == expected
         # One that ends while it writes, as for want of memory, is told, and the next prompt starts another.
-        process = watcher.answerer.process
+        process = watcher.process
         killer = threading.Timer(0.5, process.kill)
         killer.start()
-        assert "is there memory for a second model?" in watcher.answerer.answer(PROMPT | {"max_tokens": 10**6})["error"]
-        assert watcher.answerer.answer(PROMPT) == expected
-    assert watcher.answerer.process.poll() is not None
+        assert "is there memory for a second model?" in watcher.answer(PROMPT | {"max_tokens": 10**6})["error"]
+        assert watcher.answer(PROMPT) == expected
+    assert watcher.process.poll() is not None
 
 
 def test_a_prompt_does_not_wait_for_ever(make_run, monkeypatch):
-    monkeypatch.setattr(answers, "BUSY_SECONDS", 0.01)
-    answerer = answers.Answerer(make_run().folder)
-    with answerer._lock:  # as while another prompt is being answered
-        assert "still being answered" in answerer.answer(PROMPT)["error"]
-    assert answerer.process is None
+    monkeypatch.setattr(watch, "BUSY_SECONDS", 0.01)
+    with Watcher(make_run().folder) as watcher:
+        with watcher.answering:  # as while another prompt is being answered
+            assert "still being answered" in watcher.answer(PROMPT)["error"]
+        assert watcher.process is None
 
 
 def test_nothing_to_answer_with(make_run):
@@ -257,11 +257,10 @@ def test_a_newer_checkpoint_is_loaded(trained: Run, tmp_path: Path):
     (tmp_path / "checkpoints").mkdir(parents=True)
     for name in ("config.toml", "tokenizer.json", "data"):
         (tmp_path / name).symlink_to(trained.folder / name)
-    answerer = answers.Answerer(tmp_path)
-    for step in (8, 12):
-        (tmp_path / f"checkpoints/step-{step:08d}").symlink_to(trained.checkpoints / f"step-{step:08d}")
-        assert answerer.answer(PROMPT)["step"] == answerer.answer(PROMPT)["step"] == step
-    answerer.close()
+    with Watcher(tmp_path) as watcher:
+        for step in (8, 12):
+            (tmp_path / f"checkpoints/step-{step:08d}").symlink_to(trained.checkpoints / f"step-{step:08d}")
+            assert watcher.answer(PROMPT)["step"] == watcher.answer(PROMPT)["step"] == step
 
 
 # In the browser --------------------------------------------------------------------------------------------------

@@ -67,10 +67,11 @@ class Watch(Command):
 
     def __call__(self) -> int:
         from pretrain.report.watch import Watcher
+        from pretrain.runs import Run
 
         with Watcher(Path(self.run), self.port) as watcher:
             print(f"Watching {self.run} on {watcher.address} (Ctrl-C ends)", flush=True)
-            if watcher.view.run is None:
+            if not Run.exists(Path(self.run)):
                 print("It has not begun yet; the page shows it when it does.", flush=True)
             if hasattr(os, "nice"):
                 os.nice(5)  # training comes first

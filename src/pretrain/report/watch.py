@@ -1,18 +1,19 @@
 """The report page of a run, served to this machine while it trains, and a box that prompts the newest checkpoint.
 
-GET / → the page as it is now     GET /state → fingerprint of what the page shows, and how the run is     POST /prompt
+GET /         → the page as it is now
+GET /state    → a fingerprint of what the page shows, and how the run is
+POST /prompt  → a line to the child process → a line from it: text and step, or an error
 
 The page asks for /state every two seconds, and reloads itself when the fingerprint has changed. Nothing is read and
-nothing computed unless a page asks.
-
-Who may ask: the server listens on 127.0.0.1 alone, and answers only requests addressed to this machine by its own
-names, so that no other web page reaches it by a name that it made point here (DNS rebinding). A prompt must besides
-have the page's own origin, which browsers state and pages cannot choose.
+nothing computed unless a page asks. The child hardly disturbs training: lowest priority, one thread, the CPU.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -20,15 +21,16 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
 import msgspec
+import torch
 
 from pretrain.errors import PretrainError, UsageError
+from pretrain.generation import sample_text
 from pretrain.io import duration
-from pretrain.report.answers import Answerer
 from pretrain.report.page import View, fingerprint, render
 from pretrain.runs import Run
+from pretrain.runs.checkpoint import checkpoints
 from pretrain.runs.run import HEARTBEAT
 
 HOST, NAMES = "127.0.0.1", {"127.0.0.1", "localhost"}
@@ -36,6 +38,8 @@ HOST, NAMES = "127.0.0.1", {"127.0.0.1", "localhost"}
 PROMPT_BYTES = 200_000
 SILENT_SECONDS, HUNG_SECONDS = 30, 300
 """Seconds without progress that the status mentions, and that it marks as bad."""
+BUSY_SECONDS, IDLE_SECONDS = 10.0, 300.0
+"""How long a prompt waits at most for the answer before it, and how long the child keeps its memory without one."""
 
 
 class Prompt(msgspec.Struct):
@@ -61,9 +65,8 @@ class Watcher(ThreadingHTTPServer):
         if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= beginning):
             Run.open(folder)
         self.view = View(folder)
-        self.view.refresh()
-        self.answerer = Answerer(folder)
-        self.rendering = threading.Lock()
+        self.process: subprocess.Popen[str] | None = None
+        self.rendering, self.answering = threading.Lock(), threading.Lock()
         try:
             super().__init__((HOST, port), Handler)
         except OSError as error:
@@ -72,10 +75,105 @@ class Watcher(ThreadingHTTPServer):
             ) from None
         self.address = f"http://{HOST}:{self.server_port}/"
 
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """``text`` and the ``step`` of the checkpoint that wrote it, or ``error``; the first call starts the child."""
+        if not self.answering.acquire(timeout=BUSY_SECONDS):
+            return {"error": "Another prompt is still being answered; try again later, or ask for fewer tokens."}
+        try:
+            if self.process is None or self.process.poll() is not None:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-m", "pretrain.report.watch", str(self.view.folder)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+                    start_new_session=True,  # so that Ctrl-C in the terminal is the server's alone
+                )
+            assert self.process.stdin is not None, "piped"
+            assert self.process.stdout is not None, "piped"
+            try:
+                print(json.dumps(request), file=self.process.stdin, flush=True)
+                return json.loads(self.process.stdout.readline())
+            except (OSError, ValueError):  # it ended at this moment, or while it wrote
+                code = self.process.wait()
+            return {"error": f"The process that answers ended (exit code {code}); is there memory for a second model?"}
+        finally:
+            self.answering.release()
+
     def server_close(self) -> None:
-        """Stop listening and end the process that answers."""
+        """Stop listening and end the child."""
         super().server_close()
-        self.answerer.close()
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request."""
+
+    server: Watcher  # pyright: ignore[reportIncompatibleVariableOverride]
+    server_version, sys_version = "pretrain", ""
+    timeout = 60
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: the terminal is for what people do."""
+
+    def parse_request(self) -> bool:
+        """Refuse what is not addressed to this machine by its own names, and prompts that the page did not send.
+
+        So no other web page reaches the server by a name that it made point here (DNS rebinding); and its origin, which
+        a prompt must have, browsers state and pages cannot choose.
+        """
+        if not super().parse_request():
+            return False
+        host = self.headers.get("Host", "")
+        by_page = self.headers.get("Origin") == f"http://{host}"
+        allowed = host.partition(":")[0] in NAMES and (self.command == "GET" or by_page)
+        if not allowed:
+            self.send_error(HTTPStatus.FORBIDDEN, "Only this machine's own page, on 127.0.0.1 or localhost, may ask")
+        return allowed
+
+    def do_GET(self) -> None:
+        """The page, and whether it has changed."""
+        view, path = self.server.view, self.path.partition("?")[0]
+        try:
+            if path == "/":
+                with self.server.rendering:
+                    view.refresh()
+                    page = render([view], live=True)
+                self._reply(page, "text/html")
+            elif path == "/state":
+                sentence, stuck = status(view.folder)
+                state = {"fingerprint": fingerprint(view.folder), "status": sentence, "stuck": stuck}
+                self._reply(json.dumps(state), "application/json")
+            else:
+                self.send_error(HTTPStatus.NOT_FOUND)
+        except PretrainError as error:  # such as a config.toml that is damaged
+            self._reply(str(error), "text/plain", HTTPStatus.INTERNAL_SERVER_ERROR)
+
+    def do_POST(self) -> None:
+        """A prompt and its answer, both JSON."""
+        if self.path != "/prompt":
+            return self.send_error(HTTPStatus.NOT_FOUND)
+        size = self.headers.get("Content-Length", "")
+        if not size.isdecimal() or int(size) > PROMPT_BYTES:
+            return self.send_error(HTTPStatus.BAD_REQUEST)
+        try:
+            prompt = msgspec.json.decode(self.rfile.read(int(size)), type=Prompt)
+        except ValueError as error:
+            return self._reply(str(error), "text/plain", HTTPStatus.BAD_REQUEST)
+        self._reply(json.dumps(self.server.answer(msgspec.structs.asdict(prompt))), "application/json")
+
+    def _reply(self, text: str, kind: str, code: HTTPStatus = HTTPStatus.OK) -> None:
+        self.send_response(code)
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("X-Frame-Options", "DENY")
+        self.send_header("Cross-Origin-Resource-Policy", "same-origin")
+        self.end_headers()
+        with suppress(ConnectionError):  # the page was closed
+            self.wfile.write(text.encode(errors="replace"))
 
 
 def status(folder: Path) -> tuple[str, bool]:
@@ -99,65 +197,31 @@ def status(folder: Path) -> tuple[str, bool]:
     return f"{what}.", False
 
 
-class Handler(BaseHTTPRequestHandler):
-    """One request."""
-
-    server: Watcher  # pyright: ignore[reportIncompatibleVariableOverride]
-    server_version, sys_version = "pretrain", ""
-    timeout = 60
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: the terminal is for what people do."""
-
-    def do_GET(self) -> None:
-        """The page, and whether it has changed."""
-        if not self._is_addressed_to_us():
-            return self.send_error(HTTPStatus.FORBIDDEN, "This server answers to 127.0.0.1 and localhost only")
-        server, path = self.server, urlsplit(self.path).path
+def answer_prompts(folder: Path) -> None:
+    """The child: answer each line of standard input, until there are no more or none came for IDLE_SECONDS."""
+    torch.set_num_threads(1)
+    loaded = None
+    while True:
+        idle = threading.Timer(IDLE_SECONDS, os._exit, [0])
+        idle.start()
+        line = sys.stdin.readline()
+        idle.cancel()
+        if not line:  # the server is gone
+            return
         try:
-            if path == "/":
-                with server.rendering:
-                    server.view.refresh()
-                    page = render([server.view], live=True)
-                self._reply(page, "text/html")
-            elif path == "/state":
-                sentence, stuck = status(server.view.folder)
-                state = {"fingerprint": fingerprint(server.view.folder), "status": sentence, "stuck": stuck}
-                self._reply(json.dumps(state), "application/json")
-            else:
-                self.send_error(HTTPStatus.NOT_FOUND)
-        except PretrainError as error:  # such as a config.toml that is damaged
-            self._reply(str(error), "text/plain", HTTPStatus.INTERNAL_SERVER_ERROR)
+            if loaded is None or checkpoints(folder / "checkpoints")[-1:] != [loaded[0]]:
+                loaded = None  # before the next one takes memory
+                run = Run.open(folder)
+                newest = run.newest_checkpoint()
+                loaded = newest, run.load_model(torch.device("cpu"), newest), run.tokenizer()
+            checkpoint, model, tokenizer = loaded
+            answer = {"text": "".join(sample_text(model, tokenizer, **json.loads(line))), "step": checkpoint.step}
+        except Exception as error:  # such as a checkpoint that training removes meanwhile
+            answer = {"error": str(error)}
+        print(json.dumps(answer), flush=True)
 
-    def do_POST(self) -> None:
-        """A prompt and its answer, both JSON."""
-        from_us = self.headers.get("Origin") == f"http://{self.headers.get('Host')}"
-        if not (self._is_addressed_to_us() and from_us):
-            return self.send_error(HTTPStatus.FORBIDDEN, "Only the page itself may prompt")
-        if urlsplit(self.path).path != "/prompt":
-            return self.send_error(HTTPStatus.NOT_FOUND)
-        size = self.headers.get("Content-Length", "")
-        if not size.isdecimal() or int(size) > PROMPT_BYTES:
-            return self.send_error(HTTPStatus.BAD_REQUEST)
-        try:
-            prompt = msgspec.json.decode(self.rfile.read(int(size)), type=Prompt)
-        except ValueError as error:
-            return self._reply(str(error), "text/plain", HTTPStatus.BAD_REQUEST)
-        answer = self.server.answerer.answer(msgspec.structs.asdict(prompt))
-        self._reply(json.dumps(answer), "application/json")
 
-    def _is_addressed_to_us(self) -> bool:
-        with suppress(ValueError):  # no name at all
-            return urlsplit(f"//{self.headers.get('Host', '')}").hostname in NAMES
-        return False
-
-    def _reply(self, text: str, kind: str, code: HTTPStatus = HTTPStatus.OK) -> None:
-        self.send_response(code)
-        self.send_header("Content-Type", f"{kind}; charset=utf-8")
-        self.send_header("Cache-Control", "no-store")
-        self.send_header("X-Content-Type-Options", "nosniff")
-        self.send_header("X-Frame-Options", "DENY")
-        self.send_header("Cross-Origin-Resource-Policy", "same-origin")
-        self.end_headers()
-        with suppress(ConnectionError):  # the page was closed
-            self.wfile.write(text.encode(errors="replace"))
+if __name__ == "__main__":
+    if hasattr(os, "nice"):
+        os.nice(19)
+    answer_prompts(Path(sys.argv[1]))
