@@ -19,9 +19,6 @@ from pretrain.cli.launch import LOCAL_RANK, is_process
 from pretrain.errors import Interrupted, PeerError, PretrainError, UsageError, did_you_mean
 from pretrain.io import signals_to_handle
 
-SILENT_WAIT = 10.0
-"""Seconds that a process with nothing to say waits before it exits with an error."""
-
 COMMANDS = {
     "plan": ("plan.Plan", "Parameters, memory, time and unusual settings of a training, before it begins."),
     "train": ("train.Train", "Train a model, or resume a run that was stopped."),
@@ -30,7 +27,7 @@ COMMANDS = {
     "export": ("export.Export", "Write a run's model as a folder that Hugging Face transformers loads."),
     "report": ("report.Report", "Write runs as one HTML page: curves, samples, and what they mean."),
     "watch": ("report.Watch", "Show a run in the browser while it trains, and prompt its newest checkpoint."),
-    "data download": ("download.DownloadArguments", "Download a public set of text, or files by their URLs."),
+    "data download": ("download.DownloadCommand", "Download a public set of text, or files by their URLs."),
     "data prepare": ("data.Prepare", "Tokenize text into shards."),
     "data verify": ("data.Verify", "Find damaged, missing or mismatched token shards."),
     "data inspect": ("data.Inspect", "Show what token shards hold."),
@@ -67,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif is_process() and error.exit_code != Interrupted.exit_code:
             # Another process says it. torchrun ends all when the first has gone, so let that be the other one.
             with contextlib.suppress(KeyboardInterrupt):
-                time.sleep(SILENT_WAIT)
+                time.sleep(10)
         return error.exit_code
     except KeyboardInterrupt:
         if LOCAL_RANK == 0:

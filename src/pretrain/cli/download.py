@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class DownloadArguments(Command):
+class DownloadCommand(Command):
     """Download a public set of text from the catalogue, or files by their URLs.
 
     Without NAME the catalogue is listed. Complete files are kept, partial ones resumed. Sizes and hashes are verified
@@ -54,63 +54,57 @@ class DownloadArguments(Command):
             raise ValueError(f"--base-url must begin with http:// or https://, not {self.base_url!r}")
 
     def __call__(self) -> int:
-        return download(self)
+        from pretrain.text.catalogue import CATALOGUE
 
+        if self.list or not self.names:
+            print("\n\n".join(map(_facts, CATALOGUE.values())))
+            print("\npretrain data download NAME [-n FILES] [--out DIR]")
+            return 0
+        found = None
+        if all(map(_is_url, self.names)):
+            if self.shards or self.base_url:
+                raise UsageError("-n and --base-url choose from a set of the catalogue; leave them out with URLs")
+            folder = Path(self.out or "data/downloads")
+            items = _files_of_urls(self.names, folder)
+        elif len(self.names) > 1:
+            raise UsageError(f"one set at a time, or several URLs, not {shlex.join(self.names)}")
+        elif (found := CATALOGUE.get(self.names[0].lower())) is None:
+            raise UsageError(f"no set named '{self.names[0]}' in the catalogue{did_you_mean(self.names[0], CATALOGUE)}")
+        elif not found.train:
+            print(f"{found.name} comes with the installation. Next:\n  pretrain train")
+            return 0
+        else:
+            folder = Path(self.out or f"data/{found.name}")
+            items = _files_of_set(found, self.shards, self.base_url, folder)
 
-def download(a: DownloadArguments) -> int:
-    """Download a public set of text, or files by their URLs."""
-    from pretrain.text.catalogue import CATALOGUE
+        from pretrain.text.download import download_all
 
-    if a.list or not a.names:
-        print("\n\n".join(map(_facts, CATALOGUE.values())))
-        print("\npretrain data download NAME [-n FILES] [--out DIR]")
+        try:
+            with _progress(items) as finished:
+                download_all(items, self.workers, self.tries, self.timeout, finished)
+        except KeyboardInterrupt:
+            whole = sum(item.state in ("fetched", "kept") for item in items)
+            raise Interrupted(
+                f"interrupted: {whole} of {len(items)} files are in {folder}; the same command resumes from here"
+            ) from None
+        if failed := [item for item in items if item.state == "failed"]:
+            for item in failed:
+                print(f"{item.file.name}  {item.problem} (tries: {item.tries})", file=sys.stderr)
+            raise DataError(
+                f"{len(failed)} of {len(items)} files could not be downloaded to {folder}, for the reasons above;"
+                f" the same command tries them again"
+            )
+        kept = sum(item.state == "kept" for item in items)
+        before = f", {kept} of them there before" if kept else ""
+        print(f"{folder}: {len(items)} of {len(items)} files{before}, {decimal(sum(item.done for item in items))}")
+        split = ""
+        if found and found.validation:
+            print(f"{found.validation}, the last of them, is to validate on.")
+            split = "split last_file"
+        data, tokens = shlex.quote(str(folder)), shlex.quote(f"{folder}-tokens")
+        print(f"Next:\n  pretrain data prepare {data}{split and f' --{split}'} --out {tokens}")
+        print(f"  pretrain train --data {data}{split and f' --data.{split}'}")
         return 0
-    names = [str(name) for name in a.names]
-    found = None
-    if all(map(_is_url, names)):
-        if a.shards or a.base_url:
-            raise UsageError("-n and --base-url choose from a set of the catalogue; leave them out with URLs")
-        folder = Path(a.out or "data/downloads")
-        items = _files_of_urls(names, folder)
-    elif len(names) > 1:
-        raise UsageError(f"one set at a time, or several URLs, not {shlex.join(names)}")
-    elif (found := CATALOGUE.get(names[0].lower())) is None:
-        raise UsageError(f"no set named '{names[0]}' in the catalogue{did_you_mean(names[0], CATALOGUE)}")
-    elif not found.train:
-        print(f"{found.name} comes with the installation. Next:\n  pretrain train")
-        return 0
-    else:
-        folder = Path(a.out or f"data/{found.name}")
-        items = _files_of_set(found, a.shards, a.base_url, folder)
-
-    from pretrain.text.download import download_all
-
-    try:
-        with _progress(items) as finished:
-            download_all(items, a.workers, a.tries, a.timeout, finished)
-    except KeyboardInterrupt:
-        whole = sum(item.state in ("fetched", "kept") for item in items)
-        raise Interrupted(
-            f"interrupted: {whole} of {len(items)} files are in {folder}; the same command resumes from here"
-        ) from None
-    if failed := [item for item in items if item.state == "failed"]:
-        for item in failed:
-            print(f"{item.file.name}  {item.problem} (tries: {item.tries})", file=sys.stderr)
-        raise DataError(
-            f"{len(failed)} of {len(items)} files could not be downloaded to {folder}, for the reasons above;"
-            f" the same command tries them again"
-        )
-    kept = sum(item.state == "kept" for item in items)
-    before = f", {kept} of them there before" if kept else ""
-    print(f"{folder}: {len(items)} of {len(items)} files{before}, {decimal(sum(item.done for item in items))}")
-    split = ""
-    if found and found.validation:
-        print(f"{found.validation}, the last of them, is to validate on.")
-        split = "split last_file"
-    data, tokens = shlex.quote(str(folder)), shlex.quote(f"{folder}-tokens")
-    print(f"Next:\n  pretrain data prepare {data}{split and f' --{split}'} --out {tokens}")
-    print(f"  pretrain train --data {data}{split and f' --data.{split}'}")
-    return 0
 
 
 def _is_url(text: str) -> bool:
@@ -158,18 +152,13 @@ def _files_of_set(found: TextSet, train: int, base_url: str, folder: Path) -> li
 
 
 def _facts(each: TextSet) -> str:
-    """A set of the catalogue, in a few lines."""
     count = len(each.train) + bool(each.validation)
     about = "about " * each.huge
-    amounts = [
-        f"{number:,} {unit}"
-        for number, unit in ((each.characters, "characters"), (each.tokens, "tokens of GPT-2"))
-        if number
-    ]
+    units = {"characters": each.characters, "tokens of GPT-2": each.tokens}
     lines = [
         f"{each.name}  ({count:,} file{'s' * (count != 1)}, {about}{decimal(each.bytes)})",
         each.about,
-        about + ", ".join(amounts),
+        about + ", ".join(f"{number:,} {unit}" for unit, number in units.items() if number),
         f"validation: {each.validation}" if each.validation else "",
         f"licence: {each.licence}",
         each.page,
