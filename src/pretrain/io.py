@@ -1,4 +1,4 @@
-"""Small shared things: atomic writes, JSON lines, signals to handle, durations, URLs without secrets."""
+"""Small shared things: atomic writes, JSON lines, signals to handle, durations, tables, URLs without secrets."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,16 @@ def duration(seconds: float) -> str:
     if seconds < 7200:
         return f"{seconds / 60:.1f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:,.1f} days"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text as lines of columns: the first cell of each to the left, the others to the right."""
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    lines = []
+    for name, *cells in rows:
+        aligned = [f"{cell:>{width}}" for cell, width in zip(cells, others, strict=True)]
+        lines.append("  ".join([f"{name:<{first}}", *aligned]).rstrip())
+    return "\n".join(lines)
 
 
 def without_secrets(value: Any) -> Any:

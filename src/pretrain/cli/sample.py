@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 import tyro
 
 from pretrain.cli.parsing import Command
+from pretrain.config.sampling import SamplingOptions
 from pretrain.config.schema import Count
-from pretrain.generation.options import SamplingOptions
 
 
 @dataclass

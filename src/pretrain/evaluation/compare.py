@@ -23,7 +23,7 @@ from pretrain.device import choose_device, choose_precision, keep_freed_memory
 from pretrain.errors import DataError, UsageError
 from pretrain.evaluation import CoreResult, GPTScorer, LossResult, Task, TaskResult, evaluate_core, evaluate_loss
 from pretrain.evaluation.huggingface import PREFIX, HFScorer, check_folder, read_as_ours
-from pretrain.io import append_jsonl
+from pretrain.io import append_jsonl, table
 from pretrain.runs import Run
 from pretrain.runs.run import CORE_FILE, weights_id
 from pretrain.text import read_documents
@@ -248,13 +248,7 @@ def tables(results: Sequence[EvalResult]) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    cells = [header, *([_shown(value) for value in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for first, *others in cells:
-        aligned = (f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))
-        lines.append("  ".join((f"{first:<{widths[0]}}", *aligned)).rstrip())
-    return "\n".join(lines)
+    return table([header, *([_shown(value) for value in row] for row in rows)])
 
 
 def _shown(value: str | float | None) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from pretrain.generation.options import SamplingOptions
+from pretrain.config.sampling import SamplingOptions
 from pretrain.generation.sampling import choose, penalize_repetition
 from pretrain.model import GPT
 from pretrain.model.cache import KVCache

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pretrain.config.sampling import SamplingOptions
 from pretrain.generation.decode import generate
-from pretrain.generation.options import SamplingOptions
 from pretrain.generation.text import TextWriter
 from pretrain.model import GPT
 from pretrain.tokenizer import Tokenizer

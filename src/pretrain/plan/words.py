@@ -6,7 +6,7 @@ import math
 import textwrap
 from collections.abc import Sequence
 
-from pretrain.io import duration
+from pretrain.io import duration, table
 from pretrain.plan.plan import Plan
 
 NAMES = {"value_embeddings": "value embeddings", "mlp": "MLP", "other": "norms, scalars, positions"}
@@ -34,7 +34,7 @@ def describe(plan: Plan, warnings: list[str]) -> str:
     add("data", f"{data.source}: {tokens}" if data.exact else f"{data.source}: about {tokens} (an estimate)")
     context = config.model.context_length
     add("model", f"{total:,} parameters, context {context:,}, vocabulary {data.vocab_size:,}")
-    add("", table([(NAMES.get(k, k), f"{v:,}", f"{v / total:.0%}") for k, v in plan.parameters.items() if v]))
+    add("", table([(f"  {NAMES.get(k, k)}", f"{v:,}", f"{v / total:.0%}") for k, v in plan.parameters.items() if v]))
     seen = (
         f"{rounded(plan.tokens)} tokens, {ratio(plan.epochs)} epochs, {ratio(plan.tokens / total)} tokens per parameter"
     )
@@ -43,7 +43,7 @@ def describe(plan: Plan, warnings: list[str]) -> str:
     add("batch", f"{config.batch_rows:,} rows; micro-batches of {plan.micro_batch}{each}{times}")
     add("compute", f"{flop(plan.flops_per_token)} per token, {flop(plan.flops_per_token * plan.tokens)} in all")
     add("memory", f"{size(sum(plan.memory.values()))} of {size(plan.hardware.memory)}{each}")
-    add("", table([(name, size(value)) for name, value in plan.memory.items() if value]))
+    add("", table([(f"  {name}", size(value)) for name, value in plan.memory.items() if value]))
     if plan.host_memory:
         add("", f"and {size(sum(plan.host_memory.values()))} of host memory{each}")
     writing = f"{duration(plan.checkpoint_seconds)} at {plan.disk_rate / 1e9:g} GB/s{per_machine}"
@@ -62,15 +62,6 @@ def describe(plan: Plan, warnings: list[str]) -> str:
     for warning in warnings:
         add("warning", textwrap.fill(warning, LINE - LABEL))
     return "\n".join(lines)
-
-
-def table(rows: Sequence[tuple[str, ...]]) -> str:
-    """Rows of a name, and numbers to the right, in columns."""
-    width, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
-    columns = [[f"{number:>{widths[i]}}" for i, number in enumerate(numbers)] for _, *numbers in rows]
-    return "\n".join(
-        "  ".join(["", f"{row[0]:<{width}}", *numbers]) for row, numbers in zip(rows, columns, strict=True)
-    )
 
 
 def in_units(count: float, units: Sequence[str]) -> str:

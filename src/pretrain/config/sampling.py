@@ -1,4 +1,4 @@
-"""How text is sampled: the options, apart from the code that follows them, so that ``--help`` needs no torch."""
+"""How text is sampled: options of a command, not fields of a recipe."""
 
 from __future__ import annotations
 
