@@ -36,8 +36,6 @@ CORE_TASKS = (
 )  # fmt: skip
 """The labels of all tasks of CORE; a mean over fewer is partial and compares with nothing published."""
 
-SHUFFLE_SEED = 1337
-
 MAX_BYTES = 4 * 2**30
 """Of a bundle's texts; the real one has some 200 MB."""
 
@@ -186,7 +184,7 @@ def _read_task(folder: Folder, entry: _Entry, baselines: dict[str, float]) -> Ta
             f"{file}: task '{label}' shows {shots} solved examples before each question, but there are only"
             f" {len(examples)} examples in all; give more, or fewer shots in core.yaml"
         )
-    random.Random(SHUFFLE_SEED).shuffle(examples)
+    random.Random(1337).shuffle(examples)
     return Task(label, kind, shots, entry.continuation_delimiter, baselines[label], tuple(examples))
 
 

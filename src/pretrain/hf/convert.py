@@ -244,9 +244,8 @@ def load_weights(model: GPT, folder: str | Path) -> None:
         needed, given = [sum(sizes), *targets[0].shape[1:]], list(tensor.shape)
         tensor = tensor.T if entry.transposed else tensor[: entry.rows or None]
         if list(tensor.shape) != needed or not tensor.is_floating_point():
-            fix = (
-                f"; use --model.context_length {given[0]} or less" if "position_embedding.weight" in entry.ours else ""
-            )
+            short = "position_embedding.weight" in entry.ours
+            fix = f"; use --model.context_length {given[0]} or less" if short else ""
             ours = f"{', '.join(entry.ours)}: {needed}"
             raise CheckpointError(f"{folder}: {entry.theirs} is {tensor.dtype} {given}, which does not fit {ours}{fix}")
         for target, part in zip(targets, tensor.split(sizes), strict=True):
@@ -316,10 +315,8 @@ def _entries(tree: Mapping[str, Any], model: GPT) -> Iterator[_Entry]:
             bias = bool(tree.get("mlp_bias" if ".mlp." in theirs else "attention_bias"))
         for layer in range(model.config.layers if "{}" in theirs else 1):
             for leaf in ("weight", "bias") if bias else ("weight",):
-                names, transposed = (
-                    [f"{each.format(layer)}.{leaf}" for each in ours],
-                    leaf == "weight" and ".c_" in theirs,
-                )
+                names = [f"{each.format(layer)}.{leaf}" for each in ours]
+                transposed = leaf == "weight" and ".c_" in theirs
                 yield _Entry(f"{theirs.format(layer)}.{leaf}", names, rows.get(ours[0], 0), transposed)
 
 

@@ -28,8 +28,6 @@ from pretrain.tokenizer import Tokenizer
 from pretrain.tokens import Dataset, Manifest, is_tokens
 from pretrain.tokens.shards import PLAN
 
-CONFIGURATION, MODELING = "configuration_pretrain", "modeling_pretrain"
-
 CODE = ("hf.configuration_pretrain", "hf.modeling_pretrain", "model.transformer", "model.cache", "model.loss")
 """The modules that an export of our own architecture contains, in one folder."""
 
@@ -83,8 +81,8 @@ def _hf_files(run: Run, tree: dict[str, Any], tokenizer: Tokenizer) -> dict[str,
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.bos_id} if bos else {}
     names = {"bos_token": bos, "eos_token": bos} if bos else {}
     auto = {
-        "AutoConfig": f"{CONFIGURATION}.PretrainConfig",
-        "AutoModelForCausalLM": f"{MODELING}.PretrainForCausalLM",
+        "AutoConfig": "configuration_pretrain.PretrainConfig",
+        "AutoModelForCausalLM": "modeling_pretrain.PretrainForCausalLM",
     }
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",

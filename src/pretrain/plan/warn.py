@@ -14,10 +14,6 @@ EPOCHS = 4
 """Up to this many epochs, repeated text teaches nearly as much as new text (Muennighoff et al., arXiv 2305.16264)."""
 TOKENS_PER_PARAMETER = 20
 """About where compute is best spent between model and tokens (Hoffmann et al., arXiv 2203.15556)."""
-VOCABULARY_SHARE = 0.5
-TIMES_A_TOKEN = 20
-LARGE_BATCH, SMALL_BATCH = 8, 1 / 64
-"""Times the usual batch."""
 
 
 def warnings(plan: Plan) -> list[str]:
@@ -56,12 +52,12 @@ def _text(plan: Plan) -> Iterator[str]:
 
     vocabulary = plan.data.vocab_size
     share = (plan.parameters["embedding"] + plan.parameters["head"]) / parameters
-    if tokens < TIMES_A_TOKEN * vocabulary and not embedded:
+    if tokens < 20 * vocabulary and not embedded:
         yield (
             f"A vocabulary of {vocabulary:,} for {tokens:,} tokens: on average each is seen {tokens / vocabulary:.2g}"
             f" times per epoch, too seldom to learn it; use --tokenizer.kind bpe with a smaller --tokenizer.vocab_size."
         )
-    elif share > VOCABULARY_SHARE:
+    elif share > 0.5:
         tied = "" if plan.config.model.tied_head else ", or share the table with --model.tied_head"
         yield (
             f"{share:.0%} of the parameters are tables of the {vocabulary:,} tokens, which leaves few for the layers;"
@@ -76,12 +72,12 @@ def _machine(plan: Plan) -> Iterator[str]:
     if needed > 0.95 * limit:
         recompute = not train.activation_checkpointing and plan.memory["activations"] > 0.1 * needed
         on_gpu = plan.hardware.precision.device.type == "cuda"
+        several_passes = plan.micro_steps > 1
         fixes = {
             "a smaller --train.micro_batch": plan.micro_batch > 1,
             "--train.activation_checkpointing": recompute,
             "--parallel fsdp": layout.parallelism == "ddp",
-            "more GPUs or a smaller batch, so that a step is one micro-batch": layout.shards > 1
-            and plan.micro_steps > 1,
+            "more GPUs or a smaller batch, so that a step is one micro-batch": layout.shards > 1 and several_passes,
             "several GPUs with --parallel fsdp": layout.parallelism == "none" and on_gpu,
             "a smaller model or context": True,
         }
@@ -114,10 +110,10 @@ def _settings(plan: Plan) -> Iterator[str]:
     batch = f"A batch of {train.batch_tokens:,} tokens is {{}} for {rounded(plan.tokens)} tokens in all"
     if train.steps < 50:
         yield f"{train.steps} steps are hardly a training; use a smaller --train.batch_tokens."
-    elif train.batch_tokens > usual * LARGE_BATCH:
+    elif train.batch_tokens > 8 * usual:
         better = f"about {rounded(usual)} and more steps learn more from the same text"
         yield f"{batch.format('large')}: {better} (arXiv 2505.13738)."
-    elif train.batch_tokens < usual * SMALL_BATCH:
+    elif train.batch_tokens < usual / 64:
         why = f"its gradients are noisy and the hardware waits; about {rounded(usual)} is usual"
         yield f"{batch.format('small')}: {why} (arXiv 2505.13738)."
 

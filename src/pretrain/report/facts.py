@@ -163,10 +163,9 @@ def remarks(run: Run, curves: Curves, counted: Baselines | None, manifest: Manif
             f"Gradients were clipped to norm {limit:g} at {clipped:,} of {steps:,} steps ({clipped / steps:.1%})."
         )
     if reasons := Counter(reason for _, reason in curves.skipped()):
-        counts = (
-            f"{count:,} {'not finite' if reason == 1 else 'a spike'}" for reason, count in sorted(reasons.items())
-        )
-        said.append(f"Skipped steps, which changed nothing: {', '.join(counts)}.")
+        names = {1: "not finite", 2: "a spike"}
+        counts = ", ".join(f"{count:,} {names[reason]}" for reason, count in sorted(reasons.items()))
+        said.append(f"Skipped steps, which changed nothing: {counts}.")
     return said
 
 
@@ -180,13 +179,9 @@ def data(run: Run, manifest: Manifest | None) -> Pairs:
         return rows
     for split, name in (("train", "training"), ("val", "held out")):
         shards = [shard for shard in manifest.shards if shard.split == split]
-        counts = {
-            "documents": manifest.documents(split),
-            "tokens": manifest.tokens(split),
-            "bytes of text": sum(shard.text_bytes for shard in shards),
-            "shards": len(shards),
-        }
-        rows.append((name, ", ".join(f"{what} {count:,}" for what, count in counts.items())))
+        size, counted = sum(shard.text_bytes for shard in shards), manifest.tokens(split)
+        sizes = f"documents {manifest.documents(split):,}, tokens {counted:,}, bytes of text {size:,}"
+        rows.append((name, f"{sizes}, shards {len(shards):,}"))
     return [
         *rows,
         ("vocabulary", f"{manifest.vocab_size:,} tokens, {manifest.bytes_per_token:.2f} bytes of text each on average"),

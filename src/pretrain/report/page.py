@@ -85,17 +85,14 @@ class View:
             settings = find_optimizer(config.optim).settings
             if "momentum" in settings(0, config):
                 train["train/momentum"] = [round(settings(step - 1, config)["momentum"], 5) for step in train["step"]]
+        samples = evenly(read_jsonl(self.folder / "samples.jsonl"), max(10, SAMPLES // self.of))
         counted = self.facts.get("baselines")
         return {
             "name": self.name,
             "train": train,
             "val": thinned(self.curves.val, rows),
             "samples": [
-                {
-                    "step": sample["step"],
-                    **{name: sample.get(name, "")[:SAMPLE_CHARACTERS] for name in ("prompt", "text")},
-                }
-                for sample in evenly(read_jsonl(self.folder / "samples.jsonl"), max(10, SAMPLES // self.of))
+                sample | {name: sample[name][:SAMPLE_CHARACTERS] for name in ("prompt", "text")} for sample in samples
             ],
             "events": without_secrets(read_jsonl(self.folder / "events.jsonl")[-EVENTS:]),
             "skipped": self.curves.skipped()[-MARKS:],

@@ -58,8 +58,6 @@ class Watcher(ThreadingHTTPServer):
     Raises a PretrainError when the folder is something else than a run, or the port is taken.
     """
 
-    daemon_threads = True
-
     def __init__(self, folder: Path, port: int = 0):
         beginning = {"data", "data.tmp", "tokenizer.json", "lock", HEARTBEAT}  # what comes before config.toml
         if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= beginning):
