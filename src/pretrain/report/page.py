@@ -139,7 +139,10 @@ def render(views: Sequence[View], live: bool = False) -> str:
         digest=digest,
         css=Markup(f"{_static('uPlot.min.css')}\n{_static('page.css')}"),
         script=Markup(script),
-        data={"runs": [view.payload() for view in views], "live": live and {"fingerprint": views[0].fingerprint}},
+        data={
+            "runs": [view.payload() for view in views],
+            "live": {"fingerprint": views[0].fingerprint} if live else None,
+        },
         views=views,
         runs=runs,
         labels=[label for label in runs[0]["results"] if any(run["results"][label] for run in runs)] if runs else [],
