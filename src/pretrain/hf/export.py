@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+import jinja2
 from safetensors.torch import save_file
 
 from pretrain.config import FREE_SECTIONS, config_to_dict
@@ -112,53 +113,20 @@ def model_code() -> dict[str, str]:
 
 def model_card(run: Run, checkpoint: Checkpoint, name: str) -> str:
     """README.md of an export: what the model is, what it learned from, how good it is, how to load it, its settings."""
-    config, bos, kind = run.config, _bos(run.tokenizer()), hf_type(run.config.model)
-    how = f"It computes what transformers' `{kind}` does, and is loaded as that."
-    if kind == OWN:
-        reasons = ", ".join(min(obstacles(config.model).values(), key=len))
-        how = (
-            f"transformers has no such architecture (because of: {reasons}), so it is loaded with the Python files"
-            f" in this folder, which `trust_remote_code=True` allows to run. Its `generate` keeps no cache, so it is"
-            f" slow for long texts."
-        )
-    if bos:
-        how += f" Every document began with `{bos}`; the tokenizer does not add it by itself."
-    settings = {section: table for section, table in config_to_dict(config).items() if section not in FREE_SECTIONS}
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
----
-
-# {name}
-
-A language model trained with `pretrain`. It continues text; it was not taught to follow instructions, and was not
-checked for harmful or wrong statements.
-
-{chr(10).join(f"- {fact}" for fact in _facts(run, checkpoint))}
-
-## Data
-
-{_data(run)}
-{_core(run, checkpoint)}## Loading
-
-{how}
-
-```python
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}"{", trust_remote_code=True" if kind == OWN else ""})
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-ids = torch.tensor([{"[tokenizer.bos_token_id] + " if bos else ""}tokenizer.encode("And ")])
-print(tokenizer.decode(model.generate(ids, max_new_tokens=50, do_sample=True)[0]))
-```
-
-## Configuration
-
-```json
-{_json(without_secrets(settings)).strip()}
-```
-"""
+    settings = {section: table for section, table in config_to_dict(run.config).items() if section not in FREE_SECTIONS}
+    kind = hf_type(run.config.model)
+    template = resources.files("pretrain.hf").joinpath("model_card.md").read_text(encoding="utf-8")
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    return environment.from_string(template).render(
+        name=name,
+        facts=_facts(run, checkpoint),
+        data=_data(run),
+        core=stored_core(run, checkpoint),
+        kind=kind,
+        obstacles=", ".join(min(obstacles(run.config.model).values(), key=len)) if kind == OWN else "",
+        bos=_bos(run.tokenizer()),
+        settings=_json(without_secrets(settings)).strip(),
+    )
 
 
 def _facts(run: Run, checkpoint: Checkpoint) -> list[str]:
@@ -188,14 +156,14 @@ def _facts(run: Run, checkpoint: Checkpoint) -> list[str]:
     return facts
 
 
-def _data(run: Run) -> str:
-    """What the model learned from: a table with a line for each dataset, as far as its files say."""
+def _data(run: Run) -> list[list[str]] | str:
+    """What the model learned from: a table with a line for each dataset, as far as its files say; else a sentence."""
     data = run.config.data
     names = ", ".join(without_secrets(path) for path in data.paths) or embedded_name()
     try:
         corpus = run.corpus()
     except DataError:
-        return f"{names}; its tokens were no longer there when this was written.\n"
+        return f"{names}; its tokens were no longer there when this was written."
     rows = [["data", "training tokens", "documents", "bytes", "held-out tokens", "documents", "bytes", "share of rows"]]
     weights = data.weights or [each.tokens("train") for each in corpus.datasets]
     for dataset, weight in zip(corpus.datasets, weights, strict=True):
@@ -203,7 +171,7 @@ def _data(run: Run) -> str:
         name = without_secrets(dataset.name) + _made_from(Path(dataset.name).expanduser())
         name = name if is_tokens(data.paths) else names
         rows.append([name, *train, *_sizes(dataset, "val"), f"{weight / max(1, sum(weights)):.1%}"])
-    return _table(rows if len(corpus.datasets) > 1 else [row[:-1] for row in rows])
+    return rows if len(corpus.datasets) > 1 else [row[:-1] for row in rows]
 
 
 def _sizes(dataset: Dataset, split: str) -> list[str]:
@@ -224,32 +192,6 @@ def _made_from(folder: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         return ""
     return f", made from {', '.join(files[:3])}{', ...' if len(files) > 3 else ''}"
-
-
-def _core(run: Run, checkpoint: Checkpoint) -> str:
-    """The section on CORE; empty if 'pretrain eval --core' has not measured this checkpoint."""
-    stored = stored_core(run, checkpoint)
-    if not stored:
-        return ""
-    rows = [["task", "accuracy", "centered", "questions"]]
-    for label, task in stored["tasks"].items():
-        rows.append([label, f"{task['accuracy']:.4f}", f"{task['centered']:.4f}", f"{task['examples']:,}"])
-    rows.append([f"**{stored['name']}**", "", f"**{stored['core']:.4f}**", ""])
-    parts = []
-    if stored["missing"]:
-        parts.append("a part of CORE, which compares only with the same part of another model's")
-    if stored["max_per_task"]:
-        parts.append(f"of the first {stored['max_per_task']:,} questions of each task at most")
-    note = f"This is {', and '.join(parts)}.\n\n" if parts else ""
-    return f"## CORE\n\n{_table(rows)}\n{note}"
-
-
-def _table(rows: list[list[str]]) -> str:
-    """Markdown."""
-    cells = [[text.replace("|", "\\|").replace("\n", " ") for text in row] for row in rows]
-    lines = ["| " + " | ".join(row) + " |" for row in cells]
-    lines.insert(1, "|" + " --- |" * len(rows[0]))
-    return "\n".join(lines) + "\n"
 
 
 def _bos(tokenizer: Tokenizer) -> str:

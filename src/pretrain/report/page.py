@@ -135,6 +135,7 @@ def render(views: Sequence[View], live: bool = False) -> str:
     script = f"{_static('uPlot.iife.min.js')}\n{_static('page.js')}"
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     runs = [view.facts for view in views if view.run]
+    served = {"fingerprint": views[0].fingerprint} if live else None
     page = TEMPLATES.get_template("page.html").render(
         digest=digest,
         css=Markup(f"{_static('uPlot.min.css')}\n{_static('page.css')}"),
