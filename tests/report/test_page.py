@@ -74,7 +74,7 @@ def test_a_run_on_a_page(make_run, tmp_path: Path):
     ):
         assert said in elements.text
     assert f"pretrain train --out {run.folder}" in elements.text
-    assert elements.data["live"] is None
+    assert elements.data["live"] is False
 
 
 def test_it_loads_nothing_and_runs_no_script_but_its_own(make_run, tmp_path: Path):

@@ -6,5 +6,3 @@ prompts → decode.generate (one KV cache for all rows) → sampling.choose → 
 from pretrain.config.sampling import SamplingOptions
 from pretrain.generation.decode import generate
 from pretrain.generation.sample import encode_prompt, sample_text, sample_texts
-
-__all__ = ["SamplingOptions", "encode_prompt", "generate", "sample_text", "sample_texts"]

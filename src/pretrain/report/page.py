@@ -135,15 +135,11 @@ def render(views: Sequence[View], live: bool = False) -> str:
     script = f"{_static('uPlot.iife.min.js')}\n{_static('page.js')}"
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     runs = [view.facts for view in views if view.run]
-    served = {"fingerprint": views[0].fingerprint} if live else None
     page = TEMPLATES.get_template("page.html").render(
         digest=digest,
         css=Markup(f"{_static('uPlot.min.css')}\n{_static('page.css')}"),
         script=Markup(script),
-        data={
-            "runs": [view.payload() for view in views],
-            "live": {"fingerprint": views[0].fingerprint} if live else None,
-        },
+        data={"runs": [view.payload() for view in views], "live": live and {"fingerprint": views[0].fingerprint}},
         views=views,
         runs=runs,
         labels=[label for label in runs[0]["results"] if any(run["results"][label] for run in runs)] if runs else [],
