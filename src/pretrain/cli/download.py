@@ -60,16 +60,16 @@ class DownloadCommand(Command):
             print("\n\n".join(map(_facts, CATALOGUE.values())))
             print("\npretrain data download NAME [-n FILES] [--out DIR]")
             return 0
-        found = None
-        if all(map(_is_url, self.names)):
+        found, names = None, list(self.names)
+        if all(map(_is_url, names)):
             if self.shards or self.base_url:
                 raise UsageError("-n and --base-url choose from a set of the catalogue; leave them out with URLs")
             folder = Path(self.out or "data/downloads")
-            items = _files_of_urls(self.names, folder)
-        elif len(self.names) > 1:
-            raise UsageError(f"one set at a time, or several URLs, not {shlex.join(self.names)}")
-        elif (found := CATALOGUE.get(self.names[0].lower())) is None:
-            raise UsageError(f"no set named '{self.names[0]}' in the catalogue{did_you_mean(self.names[0], CATALOGUE)}")
+            items = _files_of_urls(names, folder)
+        elif len(names) > 1:
+            raise UsageError(f"one set at a time, or several URLs, not {shlex.join(names)}")
+        elif (found := CATALOGUE.get(names[0].lower())) is None:
+            raise UsageError(f"no set named '{names[0]}' in the catalogue{did_you_mean(names[0], CATALOGUE)}")
         elif not found.train:
             print(f"{found.name} comes with the installation. Next:\n  pretrain train")
             return 0
