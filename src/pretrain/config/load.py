@@ -31,12 +31,12 @@ def load_config(recipe: str = "quickstart", **overrides: Any) -> Config:
     Raises:
         UsageError: there is no such recipe or file, a field is unknown or of the wrong type, or values contradict.
     """
-    if recipe not in recipe_names() and not Path(recipe).expanduser().is_file():
+    file = RECIPES / f"{recipe}.toml" if recipe in recipe_names() else Path(recipe).expanduser()
+    if not file.is_file():
         hint = did_you_mean(recipe, recipe_names(), or_list=False) or "; 'pretrain recipes' lists them"
         raise UsageError(f"no recipe or TOML file named '{recipe}'{hint}")
     try:
-        text = recipe_text(recipe) if recipe in recipe_names() else Path(recipe).expanduser().read_text("utf-8")
-        tree = tomllib.loads(text)
+        tree = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{recipe} is not valid TOML: {error}") from None
     for name, value in overrides.items():

@@ -238,7 +238,11 @@ def read_lines(
             line = line.removeprefix(codecs.BOM_UTF8)
         if not line or line.isspace():
             continue
-        row, replaced, halves = _json(line)
+        replaced: Counter[str] = Counter()
+        try:
+            row = _JSON.decode(_utf8(line, True, replaced)[0])
+        except (ValueError, RecursionError):
+            row = None
         if not isinstance(row, dict):
             if first:
                 raise DataError(f"{file}: its first line is not a JSON object; {fix}")
@@ -251,26 +255,13 @@ def read_lines(
             problems["no field"] += 1
             continue
         text = row.pop(field)
-        if halves and isinstance(text, str) and _SURROGATE.search(text):
+        may_have_halves = b"\\ud" in line or b"\\uD" in line  # of surrogate pairs, which only an escape can bring
+        if may_have_halves and isinstance(text, str) and _SURROGATE.search(text):
             text = _SURROGATE.sub("\ufffd", text)
             problems["lone surrogate"] += 1
         if replaced and isinstance(text, str) and "\ufffd" in text:
             problems["invalid UTF-8"] += 1
         yield from _documents(text, file, problems)
-
-
-def _json(line: bytes) -> tuple[Any, bool, bool]:
-    """Decode a line of JSON (None: it is none).
-
-    Also gives whether U+FFFD stands for what was not UTF-8 in it, and whether it may have halves of surrogate pairs.
-    """
-    replaced: Counter[str] = Counter()
-    text, _ = _utf8(line, True, replaced)
-    try:
-        row = _JSON.decode(text)
-    except (ValueError, RecursionError):
-        row = None
-    return row, bool(replaced), b"\\ud" in line or b"\\uD" in line
 
 
 def _records(

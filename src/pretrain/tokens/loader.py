@@ -2,8 +2,6 @@
 
 training:    step → DataOrder → starts → TokenStream.windows → (rows, T) inputs and targets [→ BatchesAhead: on a GPU]
 validation:  every token of the split once as a target, in order
-
-torch is imported inside the functions, since the processes that tokenize do without it.
 """
 
 from __future__ import annotations

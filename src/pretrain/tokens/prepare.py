@@ -248,7 +248,7 @@ def _sources(pieces: Sequence[Piece]) -> list[list[Any]]:
         if file == EMBEDDED or "://" in file:
             sources.append([file, sum(piece.size for piece in pieces if piece.file == file), 0])
         else:
-            status = os.stat(os.path.expanduser(file))
+            status = os.stat(file)
             sources.append([file, status.st_size, status.st_mtime_ns])
     return sources
 

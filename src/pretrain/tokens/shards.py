@@ -1,7 +1,7 @@
 """Token shards on disk: raw little-endian integers in ``.bin`` files, described by ``manifest.json``.
 
-The ``.bin`` files have no header, as nanoGPT's ``train.bin`` and ``val.bin``. The manifest, which describes them, is
-written last, so a folder without one is unfinished.
+The files have no header, as nanoGPT's ``train.bin`` and ``val.bin``. The manifest is written last, so a folder without
+one is unfinished.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ def _sample(file: str) -> bytes:
     if file == EMBEDDED or "://" in file:
         return b""
     try:
-        with open(os.path.expanduser(file), "rb") as source:
+        with open(file, "rb") as source:
             head = source.read(SAMPLED_BYTES)
             end = source.seek(0, os.SEEK_END)
             source.seek(max(0, end - SAMPLED_BYTES))
