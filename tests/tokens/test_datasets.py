@@ -176,7 +176,7 @@ def test_weights_of_text_and_of_one_path_twice(tmp_path: Path):
     path = prepared(tmp_path / "a", [TEXT * 3], [])
     twice = config(path, path, weights=[1.0, 3.0])
     assert isinstance(training_order(open_corpus([path, path]), twice), MixedOrder)
-    with pytest.raises(UsageError, match=r"data\.weights are of token shards, and data\.paths is text"):
+    with pytest.raises(UsageError, match=r"data\.weights are of token shards, not text"):
         training_order(open_corpus([path]), twice)  # as after text of two paths became one data set
 
 

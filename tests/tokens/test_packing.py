@@ -172,5 +172,5 @@ def test_pack_cuts_nothing_where_all_fits():
 @pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
 def test_another_text_is_noticed(packing: str):
     start = Cursor(0, 0, 1, token=4)
-    with pytest.raises(DataError, match="not what it was"):
+    with pytest.raises(DataError, match="not what the run was trained on"):
         next(rows_of(packing, [5, 3, 5], 8, start=start))

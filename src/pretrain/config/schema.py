@@ -61,13 +61,9 @@ class DataConfig(Section):
     def __post_init__(self):
         super().__post_init__()
         if any(self.separator.startswith(self.separator[-k:]) for k in range(1, len(self.separator))):
-            raise ValueError(
-                f"data.separator {self.separator!r} ends as it begins, so it may overlap itself; choose another"
-            )
+            raise ValueError(f"data.separator {self.separator!r} ends as it begins and may overlap itself; use another")
         if self.weights and len(self.weights) != len(self.paths):
-            raise ValueError(
-                f"data.weights has {len(self.weights)} values; give one for each of {len(self.paths)} data.paths"
-            )
+            raise ValueError(f"data.weights has {len(self.weights)} values; give one for each of data.paths")
 
 
 @dataclass(frozen=True)
@@ -167,10 +163,8 @@ class ModelConfig(Section):
         if zeros:
             return  # the rest is checked once the dial has set them
         if not self.head_width and self.width % self.heads:
-            near = _nearest_multiple(self.width, self.heads)
-            raise ValueError(
-                f"model.heads {self.heads} does not divide model.width {self.width}; try --model.width {near}"
-            )
+            hint = f"try --model.width {_nearest_multiple(self.width, self.heads)}"
+            raise ValueError(f"model.heads {self.heads} does not divide model.width {self.width}; {hint}")
         if self.kv_heads and self.heads % self.kv_heads:
             raise ValueError(f"model.kv_heads {self.kv_heads} does not divide model.heads {self.heads}")
         head_dimension = self.head_width or self.width // self.heads

@@ -37,9 +37,7 @@ def find_files(paths: Sequence[str]) -> list[SourceFile]:
     found: dict[str, SourceFile] = {}  # resolved path -> the file; a dict keeps the order
     for given in paths:
         if not given.strip():
-            raise DataError(
-                "data.paths holds an empty path; name a file, a folder or a pattern such as 'books/**/*.txt'"
-            )
+            raise DataError("data.paths holds an empty path; name a file, folder or pattern such as 'books/**/*.txt'")
         for file in _remote(given) if is_url(given) else _local(given):
             if file.named and file.size == 0:
                 raise DataError(f"{file.name}: this file is empty; delete it or give another")

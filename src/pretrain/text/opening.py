@@ -193,10 +193,7 @@ class _RemoteFile(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         if not self.has_ranges:
-            raise DataError(
-                f"{self.url}: its server gives files only as a whole, and this one is needed in parts; download it "
-                f"and give the file"
-            )
+            raise DataError(f"{self.url}: its server gives files only as a whole; download it and give the file")
         return self.file.seek(offset, whence)
 
     def readinto(self, buffer: Any) -> int:

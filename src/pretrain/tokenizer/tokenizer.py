@@ -247,9 +247,7 @@ def _is_char(spec: dict[str, Any], name: str) -> bool:
     kind, vocab = model.get("type"), model.get("vocab") or {}
     if kind == "BPE" and decoder == "ByteLevel" and not model.get("dropout"):
         if missing := sum(character not in vocab for character in byte_alphabet()):
-            raise DataError(
-                f"{name}: {missing} of the 256 bytes have no token, so some text would be lost; use another"
-            )
+            raise DataError(f"{name}: {missing} of the 256 bytes have no token, so text would be lost; use another")
         return False
     is_char = (kind, decoder, spec.get("normalizer")) == ("WordLevel", "Fuse", None)
     if is_char and model.get("unk_token") not in vocab and all(len(token) == 1 for token in vocab):
@@ -293,7 +291,5 @@ def _utf8(text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(
-            f"character {error.start} of the text is half of a surrogate pair (U+{ord(text[error.start]):04X}), "
-            f"which is no text; is the input UTF-8?"
-        ) from error
+        half = f"half of a surrogate pair (U+{ord(text[error.start]):04X})"
+        raise DataError(f"character {error.start} of the text is {half}; is the input UTF-8?") from error

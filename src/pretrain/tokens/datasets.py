@@ -156,9 +156,7 @@ def foreign_dataset(path: str, tokenizer: Tokenizer) -> Dataset:
     elif glob.has_magic(path) and not found[0].exists():
         found = [Path(match) for match in sorted(glob.glob(str(found[0]), recursive=True))]
     if not found:
-        raise DataError(
-            f"{path}: there are no such files; name token shards ({', '.join(SUFFIXES)}) or a folder of them"
-        )
+        raise DataError(f"{path}: there are no such files; name token shards ({', '.join(SUFFIXES)}) or their folder")
     files: dict[str, list[TokenFile]] = {"train": [], "val": []}
     digest = hashlib.sha256()
     for each in found:
@@ -182,10 +180,7 @@ def training_order(corpus: Corpus, config: Config) -> DataOrder | MixedOrder:
     length, data, seed = config.model.context_length, config.data, config.train.seed
     names = [dataset.name for dataset in corpus.datasets]
     if data.weights and len(data.weights) != len(names):
-        raise UsageError(
-            "data.weights are of token shards, and data.paths is text; make shards of each path first:"
-            " pretrain data prepare"
-        )
+        raise UsageError("data.weights are of token shards, not text; make shards of each path: pretrain data prepare")
     for dataset in corpus.datasets if data.weights else ():
         check_length(dataset.name, "training", dataset.tokens("train"), length)
     check_length(", ".join(names), "training", corpus.tokens("train"), length)
@@ -205,6 +200,5 @@ def check_length(name: str, part: str, tokens: int, length: int, more: str = "")
     """A DataError if the tokens do not fill one context; ``more`` is another fix."""
     if tokens <= length:
         fix = f"add more, or --model.context_length {tokens // 2}" if tokens > 1 else "add more"
-        raise DataError(
-            f"{name}: {tokens:,} {part} tokens are fewer than one context of {length} and its target; {fix}{more}"
-        )
+        few = f"{tokens:,} {part} tokens are fewer than one context of {length} and its target"
+        raise DataError(f"{name}: {few}; {fix}{more}")

@@ -53,9 +53,7 @@ def run_on_ray(
         return [ray.get(task)[0] for task in tasks]
     except RayError as error:
         reason = str(error).strip().splitlines()[0]
-        raise PretrainError(
-            f"Ray gave a task up after {RETRIES} retries ({reason}); what is committed stays: give the command again"
-        ) from None
+        raise PretrainError(f"Ray gave up after {RETRIES} retries ({reason}); to resume, repeat the command") from None
     finally:
         for task in left:
             ray.cancel(task)
@@ -68,10 +66,8 @@ def _perform(function: Callable[..., Any], arguments: tuple, folder: str, shared
     reports: list[tuple[int, int]] = [(0, 0)]
     try:
         if not Path(shared).is_file():
-            raise UsageError(
-                f"{shared} is not on the machine {socket.gethostname()}: with --engine ray, --out must be on shared "
-                f"storage"
-            )
+            host = socket.gethostname()
+            raise UsageError(f"{shared} is not on {host}: with --engine ray, --out must be on shared storage")
         if Path(folder).is_dir():
             os.chdir(folder)  # paths may be relative to where the command was given
         outcome = function(*arguments, lambda *more: reports.append(more))

@@ -23,6 +23,8 @@ import numpy as np
 from pretrain.errors import DataError
 from pretrain.tokens.order import key, mix
 
+OTHER_TEXT = "the text is not what the run was trained on (files or split); restore it, or use another --out"
+
 Place = tuple[int, int, int]
 """Where a document stands in what a reader reads: epoch, turn (number among its pieces of that epoch), document."""
 
@@ -221,7 +223,4 @@ def _shuffled(row: list[Span], chunk: list[tuple[np.ndarray, int]], order_key: n
 
 def _check_start(place: Place, ids: np.ndarray, start: Cursor) -> None:
     if start.token and (place != start.place or start.token >= len(ids)):
-        raise DataError(
-            "the text is not what it was when this run stopped: it goes on inside a document that is another now;"
-            " restore it, or start anew with another --out"
-        )
+        raise DataError(OTHER_TEXT)

@@ -256,10 +256,7 @@ def _sources(pieces: Sequence[Piece]) -> list[list[Any]]:
 def _check_plan(folder: Path, plan: dict[str, Any]) -> None:
     """A UsageError unless what is in the folder was made by the same plan."""
     if changes := _changes(folder, plan):
-        raise UsageError(
-            f"{folder} holds token shards of another plan ({changes}); choose another folder, or delete this one to"
-            f" begin anew"
-        )
+        raise UsageError(f"{folder} has token shards of another plan ({changes}); choose another folder, or delete it")
 
 
 def _changes(folder: Path, plan: dict[str, Any]) -> str:
@@ -302,9 +299,7 @@ def _working_in(folder: Path, plan: dict[str, Any], small: bool) -> Iterator[Non
         try:
             yield
         except KeyboardInterrupt:
-            raise Interrupted(
-                f"stopped while preparing {folder}; what is done so far stays: give the same command again"
-            ) from None
+            raise Interrupted(f"stopped while preparing {folder}; to resume, give the same command again") from None
         except Exception as error:
             if small or not any((folder / WORK).glob("*.json")):  # a mistake in a fresh run leaves nothing behind
                 _clear(folder)

@@ -51,10 +51,8 @@ def find_sides(data: DataConfig) -> tuple[list[Piece], list[Piece], str]:
         held_out = [piece for piece in train if piece.file == last]
         train = train[: -len(held_out)]
         if not train:
-            raise DataError(
-                f"data.split last_file needs two files or more, and there is only {last}; use another data.split, or"
-                f" name a file with --data.val_paths"
-            )
+            only = f"data.split last_file needs two files or more, and there is only {last}"
+            raise DataError(f"{only}; use another data.split, or --data.val_paths")
     elif data.val_fraction:
         split = data.split
     if not train:  # all of it is held out, or it is a folder of Parquet files without rows

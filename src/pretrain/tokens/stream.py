@@ -43,7 +43,7 @@ from pretrain.text.split import TRAIN, VAL, Part
 from pretrain.tokenizer import Tokenizer, build_tokenizer
 from pretrain.tokens.datasets import is_tokens
 from pretrain.tokens.order import PIECES, key, permute
-from pretrain.tokens.packing import Cursor, Place, best_fit, concatenate
+from pretrain.tokens.packing import OTHER_TEXT, Cursor, Place, best_fit, concatenate
 from pretrain.tokens.prepare import TOKENIZER, Prepared
 from pretrain.tokens.shards import Manifest, Shard, ShardWriter, bytes_per_token, utf8_bytes
 from pretrain.tokens.source import HASH, NO_TEXT, NO_VALIDATION, TAIL, describe, find_sides, read_parts, training_texts
@@ -133,9 +133,7 @@ def find_text(data: DataConfig) -> LiveText:
         raise UsageError(f"{data.paths[0]} holds tokens already, which need no data.stream; leave that out")
     for name, given in (("order random", data.order == "random"), ("stride", data.stride), ("weights", data.weights)):
         if given:
-            raise UsageError(
-                f"data.{name} needs token shards, not a stream; leave it out, or make shards: pretrain data prepare"
-            )
+            raise UsageError(f"data.{name} needs token shards (pretrain data prepare), not a stream; leave one out")
     train, val, split = find_sides(data)
     if split == HASH:
         val = train
@@ -147,9 +145,8 @@ def find_text(data: DataConfig) -> LiveText:
             left -= train[first].size
         if first == len(train):
             raise DataError(
-                f"data.split tail of a stream holds out its last pieces, and the last of {first} (about"
-                f" {train[-1].size:,} bytes) is more than data.val_fraction {data.val_fraction} of the text; use"
-                f" --data.split hash, --data.split last_file or --data.val_paths, or leave out --data.stream"
+                f"data.split tail of a stream holds out whole pieces, and the last one (of {train[-1].size:,} bytes) is"
+                f" more than data.val_fraction {data.val_fraction}; use --data.split hash or --data.val_paths"
             )
         train, val = train[:first], train[first:]
     return LiveText(tuple(train), tuple(val), data.field, data.val_fraction if split == HASH else 0.0)
@@ -168,10 +165,7 @@ def prepare_stream(
     """
     kind = config.tokenizer.kind
     if kind == "char":
-        raise UsageError(
-            "tokenizer.kind char needs every character of the text beforehand, which a stream does not know; use"
-            " --tokenizer.kind byte, bpe or gpt2, or leave out --data.stream"
-        )
+        raise UsageError("tokenizer.kind char needs every character first; use another, or leave out --data.stream")
     say(f"{describe(config.data, text.size)} in {len(text.train):,} pieces, tokenized while training")
     tokenizer = build_tokenizer(kind, config.tokenizer.vocab_size, _learning_texts(text), config.tokenizer.pattern)
     temporary = folder.with_name(f"{folder.name}.tmp")
@@ -454,9 +448,8 @@ class LiveBatches:
         assignment = Assignment(sizes, self.readers, data.order == "shuffled", seed)
         mine = range(rank, rows, world)
         self._mine = sorted({row % self.readers for row in mine})  # the readers that feed the rows of this rank
-        self._new_readers = functools.partial(
-            Readers, text, tokenizer, data.packing, assignment, rows, mine, length, seed
-        )
+        arguments = (text, tokenizer, data.packing, assignment, rows, mine, length, seed)
+        self._new_readers = functools.partial(Readers, *arguments)
         self._ahead: ReadAhead | None = None
         self._begin(0, dict.fromkeys(range(self.readers), Cursor()))
 
@@ -511,10 +504,7 @@ class LiveBatches:
         if not state:
             return
         if state["text"] != self.text.fingerprint:
-            raise DataError(
-                "the text of this stream is not what the run was trained on (other files, other contents or another"
-                " split), so it cannot go on exactly; restore the text, or start anew with another --out"
-            )
+            raise DataError(OTHER_TEXT)
         self.close()
         self._begin(state["step"], {int(reader): Cursor(*cursor) for reader, cursor in state["readers"].items()})
 
