@@ -168,7 +168,7 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a device has done all that it was given."""
+    """Wait until a device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -26,7 +26,7 @@ class KVCache:
         return max(self.lengths, default=0)
 
     def advance(self, B: int, T: int, device: torch.device) -> Tensor:
-        """Reserve slots for T more tokens in each of B rows. Gives their positions: (T,), or (B, T) if rows differ."""
+        """Reserve slots for T more tokens in each of B rows. Returns their positions, (T,) or (B, T) if rows differ."""
         before = self.lengths or [0] * B
         assert len(before) == B, f"{B} rows of tokens for a cache of {len(before)}"
         self.lengths = [length + T for length in before]

@@ -26,7 +26,7 @@ class Linear(nn.Linear):
     """A linear layer that computes in the dtype of its input; ``GPT.init_weights`` gives it values."""
 
     def reset_parameters(self) -> None:
-        """Leave the values to init_weights: PyTorch's own would be computed in vain."""
+        """Leave the values to init_weights: PyTorch's own, on the meta device, import for seconds to do nothing."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Input (..., in) → (..., out)."""

@@ -23,9 +23,8 @@ class Optimizer(torch.optim.Optimizer):
             group["lr"] = group["peak_lr"] * factor
 
     def share(self, exchange: Exchange, shapes: dict[Tensor, torch.Size]) -> None:
-        """Told once that several processes train together; an elementwise optimizer has nothing to do.
+        """Called once if several processes train together; an elementwise optimizer has nothing to do.
 
-        Args:
-            exchange: lets them work on whole matrices together.
-            shapes: the whole shape of every parameter, of which this process may hold some rows.
+        ``exchange`` lets them work on whole matrices together; ``shapes`` has the whole shape of every parameter, of
+        which this process may hold some rows.
         """

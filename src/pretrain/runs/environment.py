@@ -1,4 +1,4 @@
-"""On what a run was made: ``environment.json``, one object for each time that training began or went on.
+"""What a run was made on: ``environment.json``, one object for each time that training began or went on.
 
 The first is kept and the newest. No host name and no environment variables: reports are shown to others.
 """

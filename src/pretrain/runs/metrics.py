@@ -26,7 +26,7 @@ class Smoothed:
         self._sum = self._weight = 0.0
 
     def add(self, loss: float | None) -> float:
-        """Take the loss of the next step; gives the mean so far, NaN before the first."""
+        """Add the loss of the next step; returns the mean so far, NaN before the first."""
         if loss is not None and math.isfinite(loss):
             self._sum = SMOOTHING * self._sum + (1 - SMOOTHING) * loss
             self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)

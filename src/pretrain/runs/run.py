@@ -129,12 +129,12 @@ class Run:
         return self.folder / "events.jsonl"
 
     def reopen(self) -> None:
-        """Take the mark of being finished away, so that training can go on."""
+        """Remove ``summary.json``, which marks a finished run, so that training can go on."""
         (self.folder / "summary.json").unlink(missing_ok=True)
 
     @property
     def summary(self) -> dict[str, Any] | None:
-        """What the finished run came to; None before its end."""
+        """The results of the finished run; None before its end."""
         file = self.folder / "summary.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 

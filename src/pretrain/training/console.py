@@ -92,7 +92,7 @@ class Console(Callback):
             self.say(f"step {self._panel.saved:5d}   saved")
 
     def on_end(self, interrupted: bool) -> None:
-        """Take the panel away."""
+        """Remove the panel."""
         if self._panel is not None:
             self._panel.live.stop()
 

@@ -1,4 +1,4 @@
-"""What may enter a run: a step whose loss or gradients are not finite, or jump, changes nothing.
+"""Protection against bad steps: one whose loss or gradients are not finite, or jump, changes nothing.
 
 The decision is made on the device and carried out by selecting the old values (``found_inf`` of the optimizers), so
 that no step waits for it and nothing is ever multiplied by a zero that should hide a NaN.

@@ -60,7 +60,7 @@ class Heartbeat(Callback):
             thread.join(5)
 
     def on_phase(self, step: int, phase: str, seconds: float | None = None) -> None:
-        """Something moved; the same phase again is not counted, as processes may call it unequally often."""
+        """Note progress; the same phase again is not counted, as processes may call it unequally often."""
         if (step, phase) != (self.step, self.phase):
             self.step, self.phase = step, phase
             self.beats += 1
@@ -96,7 +96,7 @@ class Heartbeat(Callback):
         self._write()
 
     def _report(self, text: str) -> None:
-        """Write the stacks, and name the stragglers, from a process that is none."""
+        """Write the stacks, and name the stragglers, from a process that is not one of them."""
         if self.world.is_rank0:
             with contextlib.suppress(OSError), (self.folder / STACKS).open("a", encoding="utf-8") as out:
                 out.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')}: {text}\n")

@@ -100,7 +100,7 @@ class Trainer:
             )
 
     def one_step(self) -> dict[str, Any]:
-        """A training step; gives its metrics, some still on the device."""
+        """A training step; returns its metrics, some still on the device."""
         self.phase("waiting for data")
         begin = time.monotonic()
 
@@ -250,7 +250,7 @@ class Trainer:
         self.event("save_failed", f"{what}; training continues to the next save")
 
     def leave(self) -> Interrupted | PeerError:
-        """Save what is done so far; gives the message to leave with."""
+        """Save what is done so far; returns the exception to end with."""
         progress = self.state.progress
         if progress.pending:  # its numbers may still be on the device
             (progress.pending,) = fetch([progress.pending])

@@ -47,7 +47,7 @@ def parallelize(
 ) -> None:
     """Apply what ``config`` asks for to a model on the meta device, then give it memory, still without values.
 
-    ``say`` is told what could not be done.
+    ``say`` reports what could not be done.
     """
     train, device = config.train, world.device
     if train.fp8:
@@ -175,7 +175,7 @@ class Parameters:
         return norm
 
     def zero_grad(self) -> None:
-        """Let go of all gradients."""
+        """Drop all gradients."""
         self.model.zero_grad(set_to_none=True)
         for p in self.local.values():
             p.grad = None

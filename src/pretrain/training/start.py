@@ -133,8 +133,8 @@ def with_absolute_paths(config: Config) -> Config:
 def go_back(run: Run, step: int, say: Callable[[str], None]) -> None:
     """Make ``step`` the newest checkpoint; later ones and their metrics are moved to ``set-aside``.
 
-    A run that went back to that step before goes on from where it came to since, so that the same command can be given
-    again. Raises CheckpointError when there is no intact checkpoint of that step.
+    A run that already went back to that step continues from where it is now, so that the same command can be repeated.
+    Raises CheckpointError when there is no intact checkpoint of that step.
     """
     saved = checkpoints(run.checkpoints)
     if saved and saved[-1].state.get("went_back_to") == step:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -52,10 +53,9 @@ class Progress:
     @staticmethod
     def of(checkpoint: Checkpoint | None) -> Progress:
         """The values of a checkpoint; those of a new run without one."""
-        names = {each.name for each in dataclasses.fields(Progress)}
         state = checkpoint.state if checkpoint else {}
         state.setdefault("skipped_batches", state.get("left_out", 0))  # its name in older checkpoints
-        return Progress(**{name: value for name, value in state.items() if name in names})
+        return msgspec.convert(state, Progress)
 
 
 @dataclass

@@ -125,7 +125,7 @@ class World:
     # Which of them stopped responding --------------------------------------------------------------------------------
 
     def publish_heartbeat(self, beat: dict[str, Any]) -> None:
-        """Leave word of what this process is doing, for the others to read when they wait in vain."""
+        """Publish what this process is doing, for the others to read when they wait for it."""
         if self.store is not None:
             self.store.set(f"heartbeat/{self.rank}", json.dumps({**beat, "time": self.now()}))
 
