@@ -83,14 +83,8 @@ def measure(
 ) -> EvalResult:
     """Measure a run directory, or a transformers model as ``hf:DIR``, that :func:`check_places` has no fault with.
 
-    Args:
-        place: the run or model.
-        request: what to measure.
-        device_name: as in ``train.device``.
-        say: told of each task of CORE.
-
-    Raises:
-        PretrainError: the run or model cannot be used, or the text cannot.
+    ``device_name`` is as in ``train.device``; ``say`` is told of each task of CORE. Raises a PretrainError when the
+    model or the text cannot be used.
     """
     device = choose_device(device_name)
     if device.type == "cpu":

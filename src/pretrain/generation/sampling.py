@@ -31,23 +31,8 @@ def choose(logits: Tensor, options: SamplingOptions, uniform: Tensor) -> Tensor:
     """
     if options.temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    tokens, probabilities = distribution(logits, options)
-    cumulative = probabilities.cumsum(dim=-1)
-    beyond = cumulative > uniform * cumulative[:, -1:]
-    # The first token beyond the number, among those that are possible; where rounding leaves none, the first possible.
-    index = (probabilities > 0).int().mul(1 + beyond.int()).argmax(dim=-1, keepdim=True)
-    return index if tokens is None else tokens.gather(1, index)
-
-
-def distribution(logits: Tensor, options: SamplingOptions) -> tuple[Tensor | None, Tensor]:
-    """Filter logits (B, V) at a temperature above 0.
-
-    Returns:
-        The candidate tokens (B, K), likeliest first, or None where they are all V in order; and their weights (B, K),
-        0 where a filter took the token out, in proportion to the probabilities but not summing to 1.
-    """
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / options.temperature  # finite at any temperature
-    tokens = None
+    tokens = None  # of the candidates, likeliest first; None: all V in order
     if 0 < options.top_k < logits.shape[-1]:
         logits, tokens = logits.topk(options.top_k)
     elif options.top_p < 1:
@@ -59,4 +44,9 @@ def distribution(logits: Tensor, options: SamplingOptions) -> tuple[Tensor | Non
         keep[:, 0] = True
     if options.min_p:
         keep &= weights >= options.min_p * weights.amax(dim=-1, keepdim=True)
-    return tokens, weights * keep
+    weights = weights * keep  # they need not sum to 1
+    cumulative = weights.cumsum(dim=-1)
+    beyond = cumulative > uniform * cumulative[:, -1:]
+    # The first token beyond the number, among those that are possible; where rounding leaves none, the first possible.
+    index = (weights > 0).int().mul(1 + beyond.int()).argmax(dim=-1, keepdim=True)
+    return index if tokens is None else tokens.gather(1, index)
