@@ -30,11 +30,11 @@ class CheckpointError(PretrainError):
 
 
 class DeviceMemoryError(PretrainError):
-    """Not even the smallest micro-batch fits in the device's memory."""
+    """The device is out of memory, and a smaller micro-batch cannot be tried here."""
 
 
 class TrainingError(PretrainError):
-    """Training cannot continue: its gradients or weights are no longer finite."""
+    """Training cannot continue: values are not finite, or another process was lost."""
 
 
 class PeerError(PretrainError):

@@ -383,7 +383,7 @@ def test_a_full_disk_is_one_line_and_what_is_committed_stays(library: Path, shar
     filler.write_bytes(b"x" * 680_000)
     result = subprocess.run(command(library, out), capture_output=True, text=True)
     assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
-    assert "no space left on device; make room and give the same command again" in result.stderr
+    assert "no space left on device; free some space and give the same command again" in result.stderr
     before = committed(out)
     assert before
     assert not any(out.glob("*.tmp"))

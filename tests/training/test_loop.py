@@ -15,6 +15,7 @@ from pretrain.config import Config, load_config
 from pretrain.errors import CheckpointError, DeviceMemoryError, UsageError
 from pretrain.io import read_jsonl
 from pretrain.model import GPT
+from pretrain.optim.adamw import AdamW
 from pretrain.runs import Run
 from pretrain.runs.checkpoint import Checkpoint, checkpoints
 from pretrain.training import Callback, Console, train
@@ -223,6 +224,25 @@ def test_out_of_memory_halves_the_micro_batch(tiny: Config, tmp_path: Path, monk
     monkeypatch.setattr(GPT, "forward", lambda *_args, **_kwargs: raise_out_of_memory())
     with pytest.raises(DeviceMemoryError, match="one row of 32 tokens does not fit"):
         train(config, tmp_path / "none")
+
+
+def test_out_of_memory_in_an_update_is_not_retried(tiny: Config, tmp_path: Path, monkeypatch):
+    """A part of the update is done by then: the run ends, and resumes from its last checkpoint as if nothing were."""
+    config = change(tiny, checkpoint__every=2)
+    expected = train(config, tmp_path / "expected")
+    step = AdamW.step
+    calls = 0
+
+    def step_that_fails(optimizer, closure=None):  # after Muon's, which has changed the matrices
+        nonlocal calls
+        calls += 1
+        return raise_out_of_memory() if calls == 4 else step(optimizer, closure)
+
+    monkeypatch.setattr(AdamW, "step", step_that_fails)
+    with pytest.raises(DeviceMemoryError, match="rank 0 is out of memory updating"):
+        train(config, tmp_path / "run")
+    assert checkpoints(tmp_path / "run" / "checkpoints")[-1].step == 2
+    assert_same_run(train(config, tmp_path / "run"), expected)
 
 
 def raise_out_of_memory():

@@ -399,7 +399,7 @@ def test_a_full_disk_at_one_save_is_told_and_the_next_one_works(tiny: Config, tm
 
     count[0] = 0
     with pytest.raises(
-        CheckpointError, match=r"failed \(No space left on device\); the last checkpoint is of step 4; make"
+        CheckpointError, match=r"failed \(No space left on device\); the last checkpoint is of step 4; free"
     ):
         train(change(tiny, checkpoint__on_error="stop"), tmp_path / "stop")
 
@@ -428,7 +428,7 @@ def test_a_really_full_disk(tiny: Config, tmp_path: Path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("mounting is not permitted here")
     try:
-        with pytest.raises(CheckpointError, match=r"No space left on device.*make room, then resume with"):
+        with pytest.raises(CheckpointError, match=r"No space left on device.*free some space, then resume with"):
             train(change(tiny, checkpoint__keep_last=0, checkpoint__every=1, checkpoint__on_error="stop"), disk / "run")
         run = Run.open(disk / "run")
         kept = checkpoints(run.checkpoints)

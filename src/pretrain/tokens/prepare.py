@@ -309,7 +309,7 @@ def _working_in(folder: Path, plan: dict[str, Any], small: bool) -> Iterator[Non
                         place.rmdir()
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 reason = (error.strerror or "no space left").lower()
-                raise PretrainError(f"{folder}: {reason}; make room and give the same command again") from None
+                raise PretrainError(f"{folder}: {reason}; free some space and give the same command again") from None
             raise
         finally:
             _remove(folder, "*.tmp")

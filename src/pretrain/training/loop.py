@@ -10,12 +10,13 @@ import functools
 import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
 
-from pretrain.errors import CheckpointError, Interrupted, PeerError, TrainingError
+from pretrain.errors import CheckpointError, Interrupted, PeerError, PretrainError, TrainingError
 from pretrain.runs import Run
 from pretrain.runs.checkpoint import CheckpointWriter, newest, not_finite, prune
 from pretrain.runs.metrics import fetch
@@ -29,12 +30,12 @@ from pretrain.training.signals import Stopped, StopRequest
 from pretrain.training.state import TrainState
 from pretrain.training.step import UPDATE, train_step_with_oom_retry
 
-FETCH_EVERY = 10  # steps on a GPU, whose numbers a step must not wait for
+FETCH_EVERY = 10  # steps between fetches of metrics on a GPU, so that no step waits for the device
 
 
 @dataclass
 class Trainer:
-    """A run in progress: its state and all that happens around its steps. ``setup.set_up`` makes it."""
+    """The training loop of one run: its state and all that happens around its steps. ``setup.set_up`` makes it."""
 
     run: Run
     corpus: Corpus
@@ -44,9 +45,9 @@ class Trainer:
     callbacks: Sequence[Callback]
     console: Console
     clock_start: float
-    """``time.monotonic()`` when the first step would have begun, had the run never been stopped."""
+    """``time.monotonic()`` when the job began (preparation included), minus the seconds of earlier jobs of this run."""
     val_losses: dict[int, float]
-    """By step, in every process, for all to save at the same steps."""
+    """Validation losses by step, in every process, so that all decide alike when to save."""
     bytes_per_token: float
     stop: StopRequest = field(init=False)
     saved: int = field(init=False)
@@ -54,7 +55,7 @@ class Trainer:
     skips: int = 0
     """Steps skipped in a row."""
     waiting: list[dict[str, Any]] = field(default_factory=list)
-    """Metrics whose tensors are not fetched yet: some steps of them at a time, so that no step waits for the device."""
+    """Metrics whose tensors are not fetched yet."""
     last: dict[str, Any] = field(default_factory=dict)
     """The newest metrics fetched."""
 
@@ -85,6 +86,10 @@ class Trainer:
                 self.wait_for_save(must=True)
             except Stopped:
                 raise self.leave() from None
+            except PretrainError:
+                with suppress(OSError):  # a save under way is finished all the same
+                    self.writer.wait()
+                raise
             except RuntimeError as error:
                 if self.world.size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
                     raise
@@ -170,25 +175,25 @@ class Trainer:
             self.count_skip(step, why)
 
     def count_skip(self, step: int, why: str) -> None:
-        """Count a skipped step. A TrainingError after ``guard.max_skips`` in a row."""
+        """Count a skipped step. Raises TrainingError after ``guard.max_skips`` in a row."""
         self.skips += 1
         if self.skips >= self.config.guard.max_skips:
             self.wait_for_save()
             raise TrainingError(
                 f"{self.skips} steps in a row were skipped up to step {step} (the last: {why}); nothing of them is in"
-                f" the weights, and the last checkpoint is of step {self.saved}; try a lower --optim.lr, or"
-                f" --train.precision fp32"
+                f" the weights, and the last checkpoint is of step {self.saved}; start a new run (another --out)"
+                f" with a lower --optim.lr, or --train.precision fp32"
             )
 
     def roll_back(self) -> None:
-        """Take back all steps since the last checkpoint, and leave their batches out from now on."""
+        """Go back to the last checkpoint; the batches since then are skipped from now on."""
         self.wait_for_save()
         spike = self.step
         checkpoint = self.world.run_on_rank0(lambda: newest(self.run.checkpoints, self.console.say))
         if checkpoint is None:
             raise TrainingError(
-                f"a spike at step {spike}, and no checkpoint to roll back to; save earlier with"
-                f" --checkpoint.every, or use --guard.spike_action skip"
+                f"a spike at step {spike}, and no checkpoint to roll back to; start a new run (another --out) with"
+                f" a smaller --checkpoint.every, or with --guard.spike_action skip"
             )
         self.count_skip(spike, "a spike")
         before, self.saved = self.state.progress, checkpoint.step
@@ -213,7 +218,7 @@ class Trainer:
         if name := next(filter(None, self.world.gather(not_finite(tensors))), ""):
             raise TrainingError(
                 f"{name} is not finite after step {step}; it is not saved, and the last checkpoint is of step"
-                f" {self.saved}; try a lower --optim.lr"
+                f" {self.saved}; start a new run (another --out) with a lower --optim.lr"
             )
 
         def committed() -> None:
@@ -234,7 +239,7 @@ class Trainer:
             self.writer.save(step, tensors, values, committed)
 
     def wait_for_save(self, must: bool = False) -> None:
-        """Wait for the save under way, and deal with its failure."""
+        """Wait for the save under way, and handle its failure."""
         self.phase(SAVING)
         try:
             self.writer.wait()
@@ -246,7 +251,7 @@ class Trainer:
         last = f"the last checkpoint is of step {self.saved}" if self.saved else "there is no checkpoint yet"
         what = f"saving to {self.run.folder} failed ({error.strerror or error}); {last}"
         if must or self.config.checkpoint.on_error == "stop":
-            raise CheckpointError(f"{what}; make room, then resume with: {self.console.command}") from None
+            raise CheckpointError(f"{what}; free some space, then resume with: {self.console.command}") from None
         self.event("save_failed", f"{what}; training continues to the next save")
 
     def leave(self) -> Interrupted | PeerError:

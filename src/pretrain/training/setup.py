@@ -80,7 +80,7 @@ def set_up(
     progress.data, progress.precision = corpus.fingerprint, precision.name
 
     # The model: described on the meta device, made parallel, given memory, then values.
-    torch.manual_seed(config.train.seed + world.rank)  # of dropout; all else has generators of its own
+    torch.manual_seed(config.train.seed + world.rank)  # for dropout; everything else has its own generator
     parallelism = choose_parallelism(config, tokenizer.vocab_size, world)
     model = meta_model(config.model, tokenizer.vocab_size, tokenizer.bos_id)
     model.activation_dtype = precision.dtype
@@ -92,7 +92,7 @@ def set_up(
             whole.init_weights(torch.Generator(place).manual_seed(config.train.seed))
             if config.train.init_from:
                 load_initial(whole, config, tokenizer)
-                say(f"weights   of {config.train.init_from}")
+                say(f"weights   from {config.train.init_from}")
 
         init_parameters(model, world, initial_values)
 
@@ -109,7 +109,7 @@ def set_up(
         state.load_state_dict(checkpoint)
     state.progress.went_back_to = went_back_to or state.progress.went_back_to
     state.forward = training_forward(model, parallelism, world)
-    # Rows at once: as before a resume, for the same rounding; never more than there are for this process.
+    # Rows of a micro-batch: unchanged on resume, so that sums round alike; at most the rows of this process.
     fit = progress.micro_rows or rows_that_fit(config, precision.dtype.itemsize, free_memory(device))
     micro_rows = config.train.micro_batch or world.broadcast(fit)
     state.progress.micro_rows = min(micro_rows, world.rows_per_rank(rows))

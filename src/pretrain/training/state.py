@@ -48,7 +48,7 @@ class Progress:
     pending: dict[str, Any] | None = None
     """Metrics of the last step while its validation is still to be done."""
     world: int = 1
-    """Processes that saved."""
+    """Number of processes that saved."""
 
     @staticmethod
     def of(checkpoint: Checkpoint | None) -> Progress:
@@ -88,7 +88,7 @@ class TrainState:
             self.model.reshard()  # after an evaluation it still holds gathered weights
         tensors = self.tensors()
         if missing := {name for name in tensors if name.startswith("random.")} - checkpoint.names():
-            # This process, or a device of this type, was not there when it was saved: another seed for each step.
+            # Saved without a random state for this rank or type of device: seed anew, differently at each step.
             tensors = {name: tensor for name, tensor in tensors.items() if name not in missing}
             torch.manual_seed(self.config.train.seed + rank + 1_000_003 * checkpoint.step)
         checkpoint.load(tensors, self.parameters.as_dtensor)

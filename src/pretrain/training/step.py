@@ -25,15 +25,15 @@ def train_step(state: TrainState, on_phase: Callable[[str], None] = lambda phase
 
     ``on_phase`` is called with FORWARD, BACKWARD and UPDATE; it may raise before UPDATE, when nothing has changed yet.
 
-    Returns the mean loss, learning rate, gradient norm before clipping and, if the step was skipped, why; the tensors
-    among them are still being computed on the device.
+    Returns the mean loss, the scheduled value of ``optim.lr``, the gradient norm before clipping and, if the step was
+    skipped, why; the tensors among them are still being computed on the device.
     """
     config, world, step = state.config, state.world, state.progress.step
     batch_tokens, clip = config.train.batch_tokens, config.train.grad_clip
 
     # This rank's rows of the global batch, (rows, T): a function of the step alone, whatever ran before.
     inputs, targets = state.batches.batch(step + state.progress.skipped_batches)
-    if missing := world.rows_per_rank(config.batch_rows) - len(inputs):  # all ranks must run equally many passes
+    if missing := world.rows_per_rank(config.batch_rows) - len(inputs):  # all ranks must run the same number of passes
         inputs = F.pad(inputs, (0, 0, 0, missing))
         targets = F.pad(targets, (0, 0, 0, missing), value=IGNORE)
 
@@ -73,27 +73,36 @@ def train_step(state: TrainState, on_phase: Callable[[str], None] = lambda phase
 def train_step_with_oom_retry(
     state: TrainState, on_phase: Callable[[str], None], on_retry: Callable[[str], None]
 ) -> dict[str, Any]:
-    """:func:`train_step`, retried with half the micro-batch while it runs out of memory.
+    """:func:`train_step`, retried with half the micro-batch while its passes run out of memory.
 
-    The batch is a function of the step and nothing was updated yet, so only dropout's random state is set back; also
-    when ``on_phase`` raises Stopped.
+    The batch is a function of the step and the passes change no weight, so only dropout's random state is restored;
+    also when ``on_phase`` raises Stopped.
 
     Raises:
-        DeviceMemoryError: one row does not fit, or other processes already wait for this one's gradients.
+        DeviceMemoryError: one row does not fit, the update ran out of memory, or several processes train, of which one
+            alone cannot retry.
     """
     config, world, progress = state.config, state.world, state.progress
+    phase = FORWARD
+
+    def noted(name: str) -> None:
+        nonlocal phase
+        phase = name
+        on_phase(name)
+
     while True:
         before = random_state(world.rank, world.device) if config.model.dropout else {}
         try:
-            return train_step(state, on_phase)
+            return train_step(state, noted)
         except Stopped:
             set_random_state(before, world.rank, world.device)
             raise
         except torch.OutOfMemoryError:
-            if world.size > 1:
+            if world.size > 1 or phase == UPDATE:  # a part of the update may be done already
+                half = max(1, progress.micro_rows // 2)
                 raise DeviceMemoryError(
-                    f"rank {world.rank} is out of memory with a micro-batch of {progress.micro_rows} rows; resume with"
-                    f" --train.micro_batch {max(1, progress.micro_rows // 2)}, or --train.activation_checkpointing"
+                    f"rank {world.rank} is out of memory {phase}, with a micro-batch of {progress.micro_rows} rows;"
+                    f" resume with --train.micro_batch {half}, or --train.activation_checkpointing"
                 ) from None
             if progress.micro_rows == 1:
                 raise DeviceMemoryError(

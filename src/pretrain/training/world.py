@@ -1,6 +1,6 @@
 """The processes that train together: who they are, how they agree, and which of them stopped responding.
 
-torchrun starts them and says so in the environment; one process alone is a world of size 1 and talks to nobody.
+torchrun starts them and sets their environment variables; a single process is a world of size 1 without communication.
 Numbers of a step travel by the device's backend (NCCL on CUDA, gloo on the CPU); everything else (agreeing to stop,
 checkpoints, the error of rank 0) by a gloo group of its own, ``control``.
 """
@@ -54,7 +54,7 @@ class World:
         return self.rank == 0
 
     def rows_per_rank(self, rows: int) -> int:
-        """Rows of a global batch of ``rows`` for each process; the last of some may have to be padding."""
+        """Rows of a global batch of ``rows`` for each process, rounded up: the last ranks may have to pad."""
         return -(-rows // self.size)
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -82,10 +82,9 @@ class World:
         return values
 
     def run_on_rank0(self, work: Callable[[], T]) -> T:
-        """Let rank 0 work while the others wait, and share what comes of it.
+        """Run ``work`` on rank 0 while the others wait; returns its result in every process.
 
-        Raises:
-            PretrainError: in rank 0 as it is; in the others as PeerError, which says nothing more.
+        Raises on rank 0 whatever ``work`` raised, elsewhere PeerError, which says nothing more.
         """
         result, error, code = None, None, 0
         if self.is_rank0:
@@ -134,11 +133,11 @@ class World:
         return time.time() - self.clock_ahead
 
     def is_reporter(self, stragglers: dict[int, str]) -> bool:
-        """Whether this process speaks for all: the first of those that are not ``stragglers``."""
+        """Whether this process reports for all: the first of those that are not ``stragglers``."""
         return self.rank == next((rank for rank in range(self.size) if rank not in stragglers), 0)
 
     def stragglers(self) -> dict[int, str]:
-        """Which processes are silent or behind the others, by rank, in words; empty if none is known to be."""
+        """A description of each process that is silent or behind the others, by rank; empty if none is known."""
         if (store := self.store) is None:
             return {}
         found: list[dict[int, str]] = []
@@ -146,7 +145,7 @@ class World:
         asking = threading.Thread(target=lambda: found.append(self._stragglers(store)), daemon=True)
         asking.start()
         asking.join(STRAGGLER_SECONDS)
-        # In place of all the others one of them, which is not this rank.
+        # One rank that is not this one stands for all that cannot be reached.
         return found[0] if found else {int(self.is_rank0): "this machine cannot reach the others"}
 
     def _stragglers(self, store: dist.Store) -> dict[int, str]:
@@ -164,7 +163,7 @@ class World:
         return silent
 
     def connection_lost(self, error: Exception) -> PretrainError:
-        """What to leave with when other processes did not answer: their names, from one process only."""
+        """The error to leave with when other processes did not answer; one process alone names them."""
         deadline = time.monotonic() + STRAGGLER_SECONDS + 2
         while not (stragglers := self.stragglers()) and time.monotonic() < deadline:
             time.sleep(0.5)  # one that has just died is missed only after a while
@@ -179,8 +178,8 @@ def join_world(device: str, config: ParallelConfig) -> Iterator[World]:
     """The world that torchrun describes in the environment, left again at the end; without torchrun this process alone.
 
     Raises:
-        UsageError: the device is not there.
-        PretrainError: the other processes did not come.
+        UsageError: the device is not available.
+        PretrainError: the other processes did not join in time.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = choose_device(device)
@@ -205,7 +204,7 @@ def join_world(device: str, config: ParallelConfig) -> Iterator[World]:
     timeout = timedelta(seconds=config.start_seconds)
     try:
         store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
-        # Where torchrun starts everybody again, what an earlier attempt left in its store is not to be believed.
+        # After a restart by torchrun, what an earlier attempt left in its store does not count.
         store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device_id)
         control = dist.new_group(backend="gloo", timeout=timeout)
@@ -223,7 +222,7 @@ def join_world(device: str, config: ParallelConfig) -> Iterator[World]:
         world.publish_heartbeat({"step": 0, "phase": "starting", "host": platform.node(), "pid": os.getpid()})
         yield world
     except BaseException:
-        if backend == "nccl":  # to leave in order would wait for processes that may never answer
+        if backend == "nccl":  # an orderly shutdown would wait for processes that may never answer
             dist.distributed_c10d._abort_process_group()
         raise
     else:
