@@ -462,7 +462,7 @@ def test_tokens_are_not_streamed(tmp_path: Path):
 def test_preparing_a_stream_refuses(tmp_path: Path):
     folder = write_texts(tmp_path / "text", count=3)
     config = load_config(**{"data.paths": [str(folder)], "data.split": "last_file", "tokenizer.kind": "char"})
-    with pytest.raises(UsageError, match="char needs every character"):
+    with pytest.raises(UsageError, match="char needs the whole text"):
         prepare_stream(config, find_text(config.data), tmp_path / "data")
     config = load_config(
         **{

@@ -235,5 +235,5 @@ def with_surroundings(parts: dict[str, int], device: torch.device, state: int) -
     churned = sum(parts.values()) - parts["weights"] - parts["moments"]
     around = {"process": PROCESS_BYTES, "checkpoint being saved": WRITING * state}
     if device.type == "cuda":
-        return {**parts, "allocator": round(GPU_CACHE * churned), "CUDA context": CUDA_BYTES}, around
+        return {**parts, "allocator": round(GPU_CACHE * churned), "CUDA itself": CUDA_BYTES}, around
     return {**parts, "allocator": round(CPU_HEAP * churned), **around}, {}

@@ -21,6 +21,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import msgspec
 import torch
@@ -124,16 +125,16 @@ class Handler(BaseHTTPRequestHandler):
         """
         if not super().parse_request():
             return False
-        host = self.headers.get("Host", "")
-        by_page = self.headers.get("Origin") == f"http://{host}"
-        allowed = host.partition(":")[0] in NAMES and (self.command == "GET" or by_page)
+        host = self.headers.get("Host", "").lower()
+        by_page = self.headers.get("Origin", "").lower() == f"http://{host}"
+        allowed = host.partition(":")[0] in NAMES and (self.command != "POST" or by_page)
         if not allowed:
             self.send_error(HTTPStatus.FORBIDDEN, "Only this machine's own page, on 127.0.0.1 or localhost, may ask")
         return allowed
 
     def do_GET(self) -> None:
         """The page, and whether it has changed."""
-        view, path = self.server.view, self.path.partition("?")[0]
+        view, path = self.server.view, urlsplit(self.path).path
         try:
             if path == "/":
                 with self.server.rendering:
@@ -151,7 +152,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """A prompt and its answer, both JSON."""
-        if self.path != "/prompt":
+        if urlsplit(self.path).path != "/prompt":
             return self.send_error(HTTPStatus.NOT_FOUND)
         size = self.headers.get("Content-Length", "")
         if not size.isdecimal() or int(size) > PROMPT_BYTES:
@@ -207,12 +208,13 @@ def answer_prompts(folder: Path) -> None:
         if not line:  # the server is gone
             return
         try:
-            if loaded is None or checkpoints(folder / "checkpoints")[-1:] != [loaded[0]]:
+            newest = checkpoints(folder / "checkpoints")[-1:]
+            if loaded is None or loaded[0] != newest:
                 loaded = None  # before the next one takes memory
                 run = Run.open(folder)
-                newest = run.newest_checkpoint()
-                loaded = newest, run.load_model(torch.device("cpu"), newest), run.tokenizer()
-            checkpoint, model, tokenizer = loaded
+                intact = run.newest_checkpoint()
+                loaded = newest, intact, run.load_model(torch.device("cpu"), intact), run.tokenizer()
+            _, checkpoint, model, tokenizer = loaded
             answer = {"text": "".join(sample_text(model, tokenizer, **json.loads(line))), "step": checkpoint.step}
         except Exception as error:  # such as a checkpoint that training removes meanwhile
             answer = {"error": str(error)}

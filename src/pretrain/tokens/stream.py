@@ -165,7 +165,9 @@ def prepare_stream(
     """
     kind = config.tokenizer.kind
     if kind == "char":
-        raise UsageError("tokenizer.kind char needs every character first; use another, or leave out --data.stream")
+        raise UsageError(
+            "tokenizer.kind char needs the whole text beforehand; use byte, bpe or gpt2, or leave out --data.stream"
+        )
     say(f"{describe(config.data, text.size)} in {len(text.train):,} pieces, tokenized while training")
     tokenizer = build_tokenizer(kind, config.tokenizer.vocab_size, _learning_texts(text), config.tokenizer.pattern)
     temporary = folder.with_name(f"{folder.name}.tmp")

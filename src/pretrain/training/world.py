@@ -227,7 +227,6 @@ def join_world(device: str, config: ParallelConfig) -> Iterator[World]:
         raise
     else:
         dist.destroy_process_group()
-    finally:
         # gloo's threads drop the tensors of the last collectives, for which they need the GIL. One that waits for it
         # when the interpreter ends is killed, and the process with it ("terminate called without an active exception").
         time.sleep(0.1)
