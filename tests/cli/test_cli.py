@@ -204,3 +204,29 @@ def test_every_field_is_in_the_help():
     for section in dataclasses.fields(Config):
         for field in dataclasses.fields(getattr(Config(), section.name)):
             assert f"--{section.name}.{field.name.replace('_', '-')}" in result.stdout.replace("_", "-")
+
+
+def test_a_list_option_given_again_adds_to_it():
+    from pretrain.cli.evaluate import Evaluate
+    from pretrain.cli.parsing import parse
+    from pretrain.cli.train import Train
+
+    args = ["--data", "a", "b", "--train.steps=3", "--data.paths=c", "--data.val_paths", "v", "--data.val-paths=w=1"]
+    config = parse(Train, [*args, "--log.backends", "none"], "train").config
+    assert config.data.paths == ("a", "b", "c")
+    assert config.data.val_paths == ("v", "w=1")
+    assert (config.train.steps, config.log.backends) == (3, ("none",))
+    command = parse(Evaluate, ["RUN", "--data", "a", "--json", "--data", "b"], "eval")
+    assert (command.runs, command.data, command.json) == (("RUN",), ("a", "b"), True)
+
+
+def test_eval_measures_all_texts_that_are_given(run: Path, tmp_path: Path, capsys):
+    (tmp_path / "a.txt").write_text("The fox sees Ada. " * 40)
+    (tmp_path / "b.txt").write_text("Noël sings to the fox. " * 30)
+
+    def loss(*options: str) -> float:
+        assert main(["eval", str(run), *options, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)["data_loss"]
+
+    a, b = (str(tmp_path / name) for name in ("a.txt", "b.txt"))
+    assert loss("--data", a, "--data", b) == loss("--data", a, b) != loss("--data", b)

@@ -6,9 +6,10 @@ import argparse
 import contextlib
 import io
 import re
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -43,7 +44,7 @@ def parse(kind: type[C], args: list[str], name: str) -> C:
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            command = tyro.cli(kind, prog=f"pretrain {name}", args=filled, **start)
+            command = tyro.cli(kind, prog=f"pretrain {name}", args=_gathered(filled, dict(_lists(kind))), **start)
         for field in fields(kind):  # type: ignore[arg-type]
             checked(f"--{field.name.replace('_', '-')}", getattr(command, field.name), hints[field.name])
         if start and command.recipe not in ("quickstart", *args[:1]):  # type: ignore[attr-defined]
@@ -66,6 +67,36 @@ def parse(kind: type[C], args: list[str], name: str) -> C:
     message = re.sub(r"^Unrecognized options: (--[\w.-]+).*", r"no option \1", message)
     hint = f"; did you mean '{near[1]}'?" if near else ""
     raise UsageError(f"{message}{hint}; see pretrain {name} --help")
+
+
+def _lists(kind: type, prefix: str = "--") -> Iterator[tuple[str, str]]:
+    """Each way to write an option that takes several values, with the option's name."""
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        value, *extras = get_args(hint) if hasattr(hint, "__metadata__") else [hint]
+        if is_dataclass(value):
+            yield from _lists(value, prefix if value is Config else f"{prefix}{name}.")  # type: ignore[arg-type]
+        appends = any(extra in (tyro.conf.Positional, tyro.conf.UseAppendAction) for extra in extras)
+        if get_origin(value) is tuple and get_args(value)[-1] is ... and not appends:
+            option = f"{prefix}{name}"
+            for spelling in (option, *(alias for extra in extras for alias in getattr(extra, "aliases", None) or ())):
+                yield spelling.replace("_", "-"), option
+
+
+def _gathered(args: list[str], lists: dict[str, str]) -> list[str]:
+    """The same arguments with all values of a list option, however often it is given, behind one: tyro keeps the last."""
+    rest: list[str] = []
+    values: dict[str, list[str]] = {}
+    taking = rest
+    for word in args:
+        option, equals, value = word.partition("=")
+        name = lists.get(option.replace("_", "-")) if word.startswith("--") else None
+        if name:
+            taking = values.setdefault(name, [])
+            taking.extend([value] if equals else [])
+        else:
+            taking = rest if word.startswith("--") or word == "-h" else taking
+            taking.append(word)
+    return [*rest, *(word for name, given in values.items() for word in (name, *given))]
 
 
 def _base_config(args: list[str]) -> Config:
