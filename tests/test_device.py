@@ -1,5 +1,8 @@
 import json
 import mmap
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,3 +66,48 @@ def test_memory_is_that_of_this_process():
         assert 40e6 < process_memory(CPU) - before < 120e6
     assert process_memory(CPU) < total_memory(CPU)
     assert total_memory(CPU) <= (container_limit() or 2**60)
+
+
+NOTE_IMPORTS = """
+import os, sys
+def note(event, arguments):
+    if event == "import" and arguments[0] == "torch":
+        print(os.environ.get("PYTORCH_ENABLE_MPS_FALLBACK"))
+sys.addaudithook(note)
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "printed"),
+    [
+        (None, "import pretrain; pretrain.Run", "1"),
+        (None, "from pretrain.model import GPT", "1"),
+        (None, "from pretrain.cli import main; main(['sample', 'nowhere'])", "1"),
+        ("0", "import pretrain.device", "0"),
+    ],
+)
+def test_torch_finds_the_mps_fallback_when_it_loads(given: str | None, code: str, printed: str):
+    """It reads the variable only then. What the user has set stays."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTORCH_ENABLE_MPS_FALLBACK"}
+    environment |= {} if given is None else {"PYTORCH_ENABLE_MPS_FALLBACK": given}
+    command = [sys.executable, "-c", NOTE_IMPORTS + code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout.split("\n")[0] == printed, done.stderr
+
+
+@pytest.mark.parametrize(("first", "second", "said"), [("torch", "pretrain", 1), ("pretrain", "torch", 0)])
+def test_a_fallback_that_comes_too_late_is_said_where_mps_is_chosen(first: str, second: str, said: int):
+    code = f"""
+import {first}, {second}
+from pretrain.device import choose_device
+torch.backends.mps.is_available = lambda: True
+assert choose_device("cpu").type == "cpu"
+print("cpu", file=sys.stderr)
+assert choose_device("mps").type == "mps"
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTORCH_ENABLE_MPS_FALLBACK"}
+    command = [sys.executable, "-c", "import sys" + code]
+    error = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stderr
+    before, _, after = error.partition("cpu\n")
+    assert "pretrain" not in before
+    assert after.count("torch was imported before pretrain, so operations that MPS lacks will fail") == said

@@ -4,6 +4,8 @@ The few names that make a training script of twenty lines; see examples/. Each i
 ``import pretrain`` alone costs nothing.
 """
 
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,6 +16,10 @@ if TYPE_CHECKING:
     from pretrain.training import Callback, Console, train
 
 __all__ = ["Callback", "Config", "Console", "PretrainError", "Run", "load_config", "sample_text", "train"]
+
+if "torch" not in sys.modules:
+    # Operations that MPS lacks then run on the CPU instead of failing. torch reads it once, when its library loads.
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 _HOMES = {
     "Callback": "training",

@@ -13,6 +13,7 @@ import platform
 import re
 import subprocess
 import time
+import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +29,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def choose_device(name: str) -> torch.device:
     """The device of ``train.device``; auto takes cuda, else mps, else cpu. A UsageError when it is not there."""
-    # Read by torch when MPS first runs: operations that MPS lacks then run on the CPU instead of failing.
-    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
     if name == "auto":
         name = next(kind for kind, check in available.items() if check())
     if not available[name]():
         raise UsageError(f"train.device is {name}, but torch sees none on this machine; use --train.device auto")
+    if (
+        name == "mps" and "PYTORCH_ENABLE_MPS_FALLBACK" not in os.environ
+    ):  # pretrain/__init__.py came too late to set it
+        warnings.warn(
+            "torch was imported before pretrain, so operations that MPS lacks will fail; import pretrain first",
+            stacklevel=2,
+        )
     return torch.device(name)
 
 

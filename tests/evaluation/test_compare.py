@@ -17,6 +17,7 @@ from pretrain.config import load_config
 from pretrain.errors import DataError, UsageError
 from pretrain.evaluation import read_tasks
 from pretrain.evaluation.compare import EvalRequest, measure
+from pretrain.io import read_jsonl
 from pretrain.runs import Run
 from pretrain.runs.run import stored_core
 from pretrain.tokenizer import build_tokenizer
@@ -185,3 +186,36 @@ def test_core_is_kept_with_the_checkpoint_that_it_is_of(tmp_path: Path, text_fil
     assert stored["tasks"]["copa"]["examples"] == 5
     (newest.folder / "COMMIT").write_text("{}")  # other weights of the same step
     assert stored_core(run, newest) is None
+
+
+def test_a_kept_checkpoint_is_measured_later(tmp_path: Path, text_file: Path, capsys):
+    """storybot keeps two checkpoints for that. Each number belongs to its step, in the file of CORE too."""
+    other = tmp_path / "other.txt"
+    other.write_text(text_file.read_text(encoding="utf-8")[:2000], encoding="utf-8")
+    keep = {"train.steps": 6, "checkpoint.at": [2], "checkpoint.every": 0, "eval.every": 2, "eval.tokens": 0}
+    run = train_on(tmp_path / "run", str(text_file), **keep)
+    then = {record["step"]: record.get("val/loss") for record in read_jsonl(run.metrics)}
+    bundle = write_bundle(tmp_path / "bundle")
+    capsys.readouterr()
+
+    def numbers(*arguments: str) -> dict:
+        assert main(["eval", str(run.folder), "--json", *arguments]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    for step in (2, 6):
+        found = numbers("--step", str(step), "--core", str(bundle))
+        assert found["step"] == step
+        assert found["val_loss"] == pytest.approx(then[step], rel=1e-6)
+        stored = stored_core(run, run.checkpoint(step))
+        assert stored is not None
+        assert (stored["step"], stored["core"]) == (step, found["core"]["core"])
+    assert numbers()["val_loss"] == pytest.approx(then[6], rel=1e-6)
+    early, late = (numbers("--data", str(other), "--step", step)["data_loss"] for step in ("2", "6"))
+    assert late < early - 0.01
+
+    for command in (["eval"], ["sample"], ["export", "--out", str(tmp_path / "hf")]):
+        assert main([command[0], str(run.folder), *command[1:], "--step", "4"]) == 1
+        said = capsys.readouterr().err
+        assert said == f"pretrain: {run.folder} has no checkpoint of step 4; there are: 2, 6\n"
+    assert main(["eval", f"hf:{tmp_path}", "--data", str(other), "--step", "2"]) == 2
+    assert "is no run, and has no checkpoints of several steps; leave out --step" in capsys.readouterr().err

@@ -32,6 +32,8 @@ class Evaluate(Command):
     """Also measure CORE, accuracy on up to 22 tasks, from a folder, .zip file or URL; without one, nanochat's."""
     max_per_task: Natural = 0
     """Ask only this many questions of each task of CORE. 0: all."""
+    step: Natural = 0
+    """Measure the checkpoints of this step. 0: the newest."""
     json: bool = False
     """Print one JSON object per model, each on its own line."""
     csv: str = ""
@@ -52,7 +54,7 @@ class Evaluate(Command):
         from pretrain.evaluation.compare import EvalRequest, check_places, json_line, measure, tables, write_csv
 
         tasks = read_tasks(open_bundle("" if self.core == "default" else self.core)) if self.core else []
-        request = EvalRequest(self.split, self.data, self.batches, tasks, self.max_per_task)
+        request = EvalRequest(self.split, self.data, self.batches, tasks, self.max_per_task, self.step)
         check_places(self.runs, request)  # before the first of them takes its time
         measured = []
         for run in self.runs:

@@ -52,6 +52,8 @@ class EvalRequest:
     """Tasks of CORE; none for no CORE."""
     max_per_task: int = 0
     """Questions of each task; 0 for all."""
+    step: int = 0
+    """Of the checkpoint to measure; 0 for the newest."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,11 @@ def check_places(places: Sequence[str], request: EvalRequest) -> None:
     """A PretrainError if there is no run or model at one of ``places``, or nothing that it can be measured on."""
     for place in places:
         if not place.startswith(PREFIX):
-            Run.open(place)
+            run = Run.open(place)
+            if request.step:
+                run.checkpoint(request.step)
+        elif request.step:
+            raise UsageError(f"{place} is no run, and has no checkpoints of several steps; leave out --step")
         elif request.batches or not (request.data or request.core):
             raise UsageError(f"{place} has no text of its own to measure on; give --data or --core, and no --batches")
         else:
@@ -94,7 +100,7 @@ def measure(
 
 def _measure_run(place: str, request: EvalRequest, device: torch.device, say: Callable[[str], None]) -> EvalResult:
     run = Run.open(place)
-    checkpoint = run.newest_checkpoint()
+    checkpoint = run.checkpoint(request.step) if request.step else run.newest_checkpoint()
     model, tokenizer = run.load_model(device, checkpoint), run.tokenizer()
     precision = checkpoint.state["precision"] if device.type == "cpu" else "auto"
     model.activation_dtype = choose_precision(precision, device).dtype
