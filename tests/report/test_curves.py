@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from pretrain.io import append_jsonl, keep_steps
-from pretrain.report.curves import SKIPPED, SMOOTHED, Curves, Table, thinned
+from pretrain.report.curves import SKIPPED, Curves, Table, thinned
+from pretrain.runs.metrics import SMOOTHED_LOSS
 
 
 def losses(curves: Curves) -> list[float]:
@@ -61,11 +62,12 @@ def test_curves_of_lines_that_come_bit_by_bit(tmp_path: Path):
     append_jsonl(file, {"step": 3, "train/loss": 2.0, "train/grad_norm": 0.5, "tokens": 9, "val/loss": 3.0})
     append_jsonl(file, {"step": 3, "train/loss": 9.0})
     curves.refresh()
-    assert set(curves.train.columns) == {"step", "tokens", "train/loss", "train/grad_norm", "new", SMOOTHED, SKIPPED}
+    given = {"step", "tokens", "train/loss", "train/grad_norm", "new", SKIPPED}
+    assert set(curves.train.columns) == given | {SMOOTHED_LOSS}
     assert curves.train.column("step").tolist() == [1, 2, 3]
     assert curves.train.column("train/loss")[2:].tolist() == [2.0]
     assert np.isnan(curves.train.column("new")).tolist() == [True, False, True]
-    assert curves.train.column(SMOOTHED).tolist() == pytest.approx([4.0, 4.0, (0.95 * 4 + 2) / 1.95])
+    assert curves.train.column(SMOOTHED_LOSS).tolist() == pytest.approx([4.0, 4.0, (0.9 * 4 + 2) / 1.9])
     assert curves.val.column("val/loss").tolist() == [3.0]
     assert curves.val.column("tokens").tolist() == [9.0]
     assert curves.skipped() == [(2, 1)]

@@ -16,6 +16,7 @@ def record(step: int, loss: float | None = 4.0, **more: Any) -> dict[str, Any]:
         "step": step,
         "time": 2.0 * step,
         "train/loss": loss,
+        "train/smoothed_loss": 4.25,
         "train/lr": 0.001,
         "train/grad_norm": 0.5,
         "train/tokens_per_second": 12_000,
@@ -41,7 +42,7 @@ def shown(panel: Panel) -> str:
 def test_what_the_panel_shows(panel: Panel):
     assert "first step" in shown(panel)
     for step in range(1, 51):
-        panel.step(record(step, 4.0))
+        panel.record = record(step, 4.0)
         panel.draw()
         NOW[0] += 2.0
     text = shown(panel)
@@ -50,7 +51,7 @@ def test_what_the_panel_shows(panel: Panel):
     assert "05:00 left" in text
     panel.validation = record(50, 4.0, **{"val/loss": 4.4, "val/bpb": 1.7})
     text = shown(panel)
-    assert "loss 4.000 (last 4.000)" in text
+    assert "loss 4.250 (last 4.000)" in text
     assert "validation 1.700 bits per byte at step 50" in text
     assert "lr 1.00e-03" in text
     assert "gradient norm 0.5" in text
@@ -62,7 +63,7 @@ def test_what_the_panel_shows(panel: Panel):
     console = Console(quiet=True)
     console._panel = panel
     console.on_evaluation(record(60, 4.0, **{"val/loss": None, "val/bpb": None}), None)  # kept: the last finite one
-    panel.step(record(61, None, **{"train/grad_norm": None}))
+    console.on_step(record(61, None, **{"train/grad_norm": None}))
     text = shown(panel)
     assert "validation 1.700" in text
     assert "(last none)" in text

@@ -287,6 +287,9 @@ def test_a_nan_in_one_micro_batch_skips_the_whole_step(tiny: Config, tmp_path: P
             assert before[name].numpy().tobytes() == after[name].numpy().tobytes(), name
     assert not torch.equal(weights(run.checkpoint(5))["model.head.weight"], after["model.head.weight"])
     assert [r["step"] for r in read_jsonl(run.metrics) if r["train/skipped"]] == [4]
+    assert [r["train/smoothed_loss"] for r in read_jsonl(run.metrics)] == smoothed(run)
+    assert run.summary is not None
+    assert run.summary["train_loss"] == smoothed(run)[-1]
     (event,) = read_jsonl(run.events)
     assert (event["event"], event["step"], event["batch"]) == ("skipped", 4, 3)
     assert event["text"] in said
@@ -339,6 +342,18 @@ def test_the_guard_knows_spikes_from_the_statistics_of_good_steps():
     assert not torch.equal(guard.window, window)
 
 
+def smoothed(run: Run) -> list[float]:
+    """nanochat's smoothing of the losses of a run, with the skipped steps left out."""
+    means, kept = [], []
+    for record in read_jsonl(run.metrics):
+        kept += [] if record["train/skipped"] else [record["train/loss"]]
+        total = 0.0
+        for loss in kept:
+            total = 0.9 * total + (1 - 0.9) * loss
+        means.append(total / (1 - 0.9 ** len(kept)))
+    return means
+
+
 @pytest.mark.parametrize("action", ["skip", "roll_back"])
 def test_a_spike_is_skipped_or_rolled_back(tiny: Config, tmp_path: Path, monkeypatch, action: str):
     """A bad batch, the 10th, whose gradients are a thousand times as large."""
@@ -357,6 +372,7 @@ def test_a_spike_is_skipped_or_rolled_back(tiny: Config, tmp_path: Path, monkeyp
     run = train(config, tmp_path / "run")
     assert [r["step"] for r in read_jsonl(run.metrics)] == list(range(1, 13))
     skipped = [r["step"] for r in read_jsonl(run.metrics) if r["train/skipped"]]
+    assert [r["train/smoothed_loss"] for r in read_jsonl(run.metrics)] == smoothed(run)
     events = {e["event"] for e in read_jsonl(run.events)}
     if action == "skip":
         assert used == list(range(12))

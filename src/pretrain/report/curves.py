@@ -16,12 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.runs.metrics import Smoothed
+from pretrain.runs.metrics import SMOOTHED_LOSS, Smoothed
 
 AXES = ("step", "tokens", "time")
-SMOOTHED = "train/loss smoothed"
 SKIPPED = "train/skipped"
-WITHOUT_SPIKES = {*AXES, SMOOTHED, SKIPPED, "train/lr"}
+WITHOUT_SPIKES = {*AXES, SMOOTHED_LOSS, SKIPPED, "train/lr"}
 
 
 class Table:
@@ -55,7 +54,7 @@ class Curves:
     """All numbers of a run, from its metrics.jsonl, which may not be there yet.
 
     Attributes:
-        train: a row for each step, with ``train/loss smoothed`` added.
+        train: a row for each step, with ``train/smoothed_loss`` where an older run lacks it.
         val: a row for each step at which something with a name of ``val/...`` was measured.
     """
 
@@ -92,7 +91,7 @@ class Curves:
         if measured:
             self.val.add({name: row[name] for name in AXES if name in row} | measured)
         if "train/loss" in record:
-            row[SMOOTHED] = self._smoothed.add(None if row.get(SKIPPED) else row.get("train/loss"))
+            row.setdefault(SMOOTHED_LOSS, self._smoothed.add(row))
         self.train.add(row)
 
     def skipped(self) -> list[tuple[int, int]]:

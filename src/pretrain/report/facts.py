@@ -16,10 +16,11 @@ from pretrain.config import Config, config_to_dict, load_config
 from pretrain.errors import PretrainError
 from pretrain.io import duration, without_secrets
 from pretrain.report.baselines import Baselines, baselines
-from pretrain.report.curves import SMOOTHED, Curves
+from pretrain.report.curves import Curves
 from pretrain.report.words import choices, held_out_in_words
 from pretrain.runs import Run
 from pretrain.runs.environment import read_environment
+from pretrain.runs.metrics import SMOOTHED_LOSS
 from pretrain.sizing import count_parameters, flops_per_token, resolve
 from pretrain.tokens import Manifest
 
@@ -77,7 +78,7 @@ def results(run: Run, curves: Curves, vocabulary: int, parameters: int, flops: i
         "held-out loss": shown(val.last("val/loss"), ".4f"),
         "bits per byte": shown(val.last("val/bpb"), ".4f"),
         "CORE": shown(val.last("val/core"), ".4f"),
-        "training loss, smoothed": shown(train.last(SMOOTHED), ".4f"),
+        "training loss, smoothed": shown(train.last(SMOOTHED_LOSS), ".4f"),
         "steps": f"{step:,.0f}" + ("" if run.summary else f" of {run.config.train.steps:,}"),
         "tokens": f"{tokens:,.0f}",
         "time": duration(seconds) if seconds else "",
@@ -128,7 +129,7 @@ def losses(run: Run, curves: Curves, counted: Baselines | None, manifest: Manife
         named = {measured[0]: "first measured", lowest: "lowest", measured[-1]: "last measured"}
         for (step, loss, bits), which in sorted(named.items(), key=lambda item: item[0][0]):
             add(f"held-out text, {which}", loss, bits, f"this model after step {step:,.0f}", ours=True)
-    if loss := curves.train.last(SMOOTHED):
+    if loss := curves.train.last(SMOOTHED_LOSS):
         bytes_per_token = manifest.bytes_per_token if manifest else (run.summary or {}).get("bytes_per_token")
         bits = loss / (math.log(2) * bytes_per_token) if bytes_per_token else None
         step = curves.train.last("step") or 0

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pretrain.report.curves import SMOOTHED, Curves
+from pretrain.report.curves import Curves
 from pretrain.runs import Run
+from pretrain.runs.metrics import SMOOTHED_LOSS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,7 +77,7 @@ def _draw_losses(axes: Axes, curves: Curves, color: str, held_out: str, name: st
     """Training and validation loss of a run, which the legend calls ``name`` among several."""
     before, dash = (f"{name}: ", "--") if name else ("", "-")
     _draw(axes, curves, "train/loss", color=color, label="" if name else "train, each step", alpha=0.35, linewidth=0.8)
-    _draw(axes, curves, SMOOTHED, color=color, label=f"{before}train, smoothed")
+    _draw(axes, curves, SMOOTHED_LOSS, color=color, label=f"{before}train, smoothed")
     label = f"{before}validation"
     _draw(axes, curves, "val/loss", color=held_out, label=label, marker="o", linestyle=dash, markersize=4)
 

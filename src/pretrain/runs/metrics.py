@@ -1,15 +1,17 @@
-"""The numbers of steps: fetched from the device some steps at a time, and smoothed to be shown."""
+"""The numbers of steps: fetched from the device some steps at a time, and their losses smoothed."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-SMOOTHING = 0.95
-"""What the smoothed loss keeps of itself at each step: about twenty steps weigh."""
+SMOOTHED_LOSS = "train/smoothed_loss"
+SMOOTHING = 0.9
+"""What the smoothed loss keeps of itself at each step, as in nanochat: about ten steps weigh."""
 
 
 def fetch(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -20,14 +22,26 @@ def fetch(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class Smoothed:
-    """An exponential mean of losses, debiased (Adam, arXiv 1412.6980, section 3); skips those that are not finite."""
+    """The training loss as it is shown: an exponential mean, debiased (Adam, arXiv 1412.6980, section 3).
 
-    def __init__(self) -> None:
-        self._sum = self._weight = 0.0
+    Steps that were skipped, and losses that are not finite, are left out.
+    """
 
-    def add(self, loss: float | None) -> float:
-        """Add the loss of the next step; returns the mean so far, NaN before the first."""
-        if loss is not None and math.isfinite(loss):
+    def __init__(self, records: Iterable[dict[str, Any]] = ()):
+        """``records``, of metrics.jsonl, are taken first: what follows is then as if there had been no interruption."""
+        self._sum, self._losses = 0.0, 0
+        for record in records:
+            self.add(record)
+
+    def add(self, record: dict[str, Any]) -> float:
+        """Take the metrics of the next step; returns the mean so far, NaN before the first loss."""
+        loss = record.get("train/loss")
+        if loss is not None and math.isfinite(loss) and not record.get("train/skipped"):
             self._sum = SMOOTHING * self._sum + (1 - SMOOTHING) * loss
-            self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
-        return self._sum / self._weight if self._weight else math.nan
+            self._losses += 1
+        return self.loss
+
+    @property
+    def loss(self) -> float:
+        """The mean so far."""
+        return self._sum / (1 - SMOOTHING**self._losses) if self._losses else math.nan

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import glob
 import json
+import math
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +22,7 @@ from pretrain.errors import CheckpointError, DataError, UsageError
 from pretrain.io import read_jsonl, sha256_of, write_atomically
 from pretrain.model import GPT, meta_model
 from pretrain.runs.checkpoint import COMMIT, Checkpoint, checkpoints, newest
+from pretrain.runs.metrics import Smoothed
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokens import Corpus, is_tokens, open_corpus
 
@@ -141,11 +143,11 @@ class Run:
     def write_summary(self, seconds: float, **facts: float) -> None:
         """Write ``summary.json`` from metrics.jsonl and further ``facts``; with it the run is finished."""
         records = read_jsonl(self.metrics)
-        last, recent = records[-1], [record["train/loss"] for record in records[-20:]]
+        last, train_loss = records[-1], Smoothed(records).loss
         summary = {
             "val_loss": last.get("val/loss"),
             "val_bpb": last.get("val/bpb"),
-            "train_loss": sum(recent) / len(recent) if None not in recent else None,
+            "train_loss": train_loss if math.isfinite(train_loss) else None,
             "steps": last["step"],
             "tokens": last["tokens"],
             "seconds": round(seconds, 1),

@@ -5,7 +5,6 @@ A step only leaves its numbers here; the panel is drawn from them by a thread of
 
 from __future__ import annotations
 
-import math
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pretrain.device import Precision, peak_flops, process_memory, total_memory
-from pretrain.runs.metrics import Smoothed
+from pretrain.runs.metrics import SMOOTHED_LOSS
 from pretrain.sizing import flops_per_token
 from pretrain.training.callbacks import Callback
 
@@ -69,7 +68,7 @@ class Console(Callback):
     def on_step(self, record: dict[str, Any]) -> None:
         """Update the panel, or print some twenty lines in all."""
         if self._panel is not None:
-            self._panel.step(record)
+            self._panel.record = record
         elif record["step"] % self._every == 0 and "val/loss" not in record:
             self.say(_numbers(record))
 
@@ -105,16 +104,11 @@ class Panel:
         self.memory = total_memory(precision.device)
         self.record: dict[str, Any] = {}
         self.validation: dict[str, Any] = {}
-        self.smoothed, self._mean = math.nan, Smoothed()
         steps_done = TextColumn("step {task.completed:,}/{task.total:,}", style="bold")
         columns = (steps_done, BarColumn(30), "{task.percentage:.0f}%", TimeRemainingColumn(compact=True), "left")
         self.bar = Progress(*columns, console=console, speed_estimate_period=3600)
         self._task = self.bar.add_task("", total=steps, completed=done)
         self.live = Live(get_renderable=self.draw, console=console, transient=True, refresh_per_second=2)
-
-    def step(self, record: dict[str, Any]) -> None:
-        """Take the numbers of a step."""
-        self.record, self.smoothed = record, self._mean.add(record["train/loss"])
 
     def draw(self) -> Group:
         """A line with a bar, and two of numbers."""
@@ -122,7 +116,7 @@ class Panel:
         if not record:
             return Group(self.bar, "first step")
         self.bar.update(self._task, completed=record["step"])
-        learning = [f"loss {self.smoothed:.3f} (last {_number(record['train/loss'], '.3f')})"]
+        learning = [f"loss {record[SMOOTHED_LOSS]:.3f} (last {_number(record['train/loss'], '.3f')})"]
         if self.validation:
             bpb, loss = self.validation.get("val/bpb"), self.validation["val/loss"]
             shown = f"{bpb:.3f} bits per byte" if bpb is not None else f"loss {loss:.3f}"
@@ -144,7 +138,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _numbers(record: dict[str, Any]) -> str:
-    line = f"step {record['step']:5d}   train loss {_number(record['train/loss'], '.3f')}"
+    line = f"step {record['step']:5d}   train loss {record[SMOOTHED_LOSS]:.3f}"
     if "val/loss" in record:
         line += f"   val loss {_number(record['val/loss'], '.3f')}"
         if record["val/bpb"] is not None:

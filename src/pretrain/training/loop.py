@@ -17,9 +17,10 @@ from typing import Any
 import torch.distributed as dist
 
 from pretrain.errors import CheckpointError, Interrupted, PeerError, PretrainError, TrainingError
+from pretrain.io import read_jsonl
 from pretrain.runs import Run
 from pretrain.runs.checkpoint import CheckpointWriter, newest, not_finite, prune
-from pretrain.runs.metrics import fetch
+from pretrain.runs.metrics import SMOOTHED_LOSS, Smoothed, fetch
 from pretrain.tokens import Corpus
 from pretrain.training.callbacks import Callback
 from pretrain.training.console import Console
@@ -49,6 +50,8 @@ class Trainer:
     val_losses: dict[int, float]
     """Validation losses by step, in every process, so that all decide alike when to save."""
     bytes_per_token: float
+    smoothed: Smoothed
+    """The training loss of the steps so far, smoothed; only that of rank 0 counts earlier jobs."""
     stop: StopRequest = field(init=False)
     saved: int = field(init=False)
     """The step of the newest checkpoint; 0 for none."""
@@ -163,6 +166,8 @@ class Trainer:
         """Fetch the metrics that wait and hand them on; steps that were skipped are reported and counted."""
         records, self.waiting = fetch(self.waiting), []
         for record in records:
+            if "train/loss" in record:
+                record[SMOOTHED_LOSS] = self.smoothed.add(record)
             self.last = record
             self.notify("on_step", record)
             if not record["train/skipped"]:
@@ -202,6 +207,8 @@ class Trainer:
         self.state.progress.went_back_to, self.state.progress.pending = before.went_back_to, None
         self.waiting = [record for record in self.waiting if record["step"] <= self.step]
         self.notify("on_rollback", self.step)
+        if self.world.is_rank0:
+            self.smoothed = Smoothed(read_jsonl(self.run.metrics))
         self.event("roll_back", f"a spike at step {spike}: back to step {self.step}, skipping the batches since then")
 
     def save(self, must: bool) -> None:

@@ -17,6 +17,7 @@ from pretrain.optim import build_optimizers
 from pretrain.runs import Run
 from pretrain.runs.checkpoint import CheckpointWriter, newest
 from pretrain.runs.environment import write_environment
+from pretrain.runs.metrics import Smoothed
 from pretrain.sizing import meta_model, rows_that_fit
 from pretrain.tokens import BatchesAhead, LiveBatches, TrainingBatches, find_text, training_order
 from pretrain.training.callbacks import Callback, RunFiles
@@ -117,10 +118,12 @@ def set_up(
     # Callbacks: on rank 0 all of them, elsewhere only the heartbeat.
     listeners: list[Callback] = [Heartbeat(run.folder, config, world)]
     losses: dict[int, float] = {}
+    smoothed = Smoothed()
     if world.is_rank0:
         finished = progress.step - bool(progress.pending)
-        measured = [r for r in read_jsonl(run.metrics) if r.get("val/loss") is not None and r["step"] <= finished]
-        losses = {record["step"]: record["val/loss"] for record in measured}
+        records = [record for record in read_jsonl(run.metrics) if record["step"] <= finished]
+        losses = {record["step"]: record["val/loss"] for record in records if record.get("val/loss") is not None}
+        smoothed = Smoothed(records)
         loggers = [Logger(kind, run.folder, config, finished, say) for kind in chosen(config.log.backends, say)]
         listeners += [RunFiles(run, finished, say), console, *loggers, *callbacks]
         write_environment(run.folder, device, step=progress.step, precision=precision.name, processes=world.size)
@@ -139,4 +142,5 @@ def set_up(
         clock_start=started - progress.seconds,
         val_losses=world.broadcast(losses),
         bytes_per_token=bytes_per_token,
+        smoothed=smoothed,
     )

@@ -56,7 +56,7 @@
       id: "loss", title: "Loss", unit: "nats per token", skips: true,
       lines: [
         { table: "train", column: "train/loss", label: "training, each step", faint: true },
-        { table: "train", column: "train/loss smoothed", label: "training, smoothed" },
+        { table: "train", column: "train/smoothed_loss", label: "training, smoothed" },
         { table: "val", column: "val/loss", label: "held out", points: true },
       ],
       rules: (run) => Object.entries(run.baselines ?? {}).map(([label, value]) => ({ label, value })),
