@@ -6,8 +6,8 @@ import argparse
 import contextlib
 import io
 import re
-from dataclasses import fields, is_dataclass
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -83,7 +83,7 @@ def _lists(kind: type, prefix: str = "--") -> Iterator[tuple[str, str]]:
 
 
 def _gathered(args: list[str], lists: dict[str, str]) -> list[str]:
-    """The same arguments with all values of a list option, however often it is given, behind one: tyro keeps the last."""
+    """The same arguments, all values of a list option behind one however often it is given: tyro keeps the last."""
     rest: list[str] = []
     values: dict[str, list[str]] = {}
     taking = rest
