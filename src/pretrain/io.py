@@ -8,6 +8,7 @@ import math
 import os
 import re
 import signal
+import tempfile
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -102,7 +103,15 @@ def keep_steps(file: Path, up_to: int) -> None:
 
 def cache_folder() -> Path:
     """Where what was measured on this machine is kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "pretrain")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    if not home.is_absolute():  # a container may know neither a home nor the user
+        home = Path(tempfile.gettempdir(), f"cache-{os.getuid() if hasattr(os, 'getuid') else ''}")
+    return home / "pretrain"
+
+
+def expand(path: str | os.PathLike[str]) -> Path:
+    """A path with ``~`` and ``~user`` replaced by the home directory; unchanged where there is no such home."""
+    return Path(os.path.expanduser(path))
 
 
 def cores() -> int:

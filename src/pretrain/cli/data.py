@@ -152,11 +152,12 @@ class Inspect(Command):
     """Seed for choosing them."""
 
     def __call__(self) -> int:
+        from pretrain.io import expand
         from pretrain.tokens import Manifest, open_corpus
         from pretrain.tokens.inspection import inspect_split
         from pretrain.tokens.shards import MANIFEST
 
-        folder = Path(self.folder).expanduser()
+        folder = expand(self.folder)
         ours = (folder / MANIFEST).is_file()
         if not ours and not self.tokenizer:
             raise UsageError(

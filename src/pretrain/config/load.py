@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import tomllib
 import typing
 from collections.abc import Mapping
@@ -31,7 +32,7 @@ def load_config(recipe: str = "quickstart", **overrides: Any) -> Config:
     Raises:
         UsageError: there is no such recipe or file, a field is unknown or of the wrong type, or values contradict.
     """
-    file = RECIPES / f"{recipe}.toml" if recipe in recipe_names() else Path(recipe).expanduser()
+    file = RECIPES / f"{recipe}.toml" if recipe in recipe_names() else Path(os.path.expanduser(recipe))
     if not file.is_file():
         hint = did_you_mean(recipe, recipe_names(), or_list=False) or "; 'pretrain recipes' lists them"
         raise UsageError(f"no recipe or TOML file named '{recipe}'{hint}")

@@ -24,7 +24,7 @@ import yaml
 from msgspec import Meta, Struct
 
 from pretrain.errors import DataError
-from pretrain.io import cache_folder
+from pretrain.io import cache_folder, expand
 
 DEFAULT_BUNDLE = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 
@@ -86,7 +86,7 @@ def open_bundle(place: str = "") -> Folder:
         DataError: it is not there, cannot be fetched, or is not a bundle.
     """
     place = place or DEFAULT_BUNDLE
-    path: Folder = _download(place) if "://" in place else Path(place).expanduser()
+    path: Folder = _download(place) if "://" in place else expand(place)
     if path.is_file():
         try:
             archive = zipfile.ZipFile(path)

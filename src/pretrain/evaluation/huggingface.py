@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pretrain.errors import CheckpointError, DataError, PretrainError, UsageError
 from pretrain.evaluation.scorer import CHUNK_ELEMENTS, Scorer
 from pretrain.hf.convert import OWN, load_hf, read_config
+from pretrain.io import expand
 from pretrain.model import GPT
 from pretrain.model.loss import IGNORE
 from pretrain.tokenizer import Tokenizer
@@ -28,7 +29,7 @@ PREFIX = "hf:"
 
 def check_folder(place: str) -> Path:
     """The directory of ``hf:DIR``. A CheckpointError when there is no model in it."""
-    folder = Path(place.removeprefix(PREFIX)).expanduser()
+    folder = expand(place.removeprefix(PREFIX))
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{place}: no model there (no config.json); give hf: and a directory that has one")
     return folder

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from pretrain.config import FREE_SECTIONS, config_to_dict
 from pretrain.errors import DataError, UsageError
 from pretrain.hf.convert import OWN, hf_type, obstacles, to_hf
-from pretrain.io import read_jsonl, without_secrets
+from pretrain.io import expand, read_jsonl, without_secrets
 from pretrain.runs import Run
 from pretrain.runs.checkpoint import Checkpoint
 from pretrain.runs.run import stored_core
@@ -168,7 +168,7 @@ def _data(run: Run) -> list[list[str]] | str:
     weights = data.weights or [each.tokens("train") for each in corpus.datasets]
     for dataset, weight in zip(corpus.datasets, weights, strict=True):
         train = ["tokenized while training", "", ""] if data.stream else _sizes(dataset, "train")
-        name = without_secrets(dataset.name) + _made_from(Path(dataset.name).expanduser())
+        name = without_secrets(dataset.name) + _made_from(expand(dataset.name))
         name = name if is_tokens(data.paths) else names
         rows.append([name, *train, *_sizes(dataset, "val"), f"{weight / max(1, sum(weights)):.1%}"])
     return rows if len(corpus.datasets) > 1 else [row[:-1] for row in rows]
@@ -179,7 +179,7 @@ def _sizes(dataset: Dataset, split: str) -> list[str]:
     tokens = f"{dataset.tokens(split):,}"
     if not dataset.tokenizer:
         return [tokens, "", ""]
-    manifest = Manifest.load(Path(dataset.name).expanduser())
+    manifest = Manifest.load(expand(dataset.name))
     size = sum(shard.text_bytes for shard in manifest.shards if shard.split == split)
     return [tokens, f"{manifest.documents(split):,}", f"{size:,}"]
 

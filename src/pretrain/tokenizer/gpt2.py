@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import models
 
 from pretrain.errors import DataError, PretrainError
-from pretrain.io import cache_folder
+from pretrain.io import cache_folder, expand
 from pretrain.text.catalogue import hugging_face
 from pretrain.tokenizer.patterns import byte_level
 from pretrain.tokenizer.tokenizer import BOS, Tokenizer
@@ -49,7 +49,7 @@ def gpt2_tokenizer() -> Tokenizer:
 def local_gpt2_tokenizer() -> Tokenizer | None:
     """The GPT-2 tokenizer if its files are on this machine, else None. Raises DataError if they are wrong."""
     given = os.environ.get("PRETRAIN_GPT2_DIR")
-    for folder in [Path(given).expanduser()] if given else _folders():
+    for folder in [expand(given)] if given else _folders():
         if (tokenizer := _load(folder, str(folder))) is not None:
             return tokenizer
     if given:  # asked for by name: to go on elsewhere would hide the mistake

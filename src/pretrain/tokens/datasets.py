@@ -18,6 +18,7 @@ from pathlib import Path
 
 from pretrain.config import Config
 from pretrain.errors import DataError, UsageError
+from pretrain.io import expand
 from pretrain.tokenizer import Tokenizer, build_tokenizer
 from pretrain.tokens.foreign import SUFFIXES, open_foreign, split_of, token_files
 from pretrain.tokens.order import DATASETS, DataOrder, MixedOrder, key, mixture_shares
@@ -80,7 +81,7 @@ def is_tokens(paths: Sequence[str]) -> bool:
     """
 
     def names_tokens(path: str) -> bool:
-        place = Path(path).expanduser()
+        place = expand(path)
         if place.is_dir():
             return _is_ours(path) or bool(token_files(place))
         return "://" not in path and place.suffix in SUFFIXES
@@ -96,7 +97,7 @@ def is_tokens(paths: Sequence[str]) -> bool:
 
 
 def _is_ours(path: str) -> bool:
-    place = Path(path).expanduser()
+    place = expand(path)
     return (place / MANIFEST).is_file() or (place / PLAN).is_file()
 
 
@@ -113,10 +114,10 @@ def open_corpus(paths: Sequence[str], tokenizer: str = "") -> Corpus:
         UsageError: the vocabulary is needed and not given, or is not that of our shards.
     """
     given = build_tokenizer(tokenizer, 0, []) if tokenizer not in ("", "bpe", "char") else None
-    ours = {path: prepared_dataset(Path(path).expanduser()) for path in paths if _is_ours(path)}
+    ours = {path: prepared_dataset(expand(path)) for path in paths if _is_ours(path)}
     first = next(iter(ours), None)
     if first is not None:
-        found = Tokenizer.load(Path(first).expanduser() / "tokenizer.json")
+        found = Tokenizer.load(expand(first) / "tokenizer.json")
         if given is not None and given.fingerprint != found.fingerprint:
             raise UsageError(f"{first} was not made with --tokenizer.kind {tokenizer}; leave that out")
     elif given is None:
@@ -150,7 +151,7 @@ def foreign_dataset(path: str, tokenizer: Tokenizer) -> Dataset:
 
     Raises DataError if there are none, or one of them is cut short or has ids that the tokenizer lacks.
     """
-    found = [Path(path).expanduser()]
+    found = [expand(path)]
     if found[0].is_dir():
         found = token_files(found[0])
     elif glob.has_magic(path) and not found[0].exists():

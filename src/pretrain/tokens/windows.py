@@ -133,9 +133,11 @@ class TokenStream:
 
 def _most_open() -> int:
     """Files to keep mapped: half of those that the process may open where a map keeps its file open, else many."""
-    if sys.version_info >= (3, 13) or sys.platform == "win32":
+    if sys.version_info >= (3, 13):
         return 32_000
-    import resource
-
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows, which has no such limit
+        return 32_000
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 32_000 if soft == resource.RLIM_INFINITY else max(1, min(32_000, soft // 2))

@@ -6,13 +6,13 @@ resolve_init, before the run is made  →  config.toml says what is really built
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import torch
 
 from pretrain.config import Config, ModelConfig
 from pretrain.errors import UsageError
 from pretrain.hf.convert import config_from_hf, load_weights, read_config
+from pretrain.io import expand
 from pretrain.model import GPT
 from pretrain.model.transformer import layer_kinds, window_length
 from pretrain.runs.run import Run
@@ -37,7 +37,7 @@ def resolve_init(config: Config) -> Config:
     if not source:
         return config
     if source.startswith(HF):
-        folder = Path(source.removeprefix(HF)).expanduser()
+        folder = expand(source.removeprefix(HF))
         theirs = config_from_hf(read_config(folder))
         ours = dataclasses.replace(
             _fixed_windows(theirs),
@@ -77,7 +77,7 @@ def load_initial(model: GPT, config: Config, tokenizer: Tokenizer) -> None:
     """
     source = config.train.init_from
     if source.startswith(HF):
-        load_weights(model, Path(source.removeprefix(HF)).expanduser())
+        load_weights(model, expand(source.removeprefix(HF)))
         return
     run = Run.open(source)
     if run.tokenizer().fingerprint != tokenizer.fingerprint:
