@@ -33,6 +33,16 @@ def test_a_config_survives_toml():
     assert config_from_dict(tree, "test") == config
 
 
+def test_a_single_prompt_by_its_older_name(tmp_path):
+    """As every config.toml has it that was written while there was one prompt."""
+    (tmp_path / "old.toml").write_text('[sample]\nprompt = "Ada"\nmax_tokens = 3\n')
+    config = load_config(str(tmp_path / "old.toml"))
+    assert (config.sample.prompts, config.sample.max_tokens) == (("Ada",), 3)
+    assert load_config("quickstart", **{"sample.prompt": ""}).sample.prompts == ("",)
+    with pytest.raises(UsageError, match=r"sample.prompt is the older name of sample.prompts"):
+        load_config(str(tmp_path / "old.toml"), **{"sample.prompts": ["the fox"]})
+
+
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [

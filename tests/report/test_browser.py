@@ -161,6 +161,17 @@ def test_samples_as_they_grew(run: Run, tmp_path: Path, browser: Browser):
     assert browser.complaints() == []
 
 
+def test_several_prompts_of_a_step(run: Run, tmp_path: Path, browser: Browser):
+    append_jsonl(run.samples, *({"step": 50, "prompt": name, "text": f"{name} sings."} for name in ("Ada", "Noël")))
+    browser.open(write_report([run], tmp_path / "page.html"))
+    assert browser.find("#sample-texts").text.split("\n") == ["Ada sings.", "Noël sings."]
+    assert browser.find("#sample-label").text == "after step 50 (5 of 5)"
+    browser.find("#all-samples summary").click()
+    browser.until("return document.querySelectorAll('#all-samples pre').length === 6")
+    assert browser.run("return document.querySelectorAll('#all-samples h3').length") == 5
+    assert browser.complaints() == []
+
+
 def test_several_runs_and_numbers_without_a_plot_of_their_own(make_run, tmp_path: Path, browser: Browser):
     runs = [make_run("a"), make_run("b", steps=0)]
     append_jsonl(runs[1].metrics, *records(1, 30, **{"train/memory_bytes": 2.5e9, "val/core": 0.1}))

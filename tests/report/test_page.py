@@ -14,7 +14,7 @@ from pretrain.errors import UsageError
 from pretrain.io import append_jsonl
 from pretrain.report import page, write_report
 from pretrain.report.facts import configuration
-from pretrain.report.page import run_names
+from pretrain.report.page import View, run_names
 from pretrain.runs import Run
 from pretrain.runs.environment import ENVIRONMENT
 from pretrain.sizing import flops_per_token
@@ -128,6 +128,12 @@ def test_a_million_steps_make_a_page_of_bounded_size(make_run, tmp_path: Path, m
     assert len(data["val"]["step"]) <= 502
     assert [data["samples"][place]["step"] for place in (0, -1)] == [10, 1039]
     assert len(data["samples"]) == 20
+    append_jsonl(run.samples, *({"step": 2000 + i // 4, "prompt": str(i % 4), "text": "x"} for i in range(4000)))
+    samples = View(run.folder)
+    samples.refresh()
+    steps = [sample["step"] for sample in samples.payload()["samples"]]
+    assert steps.count(2999) == 4  # of every step that is shown, all prompts
+    assert len(steps) <= 40
 
 
 def test_several_runs_with_what_differs(make_run, tmp_path: Path):

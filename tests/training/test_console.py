@@ -1,3 +1,4 @@
+import dataclasses
 import io
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 
 from pretrain.config import Config
 from pretrain.device import Precision
+from pretrain.io import read_jsonl
 from pretrain.training import Console, train
 from pretrain.training.console import Panel
 
@@ -62,7 +64,7 @@ def test_what_the_panel_shows(panel: Panel):
     assert "checkpoint of step 40" in shown(panel)
     console = Console(quiet=True)
     console._panel = panel
-    console.on_evaluation(record(60, 4.0, **{"val/loss": None, "val/bpb": None}), None)  # kept: the last finite one
+    console.on_evaluation(record(60, 4.0, **{"val/loss": None, "val/bpb": None}))  # kept: the last finite one
     console.on_step(record(61, None, **{"train/grad_norm": None}))
     text = shown(panel)
     assert "validation 1.700" in text
@@ -87,6 +89,17 @@ def test_piped_output_is_plain_lines(tiny: Config, tmp_path):
     assert [int(line.split()[1]) for line in steps] == list(range(1, 13))
     assert all("bits per byte" in steps[i - 1] for i in (5, 10, 12))
     assert "of peak" not in text
+
+
+def test_piped_output_at_an_interval(tiny: Config, tmp_path):
+    """Of the smoothed loss, not of the last step's alone."""
+    config = dataclasses.replace(tiny, log=dataclasses.replace(tiny.log, every=3))
+    text = run_on(Console(), config, tmp_path / "run", terminal=False)
+    shown = {int(line.split()[1]): line.split()[4] for line in text.splitlines() if line.startswith("step ")}
+    assert list(shown) == [3, 5, 6, 9, 10, 12]  # and the validations
+    records = {record["step"]: record for record in read_jsonl(tmp_path / "run" / "metrics.jsonl")}
+    assert shown == {step: f"{records[step]['train/smoothed_loss']:.3f}" for step in shown}
+    assert shown[9] != f"{records[9]['train/loss']:.3f}"
 
 
 def test_a_terminal_has_a_panel_and_events_above_it(tiny: Config, tmp_path, monkeypatch):

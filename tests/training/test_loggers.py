@@ -35,9 +35,9 @@ class Loggers:
     def __init__(self, folder: Path, config: Config, done: int, say: Callable[[str], None]):
         self.all = [Logger(kind, folder, config, done, say) for kind in chosen(config.log.backends, say)]
 
-    def on_evaluation(self, record: dict[str, Any], sample: str) -> None:
+    def on_sample(self, step: int, prompt: str, text: str) -> None:
         for each in self.all:
-            each.on_evaluation(record, sample)
+            each.on_sample(step, prompt, text)
 
     def on_end(self, interrupted: bool) -> None:
         for each in self.all:
@@ -75,14 +75,17 @@ def test_tensorboard_reads_what_was_logged(tmp_path: Path):
     said = Said()
     log = Loggers(tmp_path, config_of("auto"), 0, said)
     steps_of(log, [record(1), record(2)])
-    log.on_evaluation({"step": 2}, "a sample with ``` in it")
+    log.on_sample(2, "", "a sample with ``` in it")
     log.on_end(False)
+    prompts = Loggers(tmp_path, config_of("auto", **{"sample.prompts": ["a", "b"]}), 2, said)
+    prompts.on_sample(3, "b", "b and more")
+    prompts.on_end(False)
     assert said == []
     assert events(tmp_path) == pytest.approx({1: 1.0, 2: 0.5})
     accumulator = EventAccumulator(str(tmp_path / "tensorboard"))
     accumulator.Reload()
     assert set(accumulator.Tags()["scalars"]) == {"train/loss", "time"}
-    assert {"sample/text_summary", "config/text_summary"} <= set(accumulator.Tags()["tensors"])
+    assert {"sample/text_summary", "sample/2/text_summary", "config/text_summary"} <= set(accumulator.Tags()["tensors"])
     assert not (tmp_path / "loggers.json").exists()
 
 
@@ -151,13 +154,16 @@ def test_wandb_goes_on_with_the_same_run_and_logs_no_step_twice(tmp_path: Path, 
     run.mkdir()
     log = Loggers(run, config_of("wandb"), 0, Said())
     steps_of(log, (record(step) for step in range(1, 8)))
-    log.on_evaluation({"step": 7}, "<b>")
+    log.on_sample(7, "", "<b>")
     log.on_end(False)
-    log = Loggers(run, config_of("wandb"), 4, Said())
+    log = Loggers(run, config_of("wandb", **{"sample.prompts": ["a", "b"]}), 4, Said())
     steps_of(log, (record(step) for step in range(5, 10)))
+    for prompt in ("a", "b"):
+        log.on_sample(9, prompt, prompt)
     log.on_end(False)
     assert [step for step, values in wandb.logged if "train/loss" in values] == list(range(1, 10))
     assert (7, {"sample": "<pre>&lt;b&gt;</pre>"}) in wandb.logged
+    assert wandb.logged[-2:] == [(9, {"sample/1": "<pre>a</pre>"}), (9, {"sample/2": "<pre>b</pre>"})]
     first, second = wandb.inits
     assert first["id"] == second["id"] == json.loads((run / "loggers.json").read_text())["wandb"]["id"]
     assert (first["name"], first["project"], first["resume"]) == ("myrun", "pretrain", "allow")
@@ -263,7 +269,7 @@ def test_the_real_wandb_without_a_key(tmp_path: Path, monkeypatch):
     for done, steps in ((0, range(1, 4)), (2, range(3, 6))):
         log = Loggers(tmp_path, config_of("wandb"), done, said)
         steps_of(log, (record(step) for step in steps))
-        log.on_evaluation({"step": steps[-1]}, "a sample")
+        log.on_sample(steps[-1], "", "a sample")
         log.on_end(False)
     assert len(said) == 2
     assert all("wandb login" in text for text in said)
@@ -284,7 +290,7 @@ for done, steps in ((0, range(1, 4)), (2, range(3, 6))):
     log = Logger("trackio", Path(sys.argv[1]), load_config("quickstart"), done, sys.exit)
     for step in steps:
         log.on_step({"step": step, "train/loss": 1.0 / step})
-    log.on_evaluation({"step": steps[-1]}, "a sample")
+    log.on_sample(steps[-1], "", "a sample")
     log.on_end(False)
 """
     import subprocess

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from pretrain.config import Config, load_config
-from pretrain.errors import CheckpointError, DeviceMemoryError, UsageError
+from pretrain.errors import CheckpointError, DataError, DeviceMemoryError, UsageError
 from pretrain.io import read_jsonl
 from pretrain.model import GPT
 from pretrain.optim.adamw import AdamW
@@ -304,17 +304,47 @@ def test_callbacks_hear_of_steps_validations_and_checkpoints(tiny: Config, tmp_p
         def on_step(self, record):
             heard.append(("step", record["step"]))
 
-        def on_evaluation(self, record, sample):
-            heard.append(("evaluation", record["step"], bool(sample)))
+        def on_evaluation(self, record):
+            heard.append(("evaluation", record["step"], record["val/loss"] > 0))
+
+        def on_sample(self, step, prompt, text):
+            assert heard[-1] == ("evaluation", step, True)
+            heard.append(("sample", step, prompt, text))
 
         def on_checkpoint(self, path):
             assert (path / "COMMIT").exists()
             heard.append(("checkpoint", path.name))
 
-    train(tiny, tmp_path / "run", callbacks=[Listener()])
+    run = train(tiny, tmp_path / "run", callbacks=[Listener()])
+    samples = [event[1:] for event in heard if event[0] == "sample"]
+    assert samples == [tuple(line.values()) for line in read_jsonl(run.samples)]
     assert [event[1] for event in heard if event[0] == "step"] == list(range(1, 13))
     assert [event[1:] for event in heard if event[0] == "evaluation"] == [(5, True), (10, True), (12, True)]
     assert [event[1] for event in heard if event[0] == "checkpoint"] == [f"step-{n:08d}" for n in (4, 8, 12)]
+
+
+def test_several_prompts_at_an_interval_of_their_own(tiny: Config, tmp_path: Path, monkeypatch):
+    prompts = ("Ada", "", "the fox hears")
+    config = change(tiny, sample__prompts=prompts, sample__every=4, log__every=100)
+    console = Console(quiet=True)
+    said: list[str] = []
+    monkeypatch.setattr(console, "say", said.append)
+    lines = read_jsonl(train(config, tmp_path / "run", console).samples)
+    assert [(line["step"], line["prompt"]) for line in lines] == [(step, p) for step in (4, 8, 12) for p in prompts]
+    assert all(line["text"].startswith(line["prompt"]) and line["text"] != line["prompt"] for line in lines)
+    shown = said[said.index("step     8   sampled") + 1 :]
+    assert shown[:3] == [f"      “{' '.join(line['text'].split())}”" for line in lines[3:6]]
+    alone = train(change(config, sample__prompts=prompts[2:]), tmp_path / "alone")
+    assert read_jsonl(alone.samples) == lines[2::3]
+
+
+def test_a_prompt_that_cannot_be_encoded_is_refused_before_the_first_step(tiny: Config, tmp_path: Path):
+    (tmp_path / "dna.txt").write_text("ACGTTGCA" * 1000)
+    config = change(tiny, data__paths=(str(tmp_path / "dna.txt"),), tokenizer__kind="char")
+    with pytest.raises(DataError, match=r"sample.prompts: 'Ada' cannot be sampled from \(the character 'd' "):
+        train(change(config, sample__prompts=("AC", "Ada")), tmp_path / "refused")
+    run = train(config, tmp_path / "run")  # with the empty prompt: it begins with no line end either
+    assert [set(line["text"]) <= set("ACGT") for line in read_jsonl(run.samples)] == [True] * 3
 
 
 def test_a_logger_that_fails_never_stops_training(tiny: Config, tmp_path: Path, monkeypatch):

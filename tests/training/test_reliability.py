@@ -72,6 +72,8 @@ def test_a_signal_in_any_phase_loses_nothing(
     if phase == "CORE":
         bundle = str(write_bundle(tmp_path / "bundle"))
         config = change(config, eval__core_every=5, eval__core_bundle=bundle, eval__core_max_per_task=3)
+    if phase == "sampling":
+        config = change(config, sample__prompts=("Ada", "the fox"), sample__every=3)
     undisturbed = train(config, tmp_path / "undisturbed")
     place, name, call = PHASES[phase]
     original, calls = getattr(place, name), []

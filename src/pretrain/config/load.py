@@ -73,6 +73,7 @@ def config_from_dict(tree: Mapping[str, Any], source: str) -> Config:
     """
     sections = typing.get_type_hints(Config)
     try:
+        tree = _renamed(tree)
         for name, values in tree.items():
             if name not in sections:
                 raise ValueError(f"unknown field '{name}'{did_you_mean(name, sections)}")
@@ -84,6 +85,17 @@ def config_from_dict(tree: Mapping[str, Any], source: str) -> Config:
         return Config(**{name: sections[name](**values) for name, values in tree.items()})
     except ValueError as error:
         raise UsageError(f"{source}: {error}") from None
+
+
+def _renamed(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with the names of today in place of older ones."""
+    sample = tree.get("sample")
+    if not isinstance(sample, Mapping) or "prompt" not in sample:
+        return dict(tree)
+    if "prompts" in sample:
+        raise ValueError("sample.prompt is the older name of sample.prompts; give only the latter")
+    others = {name: value for name, value in sample.items() if name != "prompt"}
+    return {**tree, "sample": {**others, "prompts": [sample["prompt"]]}}
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:

@@ -360,6 +360,8 @@ class ParallelConfig(Section):
 class LogConfig(Section):
     """Where the metrics go besides metrics.jsonl (docs/logging.md)."""
 
+    every: Natural = 0
+    """Steps between printed lines when the output is not a terminal. 0: about twenty lines in all."""
     backends: tuple[Literal["auto", "none", "tensorboard", "wandb", "trackio"], ...] = ("auto",)
     """Where metrics and samples are logged. auto: TensorBoard, if it is installed."""
     project: NonEmpty = "pretrain"
@@ -370,10 +372,12 @@ class LogConfig(Section):
 
 @dataclass(frozen=True)
 class SampleConfig(Section):
-    """Text sampled at every validation."""
+    """Text sampled on the way."""
 
-    prompt: str = ""
-    """Text to continue. Empty: begin a new document."""
+    prompts: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--sample.prompt"])] = ("",)
+    """Texts to continue. Empty: begin a new document."""
+    every: Natural = 0
+    """Steps between samples, and at the end. 0: at every validation."""
     max_tokens: Natural = 64
     """Tokens to sample. 0: no samples."""
     temperature: NonNegative = 0.8

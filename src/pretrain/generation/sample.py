@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from pretrain.config.sampling import SamplingOptions
+from pretrain.errors import DataError
 from pretrain.generation.decode import generate
 from pretrain.generation.text import TextWriter
 from pretrain.model import GPT
@@ -36,8 +38,12 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     Raises DataError for a character that the tokenizer does not know.
     """
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    # Without BOS there is nothing to begin a document with; a line break comes closest.
-    return bos + tokenizer.encode(prompt) or tokenizer.encode("\n")
+    if ids := bos + tokenizer.encode(prompt):
+        return ids
+    # Without BOS there is nothing to begin a document with; a line break comes closest, where the vocabulary has it.
+    with suppress(DataError):
+        return tokenizer.encode("\n")
+    return [0]
 
 
 def sample_text(model: GPT, tokenizer: Tokenizer, prompt: str, **options: Any) -> Iterator[str]:

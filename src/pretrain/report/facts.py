@@ -17,7 +17,7 @@ from pretrain.errors import PretrainError
 from pretrain.io import duration, without_secrets
 from pretrain.report.baselines import Baselines, baselines
 from pretrain.report.curves import Curves
-from pretrain.report.words import choices, held_out_in_words
+from pretrain.report.words import choices, held_out_in_words, suggested_prompt
 from pretrain.runs import Run
 from pretrain.runs.environment import read_environment
 from pretrain.runs.metrics import SMOOTHED_LOSS
@@ -257,7 +257,7 @@ def start_rows(start: dict[str, Any]) -> Pairs:
 
 def commands(run: Run) -> Pairs:
     """What can be done with a run, each with its command."""
-    folder, prompt = shlex.quote(str(run.folder)), shlex.quote(run.config.sample.prompt.strip() or "And")
+    folder, prompt = shlex.quote(str(run.folder)), shlex.quote(suggested_prompt(run))
     if run.summary:
         go_on = ("train it longer", f"pretrain train --out {folder} --train.steps {2 * run.config.train.steps}")
     else:

@@ -30,7 +30,7 @@ from pretrain.runs import Run
 ROWS, LEAST_ROWS, MOST_ROWS = 12_000, 600, 5_000
 """Rows of numbers in a page, shared by its runs; and the least and the most of a run."""
 SAMPLES, SAMPLE_CHARACTERS = 200, 2_000
-"""Samples in a page, shared by its runs, evenly taken from all; and how much of each."""
+"""Samples in a page, shared by its runs, of steps evenly taken from all; and how much of each."""
 EVENTS, MARKS = 200, 1000
 """The newest events and skipped steps of a run that are shown."""
 FIXED = ("config.toml", "tokenizer.json", "data/manifest.json", "environment.json", "summary.json")
@@ -85,14 +85,19 @@ class View:
             settings = find_optimizer(config.optim).settings
             if "momentum" in settings(0, config):
                 train["train/momentum"] = [round(settings(step - 1, config)["momentum"], 5) for step in train["step"]]
-        samples = evenly(read_jsonl(self.folder / "samples.jsonl"), max(10, SAMPLES // self.of))
+        samples = read_jsonl(self.folder / "samples.jsonl")
+        steps = list(dict.fromkeys(sample["step"] for sample in samples))
+        prompts = -(-len(samples) // max(1, len(steps)))
+        shown = set(evenly(steps, max(10, SAMPLES // self.of // max(1, prompts))))
         counted = self.facts.get("baselines")
         return {
             "name": self.name,
             "train": train,
             "val": thinned(self.curves.val, rows),
             "samples": [
-                sample | {name: sample[name][:SAMPLE_CHARACTERS] for name in ("prompt", "text")} for sample in samples
+                sample | {name: sample[name][:SAMPLE_CHARACTERS] for name in ("prompt", "text")}
+                for sample in samples
+                if sample["step"] in shown
             ],
             "events": without_secrets(read_jsonl(self.folder / "events.jsonl")[-EVENTS:]),
             "skipped": self.curves.skipped()[-MARKS:],

@@ -30,11 +30,16 @@ def held_out_in_words(loss: float, bits_per_byte: float | None) -> list[str]:
     return said
 
 
+def suggested_prompt(run: Run) -> str:
+    """Something to try the model with: the run's own first prompt, if it has one."""
+    return next(filter(None, map(str.strip, run.config.sample.prompts)), "And")
+
+
 def explain(run: Run, page: Path | None = None) -> str:
     """The closing words of training: what a finished run made, how good it is, and the next command to type."""
     summary = run.summary
     assert summary is not None, "only a finished run can be explained"
-    vocabulary, loss, prompt = summary["vocab_size"], summary["val_loss"], run.config.sample.prompt.strip() or "And"
+    vocabulary, loss, prompt = summary["vocab_size"], summary["val_loss"], suggested_prompt(run)
     meaning = held_out_in_words(loss, summary["val_bpb"]) if loss is not None else []
     if meaning:
         meaning[0] += f" Knowing nothing would be {math.log(vocabulary):.3f}, a guess among all {vocabulary:,}."

@@ -29,8 +29,11 @@ class Callback:
     def on_step(self, record: dict[str, Any]) -> None:
         """After a step, with its line of metrics.jsonl; on a GPU some steps later, when the numbers are fetched."""
 
-    def on_evaluation(self, record: dict[str, Any], sample: str | None) -> None:
-        """After a validation, with the step's line and the text that was sampled, if any."""
+    def on_evaluation(self, record: dict[str, Any]) -> None:
+        """After a validation, with the step's line of metrics.jsonl."""
+
+    def on_sample(self, step: int, prompt: str, text: str) -> None:
+        """After ``step`` steps the model continued ``prompt``; ``text`` begins with it. Called for each prompt."""
 
     def on_event(self, event: dict[str, Any]) -> None:
         """An event such as a skipped step: ``event`` has ``step``, ``event`` (its kind) and ``text``.
@@ -68,11 +71,9 @@ class RunFiles(Callback):
         """A line of metrics.jsonl."""
         self._write(self.run.metrics, record)
 
-    def on_evaluation(self, record: dict[str, Any], sample: str | None) -> None:
+    def on_sample(self, step: int, prompt: str, text: str) -> None:
         """A line of samples.jsonl."""
-        if sample is not None:
-            prompt = self.run.config.sample.prompt
-            self._write(self.run.samples, {"step": record["step"], "prompt": prompt, "text": sample})
+        self._write(self.run.samples, {"step": step, "prompt": prompt, "text": text})
 
     def on_event(self, event: dict[str, Any]) -> None:
         """A line of events.jsonl."""

@@ -36,6 +36,7 @@ class Console(Callback):
         self._console = rich.console.Console(quiet=quiet, highlight=False, soft_wrap=True)
         self._panel: Panel | None = None
         self._every = 1
+        self._shown = 0
 
     def say(self, text: str) -> None:
         """Print one line."""
@@ -59,26 +60,32 @@ class Console(Callback):
         if world.size > 1:
             rows = world.rows_per_rank(config.batch_rows)
             self.say(f"processes {world.size} ({state.parameters.parallelism}), {rows} rows of the batch each")
-        self._every = max(1, train.steps // 20)
+        self._every = config.log.every or max(1, train.steps // 20)
         if self._console.is_terminal and not self._console.quiet:
             share = flops_per_token(config.model, vocabulary) / (peak_flops(device, precision.dtype) * world.size)
             self._panel = Panel(self._console, precision, share, trainer.step, train.steps)
             self._panel.live.start()
 
     def on_step(self, record: dict[str, Any]) -> None:
-        """Update the panel, or print some twenty lines in all."""
+        """Update the panel, or print a line where it is due."""
         if self._panel is not None:
             self._panel.record = record
         elif record["step"] % self._every == 0 and "val/loss" not in record:
-            self.say(_numbers(record))
+            self._show(record)
 
-    def on_evaluation(self, record: dict[str, Any], sample: str | None) -> None:
-        """Print the numbers of a validation, and the sample."""
+    def on_evaluation(self, record: dict[str, Any]) -> None:
+        """Print the numbers of a validation."""
         if self._panel is not None and record.get("val/loss") is not None:
             self._panel.validation = record
-        self.say(_numbers(record))
-        if sample:
-            self.say(f"      “{' '.join(sample.split())}”")
+        self._show(record)
+
+    def on_sample(self, step: int, prompt: str, text: str) -> None:
+        """Print it, below the line of its step."""
+        if step != self._shown:
+            self.say(f"step {step:5d}   sampled")
+            self._shown = step
+        if text:
+            self.say(f"      “{' '.join(text.split())}”")
 
     def on_event(self, event: dict[str, Any]) -> None:
         """Print it."""
@@ -89,6 +96,10 @@ class Console(Callback):
         if self._panel is not None:
             self._panel.saved = int(path.name.removeprefix("step-"))
             self.say(f"step {self._panel.saved:5d}   saved")
+
+    def _show(self, record: dict[str, Any]) -> None:
+        self.say(_numbers(record))
+        self._shown = record["step"]
 
     def on_end(self, interrupted: bool) -> None:
         """Remove the panel."""

@@ -67,21 +67,26 @@ class Evaluator:
         results = evaluate_core(scorer, tasks, self.config.eval.core_max_per_task).tasks
         return CoreResult(tuple(each for some in self.world.gather(results)[:shares] for each in some))
 
-    def sample(self, check: Callable[[], None]) -> str | None:
-        """The prompt of ``config.sample``, continued; None in a process that rank 0 does not need for it."""
+    def sample(self, check: Callable[[], None]) -> dict[str, str]:
+        """The text that each prompt of ``config.sample`` begins; none in a process that rank 0 does not need for it.
+
+        Each is made alone: in a batch, the others could change the last bits of its logits.
+        """
         if not (self.together or self.world.is_rank0):
-            return None
-        settings = self.config.sample
-        pieces = sample_text(
-            self.model,
-            self.tokenizer,
-            settings.prompt,
-            max_tokens=settings.max_tokens,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            seed=self.config.train.seed,
-        )
-        return settings.prompt + "".join(checked(pieces, check))
+            return {}
+        settings, texts = self.config.sample, {}
+        for prompt in settings.prompts:
+            pieces = sample_text(
+                self.model,
+                self.tokenizer,
+                prompt,
+                max_tokens=settings.max_tokens,
+                temperature=settings.temperature,
+                top_k=settings.top_k,
+                seed=self.config.train.seed,
+            )
+            texts[prompt] = prompt + "".join(checked(pieces, check))
+        return texts
 
 
 def checked(items: Iterable[T], check: Callable[[], None]) -> Iterator[T]:

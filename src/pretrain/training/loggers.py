@@ -31,7 +31,7 @@ STATE = "loggers.json"
 STATE_LOCK = threading.Lock()  # held while a tool changes its part of it
 LONGEST_QUEUE = 1000  # messages that may wait for a slow tool; beyond, they are left out
 CLOSE_SECONDS, INTERRUPTED_SECONDS = 60.0, 3.0  # how long the end of a run waits for a tool, and after a signal
-Message = tuple[int, dict[str, Any] | str]  # a step with its numbers, or with the text sampled after it
+Message = tuple[int, dict[str, Any] | tuple[str, str]]  # a step with its numbers, or with the name and text of a sample
 
 
 class Logger(Callback):
@@ -41,6 +41,8 @@ class Logger(Callback):
         self.kind, self.say = kind, say
         self._queue: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._full = False
+        prompts = dict.fromkeys(config.sample.prompts)
+        self._names = {prompt: f"sample/{n}" if len(prompts) > 1 else "sample" for n, prompt in enumerate(prompts, 1)}
         plain = without_secrets(config_to_dict(config))
         self._thread = threading.Thread(target=self._work, args=(folder, plain, done), name="logger", daemon=True)
         self._thread.start()
@@ -49,10 +51,9 @@ class Logger(Callback):
         """Pass the numbers on."""
         self._put(record["step"], {k: v for k, v in record.items() if k != "step" and isinstance(v, (int, float))})
 
-    def on_evaluation(self, record: dict[str, Any], sample: str | None) -> None:
-        """Pass the sample on; the numbers came with the step."""
-        if sample is not None:
-            self._put(record["step"], sample)
+    def on_sample(self, step: int, prompt: str, text: str) -> None:
+        """Pass it on; the numbers came with the step."""
+        self._put(step, (self._names[prompt], text))
 
     def on_end(self, interrupted: bool) -> None:
         """Let the tool finish, but not long after a signal."""
@@ -62,7 +63,7 @@ class Logger(Callback):
         if self._thread.is_alive():
             self.say(f"the logger {self.kind} did not finish within {seconds:.0f} s; what it has not sent yet is lost")
 
-    def _put(self, step: int, values: dict[str, Any] | str) -> None:
+    def _put(self, step: int, values: dict[str, Any] | tuple[str, str]) -> None:
         if self._queue.qsize() < LONGEST_QUEUE:
             self._queue.put((step, values))
         elif self._thread.is_alive() and not self._full:
@@ -89,8 +90,9 @@ def feed_tensorboard(messages: Iterable[Message], folder: Path, config: dict[str
     writer, last = writer_from(purge_step=done + 1), done
     writer.add_text("config", f"```toml\n{tomli_w.dumps(config)}\n```", done)
     for step, values in messages:
-        if isinstance(values, str):
-            writer.add_text("sample", in_markdown(values), step)
+        if isinstance(values, tuple):
+            name, text = values
+            writer.add_text(name, in_markdown(text), step)
             continue
         if step <= last:
             writer.close()
@@ -132,8 +134,8 @@ def feed_tracker(
 
     stored = 0.0
     for step, values in messages:
-        if step > state["last"] or (step == state["last"] and isinstance(values, str)):
-            run.log({"sample": shown(values)} if isinstance(values, str) else values, step=step)
+        if step > state["last"] or (step == state["last"] and isinstance(values, tuple)):
+            run.log({values[0]: shown(values[1])} if isinstance(values, tuple) else values, step=step)
             state["last"] = step
             if time.monotonic() > stored + 1:
                 store_state(folder, kind, state)

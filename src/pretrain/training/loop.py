@@ -133,7 +133,6 @@ class Trainer:
         config, progress, evaluator, step = self.config, self.state.progress, self.evaluator, self.step
         last = step == config.train.steps
         progress.pending = record
-        sample = None
         if evaluate := last or _due(step, config.eval.every):
             check = functools.partial(self.phase, "validating", may_stop=True)
             record |= evaluator.validate(last, progress.micro_rows, check)
@@ -142,15 +141,19 @@ class Trainer:
             core = evaluator.core(check)
             record["val/core"] = core.core
             self.console.say(f"step {step:5d}   {core.name} {core.core:.4f}")
-        if evaluate and config.sample.max_tokens:
-            sample = evaluator.sample(functools.partial(self.phase, "sampling", may_stop=evaluator.together))
+        samples: dict[str, str] = {}
+        if sample := evaluate if not config.sample.every else last or _due(step, config.sample.every):
+            check = functools.partial(self.phase, "sampling", may_stop=evaluator.together)
+            samples = evaluator.sample(check) if config.sample.max_tokens else {}
         progress.pending = None
 
         self.waiting.append(record)
-        if evaluate or len(self.waiting) >= self.fetch_every:
+        if evaluate or sample or len(self.waiting) >= self.fetch_every:
             self.log()
         if evaluate:
-            self.notify("on_evaluation", self.last, sample)
+            self.notify("on_evaluation", self.last)
+        for prompt, text in samples.items():
+            self.notify("on_sample", step, prompt, text)
         loss = record.get("val/loss", math.inf)
         best = config.checkpoint.keep_best and loss < min(self.val_losses.values(), default=math.inf)
         if math.isfinite(loss):

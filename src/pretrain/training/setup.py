@@ -11,6 +11,7 @@ import torch
 from pretrain.device import Precision, choose_precision, free_memory
 from pretrain.errors import DataError
 from pretrain.evaluation import open_bundle, read_tasks
+from pretrain.generation import encode_prompt
 from pretrain.io import read_jsonl
 from pretrain.model import GPT
 from pretrain.optim import build_optimizers
@@ -52,6 +53,11 @@ def set_up(
     corpus = run.corpus()
     tokenizer, rows, length = corpus.tokenizer, config.batch_rows, config.model.context_length
     bytes_per_token = corpus.bytes_per_token
+    for prompt in config.sample.prompts if config.sample.max_tokens else ():
+        try:
+            encode_prompt(tokenizer, prompt)
+        except DataError as error:
+            raise DataError(f"sample.prompts: {prompt!r} cannot be sampled from ({error})") from None
     if config.data.stream:
         sizes = {"rows": rows, "length": length, "seed": config.train.seed, "rank": world.rank, "world": world.size}
         batches = LiveBatches(find_text(config.data), tokenizer, config.data, **sizes)

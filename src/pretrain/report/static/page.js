@@ -315,16 +315,18 @@
     byId("later").disabled = place === steps.length - 1;
     byId("sample-label").textContent = `after step ${grouped.format(step)} (${place + 1} of ${steps.length})`;
     byId("sample-texts").replaceChildren(...runs.flatMap((run) => {
-      const sample = run.samples.filter((each) => each.step <= step).pop();
-      if (!sample) return [];
-      return several ? [element("h3", { textContent: `${run.name}, step ${sample.step}` }), written(sample)] : [written(sample)];
+      const newest = Math.max(...run.samples.map((each) => each.step).filter((each) => each <= step));
+      const texts = run.samples.filter((each) => each.step === newest).map(written);
+      return several && texts.length ? [element("h3", { textContent: `${run.name}, step ${newest}` }), ...texts] : texts;
     }));
     if (byId("all-samples").open) showAllSamples();
   }
 
   function showAllSamples() {
-    byId("all-samples").querySelector("div").replaceChildren(...runs.flatMap((run) => run.samples.flatMap((sample) =>
-      [element("h3", { textContent: `${several ? `${run.name}, ` : ""}step ${grouped.format(sample.step)}` }), written(sample)])));
+    byId("all-samples").querySelector("div").replaceChildren(...runs.flatMap((run) => run.samples.flatMap((sample, i) => {
+      const head = element("h3", { textContent: `${several ? `${run.name}, ` : ""}step ${grouped.format(sample.step)}` });
+      return sample.step === run.samples[i - 1]?.step ? [written(sample)] : [head, written(sample)];
+    })));
   }
 
   function chooseSample(place) {
