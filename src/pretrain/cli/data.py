@@ -41,6 +41,8 @@ class Prepare(Command):
     """Name of the text in JSONL objects and of the text column of Parquet files."""
     separator: str = ""
     """What separates the documents of plain text files, such as <|endoftext|>. Empty: each file is a document."""
+    bos: bool = True
+    """Begin each document with the BOS token, if the vocabulary has one. Off: documents follow one another unmarked."""
     split: Literal["tail", "hash", "last_file"] = "tail"
     """What is held out. tail: the last part of all text, which is read twice for it; hash: documents chosen by a hash
     of their text; last_file: the last file."""
@@ -60,6 +62,7 @@ class Prepare(Command):
             paths=self.sources,
             field=self.field,
             separator=self.separator,
+            bos=self.bos,
             split=self.split,
             val_fraction=self.val_fraction,
             val_paths=self.val,

@@ -35,6 +35,9 @@ class DataConfig(Section):
     """Name of the text in each object of JSONL files and of the text column of Parquet files."""
     separator: str = ""
     """Separator of the documents in plain text files, such as <|endoftext|>. Empty: each file is a document."""
+    bos: bool = True
+    """Begin each document with the BOS token, if the vocabulary has one. Off: documents follow one another unmarked, as
+    in sources that tokenize one text."""
     split: Literal["tail", "hash", "last_file"] = "tail"
     """What is held out for validation. tail: the last val_fraction of all characters; hash: documents chosen by a hash
     of their text, val_fraction of them; last_file: the last file."""
@@ -413,6 +416,8 @@ class Config:
         if self.train.micro_batch and self.batch_rows % self.train.micro_batch:
             rows = f"the {self.batch_rows} rows of the batch (train.batch_tokens / model.context_length)"
             raise ValueError(f"train.micro_batch {self.train.micro_batch} does not divide {rows}")
+        if self.model.document_mask and not self.data.bos:
+            raise ValueError("model.document_mask finds documents by their BOS tokens, which data.bos false leaves out")
 
     @property
     def batch_rows(self) -> int:

@@ -164,7 +164,7 @@ def _on_split(model: nn.Module, tokenizer: Tokenizer, run: Run, split: str) -> t
 
 
 def _on_text(model: nn.Module, tokenizer: Tokenizer, paths: Sequence[str], length: int, rows: int) -> Numbers:
-    """A pass over other text, as it would be held out: each document begins with the BOS token."""
+    """A pass over other text, as it would be held out: each document begins with the BOS token, if there is one."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         shard = write_shard(folder, "val", 0, (document.text for document in read_documents(paths)), tokenizer)

@@ -49,7 +49,8 @@ def read_as_ours(folder: Path) -> tuple[GPT, Tokenizer] | None:
         if read_config(folder).get("model_type") == OWN:
             raise
         return None
-    return model, tokenizer
+    # An export of a run with data.bos off says that it has no BOS token.
+    return model, tokenizer.with_bos(read_config(folder).get("bos_token_id", 0) is not None)
 
 
 class HFScorer(nn.Module, Scorer):

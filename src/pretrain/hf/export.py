@@ -79,7 +79,7 @@ def export_run(run: Run, format: Literal["hf", "safetensors"], out: Path, checkp
 def _hf_files(run: Run, tree: dict[str, Any], tokenizer: Tokenizer) -> dict[str, str]:
     """The text files that transformers looks for, by name."""
     bos, own = _bos(tokenizer), tree["model_type"] == OWN
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.bos_id} if bos else {}
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.bos_id}
     names = {"bos_token": bos, "eos_token": bos} if bos else {}
     auto = {
         "AutoConfig": "configuration_pretrain.PretrainConfig",

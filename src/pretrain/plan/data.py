@@ -38,7 +38,7 @@ def look_at_data(config: Config) -> DataFacts:
     data, kind, vocab_size = config.data, config.tokenizer.kind, config.tokenizer.vocab_size
     name = ", ".join(data.paths) or embedded_name()
     if data.paths and is_tokens(data.paths):
-        corpus = open_corpus(data.paths, kind)
+        corpus = open_corpus(data.paths, kind, data.bos)
         train, val = corpus.tokens("train"), corpus.tokens("val")
         return DataFacts(corpus.tokenizer.vocab_size, train, val, int(corpus.bytes_per_token * train), True, name)
     pieces = find_pieces(data.paths, data.field, data.separator)
@@ -48,7 +48,8 @@ def look_at_data(config: Config) -> DataFacts:
         raise DataError(f"{name}: there is nothing but white space in the text")
     problem = ""
     try:
-        tokenizer = build_tokenizer(kind, vocab_size, sample, config.tokenizer.pattern)
+        texts = sample if data.bos else ["".join(sample)]  # of characters, only several documents have a BOS token
+        tokenizer = build_tokenizer(kind, vocab_size, texts, config.tokenizer.pattern).with_bos(data.bos)
         vocab_size = tokenizer.vocab_size
         per_token = bytes_per_token(sample, tokenizer)
         source = f"{name}, at {per_token:.2f} bytes per token in a sample"

@@ -158,7 +158,7 @@ class Run:
 
     def tokenizer(self) -> Tokenizer:
         """The run's tokenizer."""
-        return Tokenizer.load(self.folder / "tokenizer.json")
+        return Tokenizer.load(self.folder / "tokenizer.json").with_bos(self.config.data.bos)
 
     def corpus(self) -> Corpus:
         """The tokens of the run: the shards that its configuration names, or those made of its text.
@@ -170,7 +170,8 @@ class Run:
             for path in paths:
                 if not Path(path).exists() and not glob.glob(path):
                     raise DataError(f"{path}, on which {self.folder} was trained, is no longer there; put it back")
-        return open_corpus(paths if is_tokens(paths) else [str(self.data)], str(self.folder / "tokenizer.json"))
+        vocabulary = str(self.folder / "tokenizer.json")
+        return open_corpus(paths if is_tokens(paths) else [str(self.data)], vocabulary, self.config.data.bos)
 
     def newest_checkpoint(self) -> Checkpoint:
         """The newest intact checkpoint. A CheckpointError when there is none."""

@@ -45,7 +45,7 @@ class Tokenizer:
 
     Attributes:
         vocab_size: the number of tokens, special ones included; the ids are 0 .. vocab_size - 1.
-        bos_id: the id of the BOS token, put before each document; None if the vocabulary has none.
+        bos_id: the id of the BOS token, put before each document; None if there is none (:meth:`with_bos`).
         special_ids: the ids of the tokens that stand for no text.
         dtype: the smallest of uint16 and uint32 that holds every id.
         fingerprint: the SHA-256 of the tokenizer.json in canonical form; equal fingerprints mean equal ids.
@@ -113,7 +113,15 @@ class Tokenizer:
             _ = self._fast_encoder  # a wrong name is an error now, not when there is much to encode
 
     def __reduce__(self) -> tuple[Any, ...]:  # encoders cannot be pickled
-        return Tokenizer, (self._text, "this tokenizer.json", self._encoder_name)
+        return Tokenizer, (self._text, "this tokenizer.json", self._encoder_name), {"bos_id": self.bos_id}
+
+    def with_bos(self, bos: bool) -> "Tokenizer":
+        """Itself; without ``bos`` (``data.bos``) one of the same ids whose ``bos_id`` is None."""
+        if bos or self.bos_id is None:
+            return self
+        other = object.__new__(Tokenizer)
+        other.__dict__.update(self.__dict__, bos_id=None)
+        return other
 
     def encode(self, text: str) -> list[int]:
         """Encode one text, without BOS. The name of a special token in it is encoded as plain text.

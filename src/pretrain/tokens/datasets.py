@@ -35,6 +35,7 @@ class Dataset:
     tokenizer: str  # its fingerprint; empty if unknown, as in files of other tools
     bytes_per_token: float  # UTF-8 bytes of text to a training token, on average; 0 if unknown
     fingerprint: str  # a hash of all contents for our own shards, of sizes and samples for foreign ones
+    boundary: int | None = None  # the BOS token with which each document begins; None: they do not, or it is unknown
 
     def tokens(self, split: str) -> int:
         """Tokens of a split."""
@@ -101,17 +102,18 @@ def _is_ours(path: str) -> bool:
     return (place / MANIFEST).is_file() or (place / PLAN).is_file()
 
 
-def open_corpus(paths: Sequence[str], tokenizer: str = "") -> Corpus:
+def open_corpus(paths: Sequence[str], tokenizer: str = "", bos: bool | None = None) -> Corpus:
     """Open token shards.
 
     Args:
         paths: folders of our own shards; folders, files or patterns of other tools'.
         tokenizer: as ``tokenizer.kind``: gpt2, byte or the path of a tokenizer.json, for files of other tools, which
             come without one. The kinds that are made from a text count as none.
+        bos: as ``data.bos``, which must be true of our shards; None: whatever they are.
 
     Raises:
         DataError: something is missing, cut short or of another vocabulary than the rest.
-        UsageError: the vocabulary is needed and not given, or is not that of our shards.
+        UsageError: the vocabulary is needed and not given, or it or ``bos`` is not that of our shards.
     """
     given = build_tokenizer(tokenizer, 0, []) if tokenizer not in ("", "bpe", "char") else None
     ours = {path: prepared_dataset(expand(path)) for path in paths if _is_ours(path)}
@@ -130,6 +132,12 @@ def open_corpus(paths: Sequence[str], tokenizer: str = "") -> Corpus:
     for path, dataset in ours.items():
         if dataset.tokenizer != found.fingerprint:
             raise DataError(f"{path} was made with another tokenizer than that in {first}; prepare it again")
+        marked = dataset.boundary is not None
+        bos = marked if bos is None else bos
+        if marked != bos and found.bos_id is not None:
+            has, use = ("a", "--data.bos") if marked else ("no", "--data.no-bos")
+            raise UsageError(f"{path} has {has} BOS token before each document; use {use}, or prepare it again")
+    found = found.with_bos(bos is not False)
     return Corpus(tuple(ours.get(path) or foreign_dataset(path, found) for path in paths), found)
 
 
@@ -143,7 +151,9 @@ def prepared_dataset(folder: Path) -> Dataset:
         file = TokenFile(folder / shard.file, shard.tokens, manifest.dtype)
         file.check()
         files[shard.split].append(file)
-    return Dataset(str(folder), files, manifest.tokenizer, manifest.bytes_per_token, manifest.fingerprint)
+    return Dataset(
+        str(folder), files, manifest.tokenizer, manifest.bytes_per_token, manifest.fingerprint, manifest.boundary
+    )
 
 
 def foreign_dataset(path: str, tokenizer: Tokenizer) -> Dataset:

@@ -32,7 +32,7 @@ def inspect_split(corpus: Corpus, split: str, samples: int, seed: int) -> Iterat
     yield ""
     yield f"{title}: {len(stream):,} tokens" + (f", the first {seen:,} of which are looked at" * (seen < len(stream)))
     lengths = document_lengths(bos_places, seen, whole=seen == len(stream))
-    if tokenizer.bos_id is not None and len(lengths):
+    if len(bos_places) and len(lengths):
         yield from histogram(lengths)
     most = [id for id in np.argsort(-counts, kind="stable")[:FREQUENT].tolist() if counts[id]]
     texts = [json.dumps(tokenizer.decode([id], show_special=True), ensure_ascii=False) for id in most]

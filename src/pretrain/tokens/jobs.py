@@ -120,16 +120,16 @@ def _survey_file(folder: Path, job: Job) -> Path:
 
 
 def tokenize_job(
-    folder: Path, job: Job, shard_tokens: int, tokenizer: Path, threads: int, report: Report
+    folder: Path, job: Job, shard_tokens: int, tokenizer: Path, bos: bool, threads: int, report: Report
 ) -> list[Commit]:
     """Write the shards of a job that are not written yet; gives all its commits.
 
     A shard is closed after the first document with which its tokens are ``shard_tokens`` or more; a document too large
-    to be held at once may go on in the next shard. Training and validation shards are closed together. ``threads`` 0 is
-    one for each core.
+    to be held at once may go on in the next shard. Training and validation shards are closed together. ``bos`` is
+    ``data.bos``; ``threads`` 0 is one for each core.
     """
     commits = read_commits(folder, job.number)
-    encoder = load_tokenizer(tokenizer, tokenizer.stat().st_mtime_ns)
+    encoder = load_tokenizer(tokenizer, tokenizer.stat().st_mtime_ns).with_bos(bos)
     problems: Counter[str] = Counter()
     done = commits[-1].parts if commits else 0
     writers: dict[str, ShardWriter] = {}

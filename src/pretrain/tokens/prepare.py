@@ -82,7 +82,8 @@ def prepare(config: Config, folder: Path, say: Callable[[str], None] = lambda _:
 
 def open_prepared(folder: Path) -> Prepared:
     """A folder that :func:`prepare` finished earlier."""
-    return Prepared(folder, Manifest.load(folder), Tokenizer.load(folder / TOKENIZER))
+    manifest = Manifest.load(folder)
+    return Prepared(folder, manifest, Tokenizer.load(folder / TOKENIZER).with_bos(manifest.boundary is not None))
 
 
 def prepare_text(
@@ -128,6 +129,7 @@ def prepare_text(
         "pieces": hashlib.sha256(repr([*pieces, *held_out]).encode()).hexdigest(),
         "field": data.field,
         "separator": data.separator,
+        "bos": data.bos,
         "split": data.split,
         "val_fraction": data.val_fraction,
         "tokenizer": given.fingerprint if given else f"{kind} {tokenizer.vocab_size} {tokenizer.pattern}",
@@ -176,8 +178,8 @@ def prepare_text(
         file = folder / TOKENIZER
         if kind == "char":
             whole = join_surveys(surveys)
-            # The vocabulary depends on the distinct characters, and on whether there is more than one document.
-            given = build_tokenizer("char", 0, [whole.alphabet] * min(2, whole.documents))
+            # The vocabulary depends on the distinct characters, and has a BOS token for more than one document.
+            given = build_tokenizer("char", 0, [whole.alphabet] * min(2 if data.bos else 1, whole.documents))
         if not file.is_file() and given:
             write_atomically(file, given.to_json())
         elif not file.is_file():
@@ -190,10 +192,10 @@ def prepare_text(
 
         side_by_side = cores() if engine == "ray" else min(workers, len(jobs))
         threads = 0 if small else max(1, cores() // side_by_side)
-        done = run_jobs("tokenizing", tokenize_job, finished_commits, jobs, shard_tokens, file, threads)
+        done = run_jobs("tokenizing", tokenize_job, finished_commits, jobs, shard_tokens, file, data.bos, threads)
         shards = [shard for commits in done for commit in commits for shard in commit.shards]
         problems = sum((Counter(commits[-1].problems) for commits in done), Counter[str]())
-        built = load_tokenizer(file, file.stat().st_mtime_ns)
+        built = load_tokenizer(file, file.stat().st_mtime_ns).with_bos(data.bos)
         manifest = Manifest.of(built, sorted(shards, key=lambda shard: shard.split), problems)  # training first
         _check_sides(manifest, validated, length)
         manifest.save(folder)
@@ -262,7 +264,7 @@ def _check_plan(folder: Path, plan: dict[str, Any]) -> None:
 def _changes(folder: Path, plan: dict[str, Any]) -> str:
     """What differs between a plan and that of the folder; empty: nothing."""
     try:
-        old = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        old = {"bos": True, **json.loads((folder / PLAN).read_text(encoding="utf-8"))}  # plans had no other before
         return ", ".join(f"another {key}" for key in plan if old.get(key) != plan[key])
     except (OSError, ValueError, AttributeError):
         return f"its {PLAN} is missing or damaged"

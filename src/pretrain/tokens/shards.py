@@ -54,7 +54,7 @@ class Manifest:
     vocab_size: Count
     tokenizer: str  # its fingerprint
     shards: tuple[Shard, ...]
-    boundary: Count | None = None  # the BOS token with which each document begins, if the vocabulary has one
+    boundary: Count | None = None  # the BOS token with which each document begins; None: there is none, or data.bos off
     problems: dict[str, int] = field(default_factory=dict)  # what of the text was fixed or skipped, and how often
 
     @staticmethod

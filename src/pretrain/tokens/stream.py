@@ -170,6 +170,7 @@ def prepare_stream(
         )
     say(f"{describe(config.data, text.size)} in {len(text.train):,} pieces, tokenized while training")
     tokenizer = build_tokenizer(kind, config.tokenizer.vocab_size, _learning_texts(text), config.tokenizer.pattern)
+    tokenizer = tokenizer.with_bos(config.data.bos)
     temporary = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

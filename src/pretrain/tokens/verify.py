@@ -49,7 +49,9 @@ def _tokenizer_faults(folder: Path, manifest: Manifest, tokenizer: Tokenizer | N
         return [*faults, str(error)]
     if own.fingerprint != manifest.tokenizer:
         faults.append(f"{folder / MANIFEST} was made with another tokenizer than {folder / 'tokenizer.json'}")
-    elif (own.vocab_size, own.dtype.name, own.bos_id) != (manifest.vocab_size, manifest.dtype, manifest.boundary):
+    elif (own.vocab_size, own.dtype.name) != (manifest.vocab_size, manifest.dtype) or (
+        manifest.boundary not in (own.bos_id, None)
+    ):
         faults.append(f"{folder / MANIFEST} has another vocabulary size, dtype or BOS token than its tokenizer")
     return faults
 

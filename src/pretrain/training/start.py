@@ -88,7 +88,7 @@ def open_run(config: Config, folder: Path, console: Console) -> Run:
         return Run.create(folder, same_configuration(Run.open(folder), config, console.say))
     config = resolve_init(config)
     if is_tokens(config.data.paths):
-        corpus = open_corpus(config.data.paths, config.tokenizer.kind)
+        corpus = open_corpus(config.data.paths, config.tokenizer.kind, config.data.bos)
         training_order(corpus, config)  # refuses what is too short, before the run exists
         tokenizer = corpus.tokenizer
     elif config.data.stream:
