@@ -344,7 +344,7 @@ def verdict(args: argparse.Namespace, recipe: str) -> Source:
             if len(done) == count:
                 raise Enough
 
-        appendix.calc_loss_batch, appendix.evaluate_model = noting_loss, noting_losses
+        vars(appendix).update(calc_loss_batch=noting_loss, evaluate_model=noting_losses)
         torch.nn.utils.clip_grad_norm_ = noting_clip  # type: ignore[assignment]
         optimizer.register_step_pre_hook(before)
         optimizer.register_step_post_hook(after)
