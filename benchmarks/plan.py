@@ -78,6 +78,9 @@ def one_round(folder: Path, recipe: str, steps: int, fields: dict[str, object]) 
         "train.steps": steps,
         "eval.every": steps - 1,
         "eval.tokens": VALIDATED,
+        "eval.order": "sequential",
+        "eval.train_tokens": 0,
+        "eval.at-start": False,
         "checkpoint.every": 0,  # saved once, after the last step
         "sample.max_tokens": 0,
     }
@@ -87,14 +90,18 @@ def one_round(folder: Path, recipe: str, steps: int, fields: dict[str, object]) 
     _, held = pretrain("train", recipe, "--data", tokens, "--out", run, *flags)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     took = records[-1]["time"] - records[0]["time"]
-    # The plan has two validations, the last one of all tokens and after the last step.
+    # The plan has two validations, the last one of all tokens (and of these, if they are fewer) after the last step.
     validation = plan["seconds"] - steps * plan["step_seconds"]
     here = min(VALIDATED, plan["data"]["val_tokens"])
-    validation *= here / (here + plan["data"]["val_tokens"])
+    held_out = plan["data"]["val_tokens"]
+    validation *= here / (here + held_out + (here if here < held_out else 0))
     return plan["memory"]["total"], held, (steps - 1) * plan["step_seconds"] + validation, took
 
 
 def flag(field: str, value: object) -> list[str]:
+    if value is False:
+        section, _, name = field.partition(".")
+        return [f"--{section}.no-{name}"]
     return [f"--{field}"] if value is True else [f"--{field}", str(value)]
 
 

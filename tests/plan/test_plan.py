@@ -17,6 +17,7 @@ from pretrain.plan import Plan, describe, make_plan, warnings
 from pretrain.plan.cluster import Layout, group_sizes, memory_parts, traffic, traffic_seconds
 from pretrain.plan.data import look_at_data
 from pretrain.plan.memory import dry_run
+from pretrain.plan.plan import validated_tokens
 from pretrain.plan.speed import measure_speed
 from pretrain.plan.words import rounded, size
 from pretrain.sizing import (
@@ -370,6 +371,25 @@ def test_a_plan_adds_up(text_file: Path):
     assert words.endswith("\nwarning    Too few tokens.")
     assert f"{sum(plan.parameters.values()):,} parameters" in words
     assert "assumed 10% of the peak" in words
+
+
+@pytest.mark.parametrize(
+    ("fields", "tokens"),
+    [
+        ({"every": 0}, 1000),
+        ({"every": 30}, 4 * 1000),  # after 30, 60, 90 and 100
+        ({"every": 50, "at_start": True}, 3 * 1000),  # before the first step, after 50 and 100
+        ({"every": 33, "offset": 1}, 4 * 1000),  # after 1, 34, 67 and 100
+        ({"every": 50, "tokens": 300}, 300 + 1000 + 300),  # the last: all, and as before
+        ({"every": 50, "tokens": 3000}, 1000 + 1000),
+        ({"every": 50, "tokens": 3000, "order": "random"}, 3000 + 1000 + 3000),
+        ({"every": 50, "train_tokens": 200}, 1200 + 1200),
+    ],
+)
+def test_tokens_of_all_validations(fields: dict[str, Any], tokens: int):
+    settings = {f"eval.{name}": value for name, value in fields.items()}
+    config = load_config("quickstart", **{"train.steps": 100, **settings})
+    assert validated_tokens(config, 1000) == tokens
 
 
 def test_a_plan_of_many_gpus(text_file: Path):

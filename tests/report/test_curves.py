@@ -79,6 +79,25 @@ def test_curves_of_lines_that_come_bit_by_bit(tmp_path: Path):
     assert curves.skipped() == []
 
 
+def test_before_the_first_step_and_both_of_the_last(tmp_path: Path):
+    file = tmp_path / "m.jsonl"
+    append_jsonl(file, {"step": 0, "tokens": 0, "val/loss": 5.0, "val/bpb": 7.0, "train/eval_loss": 5.5})
+    curves = Curves(file)
+    assert (len(curves.train), curves.train.last("step")) == (0, None)
+    append_jsonl(file, {"step": 1, "train/loss": 4.0}, {"step": 1, "train/loss": 4.0})
+    last = {"val/loss": 3.0, "val/bpb": 4.0, "val/part_loss": 3.5, "val/part_bpb": 4.5, "train/eval_loss": 3.1}
+    append_jsonl(file, {"step": 2, "train/loss": 3.3, **last})
+    curves.refresh()
+    assert curves.train.column("step").tolist() == [1, 2]
+    assert "train/eval_loss" not in curves.train.columns
+    assert curves.val.column("step").tolist() == [0, 2]
+    assert curves.val.column("val/loss").tolist() == [5.0, 3.5]
+    assert curves.val.column("val/bpb").tolist() == [7.0, 4.5]
+    assert curves.val.column("train/eval_loss").tolist() == [5.5, 3.1]
+    assert (curves.val.last("val/loss of all"), curves.val.last("val/bpb of all")) == (3.0, 4.0)
+    assert math.isnan(curves.val.column("val/loss of all")[0])
+
+
 def test_thinning_keeps_spikes_ends_and_order():
     table = Table()
     random = np.random.default_rng(0)

@@ -165,6 +165,26 @@ def test_a_run_without_a_single_step_or_any_shards(make_run, tmp_path: Path):
     assert "Commands" in elements.text
 
 
+def test_before_the_first_step_and_both_of_the_last(make_run, tmp_path: Path):
+    run = make_run(steps=0)
+    append_jsonl(run.metrics, {"step": 0, "tokens": 0, "time": 1.0, "val/loss": 5.5, "val/bpb": 7.9})
+    elements = read(write_report([run], tmp_path / "page.html"))
+    assert elements.data["runs"][0]["val"]["val/loss"] == [5.5]
+    assert elements.data["runs"][0]["train"]["step"] == []
+    assert "held-out loss5.5000" in elements.text
+    append_jsonl(run.metrics, *records(1, 39))
+    append_jsonl(run.metrics, *records(40, 40, **{"val/loss": 2.5, "val/part_loss": 2.1, "val/part_bpb": 3.0}))
+    elements = read(write_report([run], tmp_path / "page.html"))
+    data = elements.data["runs"][0]
+    assert data["val"]["val/loss"] == [5.5, 2.5, 2.35, 2.3, 2.1]
+    assert data["val"]["val/loss of all"] == [None, None, None, None, 2.5]
+    assert data["train"]["train/momentum"][0] == 0.85
+    assert "held-out loss2.5000" in elements.text
+    assert "of all held-out text. The validations before, and the curve, take 256 tokens of it" in elements.text
+    assert "over these it is 2.100 now" in elements.text
+    assert "has risen" not in elements.text  # the part, which compares, has fallen
+
+
 def test_memorising_is_said(make_run, tmp_path: Path):
     run = make_run()
     append_jsonl(run.metrics, *records(41, 50, **{"val/loss": 3.9, "train/skipped": 2.0}))

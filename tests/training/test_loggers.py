@@ -170,6 +170,28 @@ def test_wandb_goes_on_with_the_same_run_and_logs_no_step_twice(tmp_path: Path, 
     assert wandb.finished == 2
 
 
+def test_what_was_measured_before_the_first_step(tmp_path: Path, wandb: FakeWandb):
+    before = {"step": 0, "val/loss": 5.5}
+    for done in (-1, -1, 4):  # killed before its first checkpoint, and after it
+        log = Loggers(tmp_path, config_of("wandb"), done, Said())
+        steps_of(log, [before, record(1)] if done < 0 else [record(5)])
+        log.on_end(False)
+    assert [(step, values.get("val/loss")) for step, values in wandb.logged] == [(0, 5.5), (1, None), (5, None)]
+
+
+@needs("tensorboard")
+def test_tensorboard_has_step_0_once(tmp_path: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for loss in (5.5, 6.5):
+        log = Loggers(tmp_path, config_of("tensorboard"), -1, Said())
+        steps_of(log, [{"step": 0, "val/loss": loss}, record(1)])
+        log.on_end(False)
+    accumulator = EventAccumulator(str(tmp_path / "tensorboard"))
+    accumulator.Reload()
+    assert [(event.step, event.value) for event in accumulator.Scalars("val/loss")] == [(0, 6.5)]
+
+
 def test_no_secret_reaches_a_logger(tmp_path: Path, wandb: FakeWandb):
     url = "https://me:hunter2@host.example/a.txt?X-Amz-Signature=hunter3#hunter4"
     log = Loggers(tmp_path, config_of("wandb", **{"data.paths": [url, "plain.txt"]}), 0, Said())

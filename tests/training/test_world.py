@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from tests.training.test_loop import change, learned
+from tests.training.test_validation import EVALS
 
 from pretrain.config import Config
 from pretrain.io import read_jsonl
@@ -65,7 +66,8 @@ def assert_near(run: Run, other: Run) -> None:
     mine, theirs = learned(run), learned(other)
     assert [r["step"] for r in mine] == [r["step"] for r in theirs]
     for a, b in zip(mine, theirs, strict=True):
-        for name in ("train/loss", "train/grad_norm", "val/loss", "val/bpb"):
+        assert a.keys() == b.keys()
+        for name in ("train/loss", "train/grad_norm", "val/loss", "val/bpb", "val/part_loss", "train/eval_loss"):
             if name in b:
                 assert a[name] == pytest.approx(b[name], rel=1e-5 if name != "train/grad_norm" else 2e-4), (a, b)
 
@@ -92,6 +94,7 @@ def several_documents(folder: Path, text: Path) -> Path:
 CASES = {
     "ddp, muon, accumulation": (2, {"parallel__kind": "ddp", "train__micro_batch": 2}),
     "fsdp, muon": (2, {"parallel__kind": "fsdp"}),
+    "ddp, all that is validated": (2, {"parallel__kind": "ddp", **EVALS, "eval__train_tokens": 9 * 32}),
     "fsdp, adamw, accumulation": (2, {"parallel__kind": "fsdp", "optim__kind": "adamw", "train__micro_batch": 2}),
     "fsdp, uneven everything": (
         3,  # 8 rows and 2 layers of odd shapes over 3 processes; cautious decay, value embeddings, tied head

@@ -293,8 +293,19 @@ class EvalConfig(Section):
 
     every: Natural = 100
     """Steps between validations; always at the end. 0: only at the end."""
+    offset: Natural = 0
+    """Added to the steps of validations: 1 validates after 1, every + 1, ... updates, as loops do that validate after
+    update number 0."""
+    at_start: bool = False
+    """Validate before the first step too."""
     tokens: Natural = 0
-    """Tokens per validation. 0: all held-out tokens. The last validation always uses all."""
+    """Tokens per validation. 0: all held-out tokens. The last validation always uses all, and these too."""
+    order: Literal["sequential", "random"] = "sequential"
+    """Which held-out tokens a validation over eval.tokens takes. sequential: the first; random: windows drawn anew each
+    time, with replacement (as nanoGPT does)."""
+    train_tokens: Natural = 0
+    """Tokens of the training split on which each validation measures the loss too, in windows drawn anew each time. 0:
+    none."""
     core_every: Natural = 0
     """Steps between measurements of CORE (docs/evaluation.md), and at the end. 0: never."""
     core_bundle: str = ""
@@ -418,6 +429,9 @@ class Config:
             raise ValueError(f"train.micro_batch {self.train.micro_batch} does not divide {rows}")
         if self.model.document_mask and not self.data.bos:
             raise ValueError("model.document_mask finds documents by their BOS tokens, which data.bos false leaves out")
+        if self.eval.train_tokens and self.data.stream:
+            why = "a stream (data.stream) keeps no training text to measure on"
+            raise ValueError(f"eval.train_tokens is {self.eval.train_tokens}, but {why}; set --eval.train_tokens 0")
 
     @property
     def batch_rows(self) -> int:

@@ -197,14 +197,21 @@ def make_plan(
     sent = traffic(config, vocab_size, layout, micro_steps, precision.dtype)
     waiting = traffic_seconds(sent, layout, hardware.gpu) if hardware.gpu else 0.0
     step_seconds = max(speed.step(micro_steps) * rows_each / (rows * micro_steps), waiting)
-    validations = (config.train.steps - 1) // config.eval.every if config.eval.every else 0
-    each = min(config.eval.tokens or data.val_tokens, data.val_tokens)
-    evaluation = speed.evaluation * (validations * each + data.val_tokens) / gpus
-    seconds = config.train.steps * step_seconds + evaluation
+    seconds = config.train.steps * step_seconds + speed.evaluation * validated_tokens(config, data.val_tokens) / gpus
     return Plan(
         config, derived, data, hardware, layout, counts, flops, rows, micro_steps, memory, host_memory, state,
         disk_rate, sent, waiting, step_seconds, seconds, known,
     )  # fmt: skip
+
+
+def validated_tokens(config: Config, held_out: int) -> int:
+    """Tokens of all validations of a run, of which ``held_out`` are there."""
+    settings = config.eval
+    earlier = len(range(settings.offset or settings.every, config.train.steps, settings.every)) if settings.every else 0
+    earlier += settings.at_start
+    part = settings.tokens if held_out and settings.order == "random" else min(settings.tokens, held_out)
+    last = held_out + (part if part != held_out else 0)
+    return earlier * (part or held_out) + last + (earlier + 1) * settings.train_tokens
 
 
 def choose_hardware(config: Config, gpu: str) -> Hardware:

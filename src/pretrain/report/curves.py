@@ -21,6 +21,8 @@ from pretrain.runs.metrics import SMOOTHED_LOSS, Smoothed
 AXES = ("step", "tokens", "time")
 SKIPPED = "train/skipped"
 WITHOUT_SPIKES = {*AXES, SMOOTHED_LOSS, SKIPPED, "train/lr"}
+EVALUATED = "train/eval_loss"
+OF_ALL = " of all"
 
 
 class Table:
@@ -55,7 +57,9 @@ class Curves:
 
     Attributes:
         train: a row for each step, with ``train/smoothed_loss`` where an older run lacks it.
-        val: a row for each step at which something with a name of ``val/...`` was measured.
+        val: a row for each step at which something with a name of ``val/...``, or the loss on training text in
+            evaluation mode, was measured. Where both all held-out text and ``eval.tokens`` of it were measured,
+            ``val/loss`` and ``val/bpb`` go on with the latter, and the former is ``val/loss of all``.
     """
 
     def __init__(self, file: Path):
@@ -66,6 +70,7 @@ class Curves:
     def _clear(self) -> None:
         self.train, self.val = Table(), Table()
         self._smoothed = Smoothed()
+        self._step: float = -1
         self._offset, self._last_line = 0, b""
 
     def refresh(self) -> None:
@@ -85,14 +90,19 @@ class Curves:
 
     def _add(self, record: dict[str, Any]) -> None:
         row = {name: value for name, value in record.items() if type(value) in (int, float)}  # not bool
-        if row.get("step", 0) <= (self.train.columns["step"] or [0])[-1]:  # written twice
+        if row.get("step", 0) <= self._step:  # written twice
             return
-        measured = {name: row.pop(name) for name in list(row) if name.startswith("val/")}
+        self._step = row["step"]
+        measured = {name: row.pop(name) for name in list(row) if name.startswith("val/") or name == EVALUATED}
+        for name in ("loss", "bpb"):
+            if f"val/part_{name}" in measured:
+                measured[f"val/{name}{OF_ALL}"] = measured.pop(f"val/{name}", math.nan)
+                measured[f"val/{name}"] = measured.pop(f"val/part_{name}")
         if measured:
             self.val.add({name: row[name] for name in AXES if name in row} | measured)
-        if "train/loss" in record:
+        if "train/loss" in record:  # not so before the first step
             row.setdefault(SMOOTHED_LOSS, self._smoothed.add(row))
-        self.train.add(row)
+            self.train.add(row)
 
     def skipped(self) -> list[tuple[int, int]]:
         """The steps that were skipped, and why: 1 not finite, 2 a spike."""

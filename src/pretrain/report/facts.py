@@ -16,7 +16,7 @@ from pretrain.config import Config, config_to_dict, load_config
 from pretrain.errors import PretrainError
 from pretrain.io import duration, without_secrets
 from pretrain.report.baselines import Baselines, baselines
-from pretrain.report.curves import Curves
+from pretrain.report.curves import OF_ALL, Curves
 from pretrain.report.words import choices, held_out_in_words, suggested_prompt
 from pretrain.runs import Run
 from pretrain.runs.environment import read_environment
@@ -74,9 +74,10 @@ def results(run: Run, curves: Curves, vocabulary: int, parameters: int, flops: i
     def shown(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
+    _, loss, bits = newest_held_out(curves) or (None, None, None)
     return {
-        "held-out loss": shown(val.last("val/loss"), ".4f"),
-        "bits per byte": shown(val.last("val/bpb"), ".4f"),
+        "held-out loss": shown(loss, ".4f"),
+        "bits per byte": shown(bits, ".4f"),
         "CORE": shown(val.last("val/core"), ".4f"),
         "training loss, smoothed": shown(train.last(SMOOTHED_LOSS), ".4f"),
         "steps": f"{step:,.0f}" + ("" if run.summary else f" of {run.config.train.steps:,}"),
@@ -102,11 +103,21 @@ def time_left(run: Run, curves: Curves) -> str:
 # The loss in plain words -----------------------------------------------------------------------------------------
 
 
-def held_out(curves: Curves) -> list[tuple[float, float, float | None]]:
-    """Step, loss and bits per byte of each validation."""
-    columns = [curves.val.column(name).tolist() for name in ("step", "val/loss", "val/bpb")]
+Validation = tuple[float, float, float | None]
+"""Step, loss and bits per byte."""
+
+
+def held_out(curves: Curves, of: str = "") -> list[Validation]:
+    """Each validation, over text that compares; with ``OF_ALL`` those over all of it where others were not."""
+    columns = [curves.val.column(name).tolist() for name in ("step", f"val/loss{of}", f"val/bpb{of}")]
     rows = [row for row in zip(*columns, strict=True) if math.isfinite(row[1])]
     return [(step, loss, bits if math.isfinite(bits) else None) for step, loss, bits in rows]
+
+
+def newest_held_out(curves: Curves) -> Validation | None:
+    """The newest validation, over all held-out text if that was measured."""
+    newest = [*held_out(curves, OF_ALL)[-1:], *held_out(curves)[-1:]]  # of one step the first is taken
+    return max(newest, key=lambda row: row[0], default=None)
 
 
 def losses(run: Run, curves: Curves, counted: Baselines | None, manifest: Manifest | None) -> list[dict[str, Any]]:
@@ -129,6 +140,8 @@ def losses(run: Run, curves: Curves, counted: Baselines | None, manifest: Manife
         named = {measured[0]: "first measured", lowest: "lowest", measured[-1]: "last measured"}
         for (step, loss, bits), which in sorted(named.items(), key=lambda item: item[0][0]):
             add(f"held-out text, {which}", loss, bits, f"this model after step {step:,.0f}", ours=True)
+    for step, loss, bits in held_out(curves, OF_ALL)[-1:]:
+        add("all held-out text", loss, bits, f"this model after step {step:,.0f}; the others are a part", ours=True)
     if loss := curves.train.last(SMOOTHED_LOSS):
         bytes_per_token = manifest.bytes_per_token if manifest else (run.summary or {}).get("bytes_per_token")
         bits = loss / (math.log(2) * bytes_per_token) if bytes_per_token else None
@@ -141,8 +154,14 @@ def remarks(run: Run, curves: Curves, counted: Baselines | None, manifest: Manif
     """What the numbers say, in sentences."""
     said: list[str] = []
     if measured := held_out(curves):
-        _, loss, bits = measured[-1]
-        said += held_out_in_words(loss, bits)
+        loss = measured[-1][1]
+        _, of_all, bits = newest_held_out(curves) or measured[-1]
+        said += held_out_in_words(of_all, bits)
+        if of_all != loss:
+            said.append(
+                f"That is of all held-out text. The validations before, and the curve, take"
+                f" {run.config.eval.tokens:,} tokens of it: over these it is {loss:.3f} now."
+            )
         if counted and loss > counted.unigram:
             said.append("That is no better yet than knowing how frequent each token is.")
         elif counted and loss > counted.bigram:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pretrain.report.curves import Curves
+from pretrain.report.curves import EVALUATED, OF_ALL, Curves
 from pretrain.runs import Run
 from pretrain.runs.metrics import SMOOTHED_LOSS
 
@@ -61,6 +61,7 @@ def plot_runs(runs: Sequence[Run], names: Sequence[str], folder: Path) -> list[P
             color, label = f"C{i}", name if several else ""
             if number:
                 _draw(axes, curves, number, color=color, label=label)
+                _draw(axes, curves, f"{number}{OF_ALL}", color=color, linestyle="", marker="D")
             else:
                 _draw_losses(axes, curves, color, color if several else "C1", label)
         if axes.lines:
@@ -78,8 +79,12 @@ def _draw_losses(axes: Axes, curves: Curves, color: str, held_out: str, name: st
     before, dash = (f"{name}: ", "--") if name else ("", "-")
     _draw(axes, curves, "train/loss", color=color, label="" if name else "train, each step", alpha=0.35, linewidth=0.8)
     _draw(axes, curves, SMOOTHED_LOSS, color=color, label=f"{before}train, smoothed")
-    label = f"{before}validation"
-    _draw(axes, curves, "val/loss", color=held_out, label=label, marker="o", linestyle=dash, markersize=4)
+    points: dict[str, Any] = {"marker": "o", "linestyle": dash, "markersize": 4}
+    if not name:
+        _draw(axes, curves, EVALUATED, color="tab:red", label="train, in evaluation", **points)
+    _draw(axes, curves, "val/loss", color=held_out, label=f"{before}validation", **points)
+    whole = {"label": "" if name else "validation, all held-out text", "linestyle": "", "marker": "D"}
+    _draw(axes, curves, f"val/loss{OF_ALL}", color=held_out, **whole)
 
 
 def _draw(axes: Axes, curves: Curves, name: str, **look: Any) -> None:

@@ -21,6 +21,11 @@ def fetch(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: next(values) if isinstance(v, Tensor) else v for k, v in record.items()} for record in records]
 
 
+def comparable_loss(record: dict[str, Any]) -> float | None:
+    """The held-out loss to compare with other validations of the run: over ``eval.tokens``, as they were."""
+    return record.get("val/part_loss", record.get("val/loss"))
+
+
 class Smoothed:
     """The training loss as it is shown: an exponential mean, debiased (Adam, arXiv 1412.6980, section 3).
 

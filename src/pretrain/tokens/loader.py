@@ -1,7 +1,7 @@
 """Batches of token windows: inputs, and targets one token later.
 
 training:    step → DataOrder → starts → TokenStream.windows → (rows, T) inputs and targets [→ BatchesAhead: on a GPU]
-validation:  every token of the split once as a target, in order
+validation:  every token of the split once as a target, in order; or windows of given starts
 """
 
 from __future__ import annotations
@@ -159,3 +159,22 @@ def validation_batches(
         inputs = np.pad(flat[:-1], (0, padding))
         wanted = np.pad(flat[1:], (0, padding), constant_values=IGNORE)
         yield torch.from_numpy(inputs.reshape(-1, length)), torch.from_numpy(wanted.reshape(-1, length))
+
+
+def window_batches(
+    stream: TokenStream, starts: np.ndarray, length: int, rows: int, rank: int = 0, world: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and targets (up to ``rows``, T) of the windows of T + 1 tokens from ``starts``, over all ranks each once.
+
+    As in :func:`validation_batches`, each rank gets batches of the same shapes, filled up with targets of ``IGNORE``.
+    """
+    import torch
+
+    from pretrain.model.loss import IGNORE
+
+    for first in range(0, len(starts), rows * world):
+        mine = -(-min(rows * world, len(starts) - first) // world)
+        windows = stream.windows(starts[first + rank * mine : first + (rank + 1) * mine], length + 1)
+        padding = ((0, mine - len(windows)), (0, 0))
+        wanted = np.pad(windows[:, 1:], padding, constant_values=IGNORE)
+        yield torch.from_numpy(np.pad(windows[:, :-1], padding)), torch.from_numpy(wanted)

@@ -12,13 +12,13 @@ power of four, walked until it lands inside (Black and Rogaway 2002, "Ciphers wi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from pretrain.errors import UsageError
 
-OFFSETS, MIXTURE, DATASETS, PIECES = 1, 2, 3, 4
+OFFSETS, MIXTURE, DATASETS, PIECES, ESTIMATE, HELD_OUT = 1, 2, 3, 4, 5, 6
 """The last part of keys for different uses, which must not be equal; that of the windows themselves has none."""
 FEISTEL_ROUNDS = 6
 ENCRYPT_BLOCK = 8192  # numbers encrypted at once: they and the intermediate results stay in the nearest caches
@@ -120,6 +120,13 @@ class DataOrder:
             parts.append(starts)
         return np.concatenate(parts)
 
+    def estimate(self, step: int) -> DataOrder:
+        """Another draw of the same windows, to measure on after ``step``: it says nothing of what training reads."""
+        seed = int(key(self.seed, step, ESTIMATE)[0])
+        if self.kind == "sequential":  # shuffled, but at the places where training has them
+            return replace(self, kind="shuffled", stride=self.stride or self.length, seed=seed)
+        return replace(self, seed=seed)
+
 
 @dataclass(frozen=True)
 class MixedOrder:
@@ -163,6 +170,11 @@ class MixedOrder:
             starts[sets == number] = order.starts(first_block * share, len(blocks) * share) + begin
             begin += order.tokens
         return starts[skip : skip + count]
+
+    def estimate(self, step: int) -> MixedOrder:
+        """Another draw of the same windows in the same shares, to measure on after ``step``."""
+        orders = tuple(order.estimate(step) for order in self.orders)
+        return replace(self, orders=orders, seed=int(key(self.seed, step, ESTIMATE)[0]))
 
 
 def mixture_shares(weights: Sequence[float], names: Sequence[str]) -> tuple[int, ...]:

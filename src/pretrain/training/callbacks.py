@@ -27,7 +27,10 @@ class Callback:
         """A sign of progress: ``step`` steps are done and ``phase`` begins or continues; the step took ``seconds``."""
 
     def on_step(self, record: dict[str, Any]) -> None:
-        """After a step, with its line of metrics.jsonl; on a GPU some steps later, when the numbers are fetched."""
+        """After a step, with its line of metrics.jsonl; on a GPU some steps later, when the numbers are fetched.
+
+        The line of step 0 (``eval.at_start``) has only what was measured before the first step, none of ``train/loss``.
+        """
 
     def on_evaluation(self, record: dict[str, Any]) -> None:
         """After a validation, with the step's line of metrics.jsonl."""
@@ -61,11 +64,11 @@ class RunFiles(Callback):
     """
 
     def __init__(self, run: Run, finished: int, say: Callable[[str], None]):
-        """``finished`` steps are done with all their lines; later ones are dropped."""
+        """``finished`` steps are done with all their lines; later ones are dropped. -1: the run begins."""
         self.run, self.say = run, say
         self._waiting: dict[Path, list[dict[str, Any]]] = {run.metrics: [], run.samples: []}
         self.on_rollback(finished)
-        keep_steps(run.events, finished)
+        keep_steps(run.events, max(0, finished))
 
     def on_step(self, record: dict[str, Any]) -> None:
         """A line of metrics.jsonl."""

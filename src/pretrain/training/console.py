@@ -68,6 +68,8 @@ class Console(Callback):
 
     def on_step(self, record: dict[str, Any]) -> None:
         """Update the panel, or print a line where it is due."""
+        if "train/loss" not in record:  # before the first step
+            return
         if self._panel is not None:
             self._panel.record = record
         elif record["step"] % self._every == 0 and "val/loss" not in record:
@@ -149,9 +151,18 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _numbers(record: dict[str, Any]) -> str:
-    line = f"step {record['step']:5d}   train loss {record[SMOOTHED_LOSS]:.3f}"
+    parts = [f"step {record['step']:5d}"]
+    if "train/loss" in record:
+        parts.append(f"train loss {record[SMOOTHED_LOSS]:.3f}")
+    if "train/eval_loss" in record:
+        parts.append(f"train eval loss {_number(record['train/eval_loss'], '.3f')}")
     if "val/loss" in record:
-        line += f"   val loss {_number(record['val/loss'], '.3f')}"
+        parts.append(f"val loss {_number(record['val/loss'], '.3f')}")
         if record["val/bpb"] is not None:
-            line += f"   {record['val/bpb']:.3f} bits per byte"
-    return line + f"   {record['train/tokens_per_second']:,.0f} tokens/s   {record['time']:.0f} s"
+            parts.append(f"{record['val/bpb']:.3f} bits per byte")
+    if "val/part_loss" in record:
+        part, bpb = (_number(record[name], ".3f") for name in ("val/part_loss", "val/part_bpb"))
+        parts.append(f"(all held-out text; eval.tokens of it, as before: {part}, {bpb} bits per byte)")
+    if "train/tokens_per_second" in record:
+        parts.append(f"{record['train/tokens_per_second']:,.0f} tokens/s")
+    return "   ".join([*parts, f"{record['time']:.0f} s"])

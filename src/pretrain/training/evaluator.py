@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
+from torch import Tensor
+
 from pretrain.config import Config
-from pretrain.evaluation import CoreResult, GPTScorer, Task, evaluate_core, evaluate_loss
+from pretrain.evaluation import CoreResult, GPTScorer, LossResult, Task, evaluate_core, evaluate_loss
 from pretrain.generation import sample_text
 from pretrain.model import GPT
 from pretrain.tokenizer import Tokenizer
-from pretrain.tokens import TokenStream, validation_batches
+from pretrain.tokens import DataOrder, MixedOrder, TokenStream, validation_batches, window_batches
+from pretrain.tokens.order import HELD_OUT, key
 from pretrain.training.world import World
 
 T = TypeVar("T")
@@ -35,29 +38,63 @@ class Evaluator:
     tokenizer: Tokenizer
     val_streams: dict[str, TokenStream]
     """The held-out tokens of each data set that has some."""
+    training: tuple[TokenStream, DataOrder | MixedOrder] | None
+    """The training tokens and the order of their windows; None of a live stream."""
     core_tasks: list[Task]
 
     def __post_init__(self):
         self.token_bytes = self.tokenizer.token_bytes()
 
-    def validate(self, all_tokens: bool, micro_rows: int, check: Callable[[], None]) -> dict[str, float]:
-        """Validation loss and bits per byte, of each data set too where there are several; nothing without held-out
-        text. ``all_tokens``: not only ``eval.tokens``.
+    def validate(self, step: int, micro_rows: int, check: Callable[[], None]) -> dict[str, float]:
+        """What is measured after ``step`` steps, by its names in metrics.jsonl; nothing where there is no text for it.
+
+        Held-out loss and bits per byte, of each data set too where there are several: over ``eval.tokens``; after the
+        last step over all, and as ``val/part_...`` over ``eval.tokens`` as before. And the loss on training text.
         """
-        length, results = self.config.model.context_length, {}
+        length, settings, last = self.config.model.context_length, self.config.eval, step == self.config.train.steps
         rows = max(micro_rows, VALIDATION_TOKENS // length)
-        limit = 0 if all_tokens else -(-self.config.eval.tokens // max(1, len(self.val_streams)))
-        for name, stream in self.val_streams.items():
-            batches = validation_batches(stream, length, rows, limit, self.world.rank, self.world.size)
-            results[name] = evaluate_loss(self.model, checked(batches, check), self.token_bytes, self.world.sum)
-        if not results:
-            return {}
-        whole = functools.reduce(operator.add, results.values())
-        numbers = {"val/loss": whole.loss, "val/bpb": whole.bits_per_byte}
-        if len(results) > 1:
-            numbers |= {f"val/loss/{name}": result.loss for name, result in results.items()}
-            numbers |= {f"val/bpb/{name}": result.bits_per_byte for name, result in results.items()}
+
+        def measured(batches: Iterable[tuple[Tensor, Tensor]]) -> LossResult:
+            return evaluate_loss(self.model, checked(batches, check), self.token_bytes, self.world.sum)
+
+        def held_out(tokens: int) -> dict[str, LossResult]:
+            return {name: measured(self.held_out_batches(name, step, tokens, rows)) for name in self.val_streams}
+
+        numbers: dict[str, float] = {}
+        if results := held_out(0 if last else settings.tokens):
+            whole = functools.reduce(operator.add, results.values())
+            numbers |= {"val/loss": whole.loss, "val/bpb": whole.bits_per_byte}
+            if len(results) > 1:
+                numbers |= {f"val/loss/{name}": result.loss for name, result in results.items()}
+                numbers |= {f"val/bpb/{name}": result.bits_per_byte for name, result in results.items()}
+            if last and self.takes_a_part():
+                part = functools.reduce(operator.add, held_out(settings.tokens).values())
+                numbers |= {"val/part_loss": part.loss, "val/part_bpb": part.bits_per_byte}
+        if settings.train_tokens and self.training:
+            stream, order = self.training
+            starts = order.estimate(step).starts(0, max(1, settings.train_tokens // length))
+            batches = window_batches(stream, starts, length, rows, self.world.rank, self.world.size)
+            numbers["train/eval_loss"] = measured(batches).loss
         return numbers
+
+    def held_out_batches(self, name: str, step: int, tokens: int, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches for this process of a data set's share of ``tokens`` held-out tokens; 0: of all."""
+        stream, length, windows = self.val_streams[name], self.config.model.context_length, self.windows_of(tokens)
+        if windows and self.config.eval.order == "random" and len(stream) > length:
+            seed = int(key(self.config.train.seed, list(self.val_streams).index(name), HELD_OUT)[0])
+            starts = DataOrder(len(stream), length, "random", 0, seed).estimate(step).starts(0, windows)
+            return window_batches(stream, starts, length, rows, self.world.rank, self.world.size)
+        return validation_batches(stream, length, rows, windows * length, self.world.rank, self.world.size)
+
+    def windows_of(self, tokens: int) -> int:
+        """The windows of each data set, if ``tokens`` are shared by all; 0 for 0."""
+        return tokens and max(1, -(-tokens // len(self.val_streams)) // self.config.model.context_length)
+
+    def takes_a_part(self) -> bool:
+        """Whether validations before the last do not simply take every held-out token once."""
+        tokens = self.windows_of(self.config.eval.tokens) * self.config.model.context_length
+        drawn = self.config.eval.order == "random" or any(tokens < len(each) - 1 for each in self.val_streams.values())
+        return tokens > 0 and drawn
 
     def core(self, check: Callable[[], None]) -> CoreResult:
         """CORE, or the mean over as many of its tasks as the bundle has; each process takes some of the tasks."""

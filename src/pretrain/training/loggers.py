@@ -35,7 +35,7 @@ Message = tuple[int, dict[str, Any] | tuple[str, str]]  # a step with its number
 
 
 class Logger(Callback):
-    """A tool, for a run of which ``done`` steps are done; later steps that were logged before come again."""
+    """A tool, for a run of which ``done`` steps are done; later ones that were logged come again. -1: it begins."""
 
     def __init__(self, kind: str, folder: Path, config: Config, done: int, say: Callable[[str], None]):
         self.kind, self.say = kind, say
@@ -88,7 +88,7 @@ def feed_tensorboard(messages: Iterable[Message], folder: Path, config: dict[str
 
     writer_from = functools.partial(SummaryWriter, str(folder / "tensorboard"))
     writer, last = writer_from(purge_step=done + 1), done
-    writer.add_text("config", f"```toml\n{tomli_w.dumps(config)}\n```", done)
+    writer.add_text("config", f"```toml\n{tomli_w.dumps(config)}\n```", max(0, done))
     for step, values in messages:
         if isinstance(values, tuple):
             name, text = values
@@ -108,7 +108,7 @@ def feed_tracker(
 ) -> None:
     """A run in Weights & Biases or trackio, under the names that it has there since its beginning."""
     name, new = config["log"]["name"] or folder.absolute().name, uuid.uuid4().hex[:8]
-    state = {"id": new, "project": config["log"]["project"], "name": f"{name}-{new[:4]}", "last": 0}
+    state = {"id": new, "project": config["log"]["project"], "name": f"{name}-{new[:4]}", "last": -1}
     state |= read_state(folder).get(kind, {})
     options = {"project": state["project"], "config": config, "resume": "allow"}
     if kind == "trackio":

@@ -20,7 +20,7 @@ from pretrain.errors import CheckpointError, Interrupted, PeerError, PretrainErr
 from pretrain.io import read_jsonl
 from pretrain.runs import Run
 from pretrain.runs.checkpoint import CheckpointWriter, newest, not_finite, prune
-from pretrain.runs.metrics import SMOOTHED_LOSS, Smoothed, fetch
+from pretrain.runs.metrics import SMOOTHED_LOSS, Smoothed, comparable_loss, fetch
 from pretrain.tokens import Corpus
 from pretrain.training.callbacks import Callback
 from pretrain.training.console import Console
@@ -80,6 +80,8 @@ class Trainer:
                 self.notify("on_start", self)
                 if record := self.state.progress.pending:  # a signal came between a step and its measurements
                     self.finish_step(record)
+                if self.config.eval.at_start and not self.step:
+                    self.validate_at_start()
                 while self.step < self.config.train.steps:
                     record = self.one_step()
                     if self.config.guard.spike_action == "roll_back" and record["train/skipped"] == SPIKE:
@@ -107,6 +109,17 @@ class Trainer:
                 bytes_per_token=self.bytes_per_token,
             )
 
+    def validate_at_start(self) -> None:
+        """Measure the model before its first step: a record of step 0, without the numbers of a step."""
+        check = functools.partial(self.phase, "validating", may_stop=True)
+        numbers = self.evaluator.validate(0, self.state.progress.micro_rows, check)
+        if numbers:
+            seconds = round(time.monotonic() - self.clock_start, 3)
+            self.waiting.append({"step": 0, "tokens": 0, "time": seconds, **numbers})
+            self.log()
+            self.notify("on_evaluation", self.last)
+            self.is_lowest(self.last)
+
     def one_step(self) -> dict[str, Any]:
         """A training step; returns its metrics, some still on the device."""
         self.phase("waiting for data")
@@ -133,9 +146,9 @@ class Trainer:
         config, progress, evaluator, step = self.config, self.state.progress, self.evaluator, self.step
         last = step == config.train.steps
         progress.pending = record
-        if evaluate := last or _due(step, config.eval.every):
+        if evaluate := last or _due(step, config.eval.every, config.eval.offset):
             check = functools.partial(self.phase, "validating", may_stop=True)
-            record |= evaluator.validate(last, progress.micro_rows, check)
+            record |= evaluator.validate(step, progress.micro_rows, check)
         if evaluator.core_tasks and (last or _due(step, config.eval.core_every)):
             check = functools.partial(self.phase, "measuring CORE", may_stop=evaluator.together)
             core = evaluator.core(check)
@@ -154,16 +167,22 @@ class Trainer:
             self.notify("on_evaluation", self.last)
         for prompt, text in samples.items():
             self.notify("on_sample", step, prompt, text)
-        loss = record.get("val/loss", math.inf)
-        best = config.checkpoint.keep_best and loss < min(self.val_losses.values(), default=math.inf)
-        if math.isfinite(loss):
-            self.val_losses[step] = loss
+        best = self.is_lowest(record) and config.checkpoint.keep_best
         due = last or best or step in config.checkpoint.at or _due(step, config.checkpoint.every)
         if due and self.saved != step:
             self.save(must=last)
         # Asking the others waits for the device; on a GPU it is done as often as the numbers are fetched.
         if not last and step % self.fetch_every == 0:
             self.check_stop()
+
+    def is_lowest(self, record: dict[str, Any]) -> bool:
+        """Note the held-out loss of a record, if it has one; whether it is the lowest so far."""
+        loss = comparable_loss(record)
+        if loss is None or not math.isfinite(loss):
+            return False
+        lowest = min(self.val_losses.values(), default=math.inf)
+        self.val_losses[record["step"]] = loss
+        return loss < lowest
 
     def log(self) -> None:
         """Fetch the metrics that wait and hand them on; steps that were skipped are reported and counted."""
@@ -173,7 +192,7 @@ class Trainer:
                 record[SMOOTHED_LOSS] = self.smoothed.add(record)
             self.last = record
             self.notify("on_step", record)
-            if not record["train/skipped"]:
+            if not record.get("train/skipped"):
                 self.skips = 0
                 continue
             why = "a spike" if record["train/skipped"] == SPIKE else "not finite"
@@ -299,5 +318,5 @@ class Trainer:
             raise Stopped
 
 
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+def _due(step: int, every: int, offset: int = 0) -> bool:
+    return every > 0 and step >= offset and (step - offset) % every == 0

@@ -18,7 +18,7 @@ from pretrain.optim import build_optimizers
 from pretrain.runs import Run
 from pretrain.runs.checkpoint import CheckpointWriter, newest
 from pretrain.runs.environment import write_environment
-from pretrain.runs.metrics import Smoothed
+from pretrain.runs.metrics import Smoothed, comparable_loss
 from pretrain.sizing import meta_model, rows_that_fit
 from pretrain.tokens import BatchesAhead, LiveBatches, TrainingBatches, find_text, training_order
 from pretrain.training.callbacks import Callback, RunFiles
@@ -52,7 +52,7 @@ def set_up(
     # Data: batches are a function of the step, so nothing is read yet.
     corpus = run.corpus()
     tokenizer, rows, length = corpus.tokenizer, config.batch_rows, config.model.context_length
-    bytes_per_token = corpus.bytes_per_token
+    bytes_per_token, training = corpus.bytes_per_token, None
     for prompt in config.sample.prompts if config.sample.max_tokens else ():
         try:
             encode_prompt(tokenizer, prompt)
@@ -63,8 +63,8 @@ def set_up(
         batches = LiveBatches(find_text(config.data), tokenizer, config.data, **sizes)
         bytes_per_token = batches.bytes_per_token
     else:
-        order = training_order(corpus, config)
-        batches = TrainingBatches(corpus.stream("train"), order, rows, world.rank, world.size)
+        training = corpus.stream("train"), training_order(corpus, config)
+        batches = TrainingBatches(*training, rows, world.rank, world.size)
     if device.type == "cuda":  # on the CPU a batch takes tens of microseconds: not worth a thread
         batches = BatchesAhead(batches, device)
 
@@ -126,9 +126,11 @@ def set_up(
     losses: dict[int, float] = {}
     smoothed = Smoothed()
     if world.is_rank0:
-        finished = progress.step - bool(progress.pending)
+        # Without a checkpoint everything comes again, what was measured before the first step too.
+        finished = progress.step - bool(progress.pending) if checkpoint else -1
         records = [record for record in read_jsonl(run.metrics) if record["step"] <= finished]
-        losses = {record["step"]: record["val/loss"] for record in records if record.get("val/loss") is not None}
+        measured = {record["step"]: comparable_loss(record) for record in records}
+        losses = {step: loss for step, loss in measured.items() if loss is not None}
         smoothed = Smoothed(records)
         loggers = [Logger(kind, run.folder, config, finished, say) for kind in chosen(config.log.backends, say)]
         listeners += [RunFiles(run, finished, say), console, *loggers, *callbacks]
@@ -136,7 +138,7 @@ def set_up(
     val_streams = {each.name: each.stream("val") for each in corpus.datasets if each.tokens("val")}
     tasks = read_tasks(open_bundle(config.eval.core_bundle)) if config.eval.core_every else []
     together = parameters.sharded or world.size == 1
-    evaluator = Evaluator(config, world, model, together, tokenizer, val_streams, tasks)
+    evaluator = Evaluator(config, world, model, together, tokenizer, val_streams, training, tasks)
     return Trainer(
         run=run,
         corpus=corpus,

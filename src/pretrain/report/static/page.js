@@ -57,16 +57,24 @@
       lines: [
         { table: "train", column: "train/loss", label: "training, each step", faint: true },
         { table: "train", column: "train/smoothed_loss", label: "training, smoothed" },
-        { table: "val", column: "val/loss", label: "held out", points: true },
+        { table: "val", column: "train/eval_loss", label: "training, in evaluation", points: true, shade: 2 },
+        { table: "val", column: "val/loss", label: "held out", points: true, shade: 1 },
+        { table: "val", column: "val/loss of all", label: "all held-out text", points: true, shade: 1, single: true },
       ],
       rules: (run) => Object.entries(run.baselines ?? {}).map(([label, value]) => ({ label, value })),
     },
-    { id: "bpb", title: "Bits per byte", unit: "held-out text", lines: [{ table: "val", column: "val/bpb", label: "held out", points: true }] },
+    {
+      id: "bpb", title: "Bits per byte", unit: "held-out text",
+      lines: [
+        { table: "val", column: "val/bpb", label: "held out", points: true },
+        { table: "val", column: "val/bpb of all", label: "all held-out text", points: true, single: true },
+      ],
+    },
     {
       id: "rate", title: "Learning rate and momentum", unit: "",
       lines: [
         { table: "train", column: "train/lr", label: "learning rate" },
-        { table: "train", column: "train/momentum", label: "momentum", scale: "momentum" },
+        { table: "train", column: "train/momentum", label: "momentum", scale: "momentum", shade: 1 },
       ],
     },
     {
@@ -116,14 +124,15 @@
         }
         tables.push([rows.map((row) => xs[row]), ...lines.map((line) => rows.map((row) => positive(plot, line, run[source][line.column][row])))]);
         for (const line of lines) {
-          const shade = color(`series-${(several ? number : plot.lines.indexOf(line) === 2 || line.scale ? 1 : 0) % 8}`);
+          const shade = color(`series-${(several ? number : line.shade ?? 0) % 8}`);
           series.push({
             label: several ? (plot.lines.length > 1 ? `${run.name}: ${line.label}` : run.name) : line.label,
             scale: line.scale ?? "y",
             stroke: line.faint ? fade(shade) : shade,
             width: line.faint ? 1 : 2,
             dash: several ? (line.points && plot.lines.length > 1 ? [4, 4] : DASHES[Math.floor(number / 8) % 4]) : [],
-            points: line.points ? { show: true, size: 6, fill: shade } : { show: run[source].step.length < 3 },
+            paths: line.single ? () => null : undefined, // points alone
+            points: line.points ? { show: true, size: line.single ? 10 : 6, fill: shade } : { show: run[source].step.length < 3 },
             value: (u, value, index, row) => plain(nearest(u.data[index], row ?? u.data[index].length - 1, value)),
           });
         }
