@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
 import re
 import signal
+import sys
 import tempfile
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +120,38 @@ def expand(path: str | os.PathLike[str]) -> Path:
 def cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def print_anything() -> None:
+    """Let standard output take any text: a character that its encoding lacks is written as an escape, not refused."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+class Output:
+    """Standard output for what may be lost: where nobody reads it any more or its disk is full, it is silent."""
+
+    def __init__(self) -> None:
+        print_anything()
+        self.stream = sys.stdout or open(os.devnull, "w")  # None where it was closed before Python began
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write as much as can be written."""
+        with suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush; once the reader has left, as `head` does, all later output is dropped."""
+        try:
+            self.stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        except OSError:
+            pass
 
 
 def signals_to_handle(*names: str) -> list[int]:

@@ -1,6 +1,8 @@
 """The main jobs where the system lacks what Linux usually has."""
 
 import json
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -64,3 +66,19 @@ def test_the_main_jobs_run_on_less(system: str, text_file: Path, tmp_path: Path)
     options = [text for name, value in TINY.items() for text in (f"--{name}", str(value))]
     done = subprocess.run([sys.executable, "jobs.py", *options], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "output", ["| head -1", "> /dev/full", ">&-", "> out.txt"], ids=["head", "full", "closed", "encoding"]
+)
+def test_no_output_ends_a_run(output: str, text_file: Path, tmp_path: Path):
+    options = [text for name, value in TINY.items() for text in (f"--{name}", str(value))]
+    train = shlex.join([sys.executable, "-m", "pretrain", "train", "--data", str(text_file), "--out", "run", *options])
+    encoding = {**os.environ, "PYTHONIOENCODING": "cp932"}  # has neither é nor the replacement character
+    done = subprocess.run(["bash", "-c", f"{train} {output}"], cwd=tmp_path, env=encoding, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["steps"] == TINY["train.steps"]
+    if output == "> out.txt":
+        assert r"\ufffd" in (tmp_path / "out.txt").read_text("cp932")

@@ -17,7 +17,7 @@ from itertools import takewhile
 
 from pretrain.cli.launch import LOCAL_RANK, is_process
 from pretrain.errors import Interrupted, PeerError, PretrainError, UsageError, did_you_mean
-from pretrain.io import signals_to_handle
+from pretrain.io import print_anything, signals_to_handle
 
 COMMANDS = {
     "plan": ("plan.Plan", "Parameters, memory, time and unusual settings of a training, before it begins."),
@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:  # these signals stop a command as Ctrl-C does; training has its own handlers
         for number in signals_to_handle("SIGTERM", "SIGHUP", "SIGUSR1"):
             signal.signal(number, signal.default_int_handler)
+    print_anything()
     try:
         return _run(sys.argv[1:] if argv is None else list(argv))
     except PretrainError as error:

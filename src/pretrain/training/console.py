@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pretrain.device import Precision, peak_flops, process_memory, total_memory
+from pretrain.io import Output
 from pretrain.runs.metrics import SMOOTHED_LOSS
 from pretrain.sizing import flops_per_token
 from pretrain.training.callbacks import Callback
@@ -33,7 +34,8 @@ class Console(Callback):
 
     def __init__(self, quiet: bool = False, command: list[str] | None = None):
         self.command = shlex.join(command or ["pretrain", "train"])
-        self._console = rich.console.Console(quiet=quiet, highlight=False, soft_wrap=True)
+        output: Any = Output()  # whatever becomes of the terminal, the run goes on
+        self._console = rich.console.Console(file=output, quiet=quiet, highlight=False, soft_wrap=True)
         self._panel: Panel | None = None
         self._every = 1
         self._shown = 0

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from types import FrameType
 
 from pretrain.errors import Interrupted
@@ -61,5 +62,6 @@ class StopRequest:
     def _leave(self) -> None:
         """The end of the grace period: whatever the main thread hangs in, nothing committed is lost."""
         message = f"pretrain: not saved within {self.grace_seconds:g} s of the signal; the last checkpoint is safe"
-        print(message, file=sys.stderr, flush=True)
+        with suppress(OSError):  # nobody may be there to read it
+            print(message, file=sys.stderr, flush=True)
         os._exit(Interrupted.exit_code)
