@@ -133,7 +133,7 @@ class Output:
 
     def __init__(self) -> None:
         print_anything()
-        self.stream = sys.stdout or open(os.devnull, "w")  # None where it was closed before Python began
+        self.stream = sys.stdout or io.StringIO()  # None where it was closed before Python began
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
