@@ -11,7 +11,7 @@ from pretrain.io import read_jsonl
 from pretrain.model import GPT
 from pretrain.model.loss import IGNORE
 from pretrain.optim import learning_rate_factor
-from pretrain.sizing import count_parameters
+from pretrain.sizing import count_parameters, resolve
 from pretrain.tokens import TrainingBatches, open_corpus, prepare, training_order, validation_batches
 from pretrain.training import train
 
@@ -28,7 +28,7 @@ def reduced(name: str, text_file: Path) -> Config:
         ),
         tokenizer=dataclasses.replace(config.tokenizer, kind=kind),
         model=dataclasses.replace(config.model, **shape),
-        train=dataclasses.replace(config.train, steps=20, batch_tokens=512, precision="fp32"),
+        train=dataclasses.replace(config.train, steps=20, epochs=0.0, batch_tokens=512, precision="fp32"),
         schedule=dataclasses.replace(config.schedule, warmup_steps=min(4, config.schedule.warmup_steps)),
         eval=dataclasses.replace(config.eval, every=0, tokens=512, train_tokens=min(512, config.eval.train_tokens)),
         sample=dataclasses.replace(config.sample, max_tokens=4),
@@ -61,7 +61,7 @@ def test_published_parameter_counts(name: str, vocab_size: int, count: int):
 
 def test_published_rates():
     def rate(name: str, step: int) -> float:
-        config = load_config(name)
+        config, _ = resolve(load_config(name), 50257, windows=18)
         return config.optim.lr * learning_rate_factor(config.schedule, step, config.train.steps)
 
     assert rate("shakespeare-char", 0) == pytest.approx(1e-3 / 101)
@@ -69,6 +69,7 @@ def test_published_rates():
     assert rate("shakespeare-char", 2550) == pytest.approx((1e-3 + 1e-4) / 2)
     assert rate("gpt2-124m", 1999) == pytest.approx(6e-4 * 2000 / 2001, rel=1e-6)
     assert rate("verdict", 0) == pytest.approx(1e-5)
+    assert rate("verdict", 27) == 1e-3
     assert rate("step3", 0) == pytest.approx(1e-3 / 100)
     assert rate("step3", 999) == pytest.approx(1e-4, rel=1e-3)
     assert rate("gpt-6x384", 0) == rate("gpt-6x384", 19_999) == 3e-4
@@ -86,6 +87,9 @@ def test_the_verdict_is_read_as_in_the_book(shared_data: Path, tmp_path: Path):
 
     whole = text.read_text(encoding="utf-8")
     cut = int(0.9 * len(whole))  # the book's train_ratio
+    train_config = resolve(config, tokenizer.vocab_size, order.windows)[0]
+    assert (train_config.train.steps, train_config.schedule.warmup_steps) == (135, 27)
+    assert train_config.train.grad_clip_from == 27
 
     def book(part: str) -> list[tuple[list[int], list[int]]]:
         ids = tokenizer.encode(part)

@@ -58,11 +58,12 @@ def flops_per_token(config: ModelConfig, vocab_size: int) -> int:
     return 6 * products + 12 * channels * seen
 
 
-def resolve(config: Config, vocab_size: int) -> tuple[Config, list[str]]:
+def resolve(config: Config, vocab_size: int, windows: int = 0) -> tuple[Config, list[str]]:
     """Fill in the fields that are left to be derived (0), for a vocabulary; also says what was derived, line by line.
 
-    With ``model.depth``: layers, width, heads, and the batch with its rates. Always: the steps from the horizon. What
-    is not 0 stays, so any derived number can be overridden, and a resolved configuration resolves to itself.
+    With ``model.depth``: layers, width, heads, and the batch with its rates. Always: the steps from the horizon, and
+    what follows from them. What is not 0 stays, so any derived number can be overridden, and a resolved configuration
+    resolves to itself. ``windows`` are those to train on in an epoch, which only ``train.epochs`` needs to know.
 
     Raises:
         UsageError: a derived number contradicts one that was given.
@@ -77,30 +78,38 @@ def resolve(config: Config, vocab_size: int) -> tuple[Config, list[str]]:
         except ValueError as error:
             raise UsageError(str(error)) from None
         said.extend(f"{section}.{name} = {value:.6g}" if isinstance(value, float) else f"{section}.{name} = {value:,}"
-                    for name, value in fields.items())  # fmt: skip
+                    for name, value in fields.items() if value)  # fmt: skip
 
     if config.model.depth:
         shape = dial_shape(config.model.depth, config.model.width)
         derive("model", **{name: value for name, value in shape.items() if not getattr(config.model, name)})
+    epochs, length = config.train.epochs, config.model.context_length
     if not config.train.batch_tokens:
-        horizon = horizon_tokens(config, config.model, vocab_size)
+        horizon = max(1, epochs * windows * length) if epochs else horizon_tokens(config, config.model, vocab_size)
         reference = dataclasses.replace(config.model, kv_heads=0, **dial_shape(REFERENCE_DEPTH))
         reference_horizon = horizon_tokens(config, reference, vocab_size)
         # The best batch grows with the horizon to the power 0.383; the rates with the root of the batch.
         batch = 2 ** round(math.log2(REFERENCE_BATCH * (horizon / reference_horizon) ** 0.383))
-        batch = max(batch, config.model.context_length)
+        batch = max(batch, length)
         root = math.sqrt(batch / REFERENCE_BATCH)
         derive("train", batch_tokens=batch)
         rates = ("lr", "embedding_lr", "value_embedding_lr", "head_lr", "scalar_lr")
         decay = config.optim.weight_decay * root * reference_horizon / horizon
         derive("optim", **{name: getattr(config.optim, name) * root for name in rates}, weight_decay=decay)
     if not config.train.steps:
-        if config.train.target_flops:
+        if epochs:
+            steps = int(epochs * windows / config.batch_rows)
+        elif config.train.target_flops:
             tokens = config.train.target_flops / flops_per_token(config.model, vocab_size)
             steps = round(tokens / config.train.batch_tokens)
         else:
             steps = horizon_tokens(config, config.model, vocab_size) // config.train.batch_tokens
-        derive("train", steps=max(1, steps))
+        derive("train", steps=max(1, steps), epochs=0.0)
+    if config.schedule.warmup_fraction:
+        warmup = int(config.schedule.warmup_fraction * config.train.steps)
+        derive("schedule", warmup_steps=warmup, warmup_fraction=0.0)
+    if config.train.grad_clip_after_warmup and config.schedule.warmup_steps and not config.train.grad_clip_from:
+        derive("train", grad_clip_from=config.schedule.warmup_steps)
     return config, said
 
 

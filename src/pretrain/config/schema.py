@@ -239,6 +239,8 @@ class ScheduleConfig(Section):
     warmup-stable-decay), or none."""
     warmup_steps: Natural = 20
     """Steps of linear rise from warmup_from to the peak."""
+    warmup_fraction: Fraction = 0.0
+    """With warmup_steps = 0: share of all steps that are warmup, rounded down."""
     warmup_from: Fraction = 0.0
     """Share of the peak from which the warmup rises."""
     decay_fraction: Fraction = 0.6
@@ -246,13 +248,21 @@ class ScheduleConfig(Section):
     final: Fraction = 0.0
     """Share of the peak at the end of the decay."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.warmup_steps and self.warmup_fraction:
+            both = f"schedule.warmup_steps {self.warmup_steps} and schedule.warmup_fraction {self.warmup_fraction:g}"
+            raise ValueError(f"{both} both set the warmup; give 0 for one of them")
+
 
 @dataclass(frozen=True)
 class TrainConfig(Section):
     """The run."""
 
     steps: Natural = 420
-    """Optimizer steps. 0: from tokens_per_parameter or target_flops."""
+    """Optimizer steps. 0: from epochs, target_flops or tokens_per_parameter, the first of them that is not 0."""
+    epochs: NonNegative = 0.0
+    """Horizon with steps = 0: passes over the training windows, instead of tokens_per_parameter. 0: not used."""
     tokens_per_parameter: Positive = 20.0
     """Horizon with steps = 0: training tokens for each parameter (Chinchilla, arXiv 2203.15556, found about 20)."""
     target_flops: NonNegative = 0.0
@@ -269,6 +279,8 @@ class TrainConfig(Section):
     """Largest global gradient norm. 0: no clipping."""
     grad_clip_from: Natural = 0
     """First step, counted from 0, at which gradients are clipped."""
+    grad_clip_after_warmup: bool = False
+    """With grad_clip_from = 0: clip only after the warmup, whatever its steps."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations: less memory, more time."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -285,6 +297,13 @@ class TrainConfig(Section):
     init_from: Annotated[str, tyro.conf.arg(aliases=["--init-from"])] = ""
     """Start from the weights (not the optimizer) of a run directory or of a Hugging Face checkpoint, hf:FOLDER, with
     its architecture and tokenizer. Empty: random weights."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("steps", "target_flops"):
+            if self.epochs and (value := getattr(self, name)):
+                both = f"train.{name} {value:g} and train.epochs {self.epochs:g} both set the horizon"
+                raise ValueError(f"{both}; give 0 for one of them, as --train.{name} 0")
 
 
 @dataclass(frozen=True)
@@ -427,6 +446,8 @@ class Config:
         if self.train.micro_batch and self.batch_rows % self.train.micro_batch:
             rows = f"the {self.batch_rows} rows of the batch (train.batch_tokens / model.context_length)"
             raise ValueError(f"train.micro_batch {self.train.micro_batch} does not divide {rows}")
+        if self.train.epochs and self.data.stream:
+            raise ValueError("train.epochs counts windows, which a stream (data.stream) has not; give train.steps")
         if self.model.document_mask and not self.data.bos:
             raise ValueError("model.document_mask finds documents by their BOS tokens, which data.bos false leaves out")
         if self.eval.train_tokens and self.data.stream:

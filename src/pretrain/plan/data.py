@@ -11,6 +11,7 @@ from pretrain.text import embedded_name, find_pieces, read_piece
 from pretrain.text.pieces import Piece
 from pretrain.tokenizer import build_tokenizer
 from pretrain.tokens.datasets import is_tokens, open_corpus
+from pretrain.tokens.order import DataOrder
 from pretrain.tokens.shards import bytes_per_token, utf8_bytes
 
 SAMPLE_BYTES = 2_000_000
@@ -26,6 +27,8 @@ class DataFacts:
     val_tokens: int
     text_bytes: int
     """Bytes of text; 0 where the shards do not tell."""
+    windows: int
+    """Windows to train on in an epoch."""
     exact: bool
     source: str
     """Where the numbers are from, in words."""
@@ -40,7 +43,10 @@ def look_at_data(config: Config) -> DataFacts:
     if data.paths and is_tokens(data.paths):
         corpus = open_corpus(data.paths, kind, data.bos)
         train, val = corpus.tokens("train"), corpus.tokens("val")
-        return DataFacts(corpus.tokenizer.vocab_size, train, val, int(corpus.bytes_per_token * train), True, name)
+        sizes = [dataset.tokens("train") for dataset in corpus.datasets] if data.weights else [train]
+        windows = sum(_windows(config, tokens) for tokens in sizes)
+        size = int(corpus.bytes_per_token * train)
+        return DataFacts(corpus.tokenizer.vocab_size, train, val, size, windows, True, name)
     pieces = find_pieces(data.paths, data.field, data.separator)
     size = sum(piece.size for piece in pieces)
     sample = read_sample(pieces, data.field)
@@ -64,9 +70,17 @@ def look_at_data(config: Config) -> DataFacts:
     tokens = round(size / per_token)
     if data.val_paths:
         val_size = sum(piece.size for piece in find_pieces(data.val_paths, data.field, data.separator))
-        return DataFacts(vocab_size, tokens, round(val_size / per_token), size, False, source, problem)
-    val = round(tokens * data.val_fraction)
-    return DataFacts(vocab_size, tokens - val, val, size, False, source, problem)
+        val = round(val_size / per_token)
+    else:
+        val = round(tokens * data.val_fraction)
+        tokens -= val
+    return DataFacts(vocab_size, tokens, val, size, _windows(config, tokens), False, source, problem)
+
+
+def _windows(config: Config, tokens: int) -> int:
+    """Training windows of an epoch of a data set of so many tokens."""
+    length, data = config.model.context_length, config.data
+    return DataOrder(tokens, length, data.order, data.stride, config.train.seed).windows if tokens > length else 0
 
 
 def read_sample(pieces: list[Piece], field: str) -> list[str]:

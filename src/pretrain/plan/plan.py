@@ -165,7 +165,7 @@ def make_plan(
     precision, device = hardware.precision, hardware.precision.device
     data = look_at_data(config)
     vocab_size = data.vocab_size
-    config, derived = resolve(config, vocab_size)
+    config, derived = resolve(config, vocab_size, data.windows)
     counts, flops = count_parameters(config.model, vocab_size), flops_per_token(config.model, vocab_size)
     parallelism = config.parallel.kind if parallel == "auto" else parallel
     if parallelism == "auto":

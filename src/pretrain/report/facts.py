@@ -22,7 +22,7 @@ from pretrain.runs import Run
 from pretrain.runs.environment import read_environment
 from pretrain.runs.metrics import SMOOTHED_LOSS
 from pretrain.sizing import count_parameters, flops_per_token, resolve
-from pretrain.tokens import Manifest
+from pretrain.tokens import Manifest, training_order
 
 OVERFIT = 0.02
 """Nats by which the held-out loss must have risen from its lowest before that is remarked on."""
@@ -221,9 +221,11 @@ def configuration(run: Run, vocabulary: int) -> tuple[str, list[tuple[str, str, 
     if (program, command) == ("pretrain", "train"):
         given = words[0] if words[0] and not words[0].startswith("-") else "quickstart"
         with suppress(PretrainError):
-            name, recipe = given, resolve(load_config(given), vocabulary)[0]
-    theirs = dict(flat(recipe or run.config))
-    return name, [(field, ours, "" if ours == theirs[field] else theirs[field]) for field, ours in flat(run.config)]
+            theirs = load_config(given)
+            windows = training_order(run.corpus(), theirs).windows if theirs.train.epochs else 0
+            name, recipe = given, resolve(theirs, vocabulary, windows)[0]
+    usual = dict(flat(recipe or run.config))
+    return name, [(field, ours, "" if ours == usual[field] else usual[field]) for field, ours in flat(run.config)]
 
 
 def differences(configs: Sequence[Config]) -> list[tuple[str, list[str]]]:

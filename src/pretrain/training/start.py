@@ -89,14 +89,15 @@ def open_run(config: Config, folder: Path, console: Console) -> Run:
     config = resolve_init(config)
     if is_tokens(config.data.paths):
         corpus = open_corpus(config.data.paths, config.tokenizer.kind, config.data.bos)
-        training_order(corpus, config)  # refuses what is too short, before the run exists
+        windows = training_order(corpus, config).windows  # refuses what is too short, before the run exists
         tokenizer = corpus.tokenizer
     elif config.data.stream:
-        tokenizer = prepare_stream(config, find_text(config.data), folder / "data", console.say).tokenizer
+        tokenizer, windows = prepare_stream(config, find_text(config.data), folder / "data", console.say).tokenizer, 0
     else:
         tokenizer = prepare(config, folder / "data", console.say).tokenizer
+        windows = training_order(open_corpus([str(folder / "data")]), config).windows
     tokenizer.save(folder / "tokenizer.json")
-    config, derived = resolve(config, tokenizer.vocab_size)
+    config, derived = resolve(config, tokenizer.vocab_size, windows)
     for line in derived:
         console.say(f"derived   {line}")
     return Run.create(folder, config)
@@ -105,9 +106,10 @@ def open_run(config: Config, folder: Path, console: Console) -> Run:
 def same_configuration(run: Run, config: Config, say: Callable[[str], None]) -> Config:
     """The configuration to resume ``run`` with. A UsageError if it would learn something else than a longer run."""
     vocab_size, before = run.tokenizer().vocab_size, run.config
-    config, _ = resolve(config, vocab_size)
+    given, windows = config, training_order(run.corpus(), config).windows if config.train.epochs else 0
+    config, _ = resolve(given, vocab_size, windows)
     if differences(before, config) and config.train.init_from:  # perhaps as it was given at first
-        config, _ = resolve(resolve_init(config), vocab_size)
+        config, _ = resolve(resolve_init(given), vocab_size, windows)
     changed = differences(before, config)
     longer = [f"train.steps {before.train.steps} → {config.train.steps}"]
     if run.summary and config.train.steps > before.train.steps and changed == longer:
