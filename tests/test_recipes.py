@@ -21,11 +21,14 @@ def reduced(name: str, text_file: Path) -> Config:
     config = load_config(name)
     shape = {"depth": 0, "layers": 2, "width": 64, "heads": 2, "mlp_width": 0, "context_length": 32, "window": 0}
     kind = config.tokenizer.kind if config.tokenizer.kind == "char" else "byte"
+    paths = (str(text_file),)
+    if config.data.split == "last_file":  # of a folder
+        other = text_file.with_name("tiny-val.txt")
+        other.write_text(text_file.read_text(encoding="utf-8")[-2000:], encoding="utf-8")
+        paths = (*paths, str(other))
     return dataclasses.replace(
         config,
-        data=dataclasses.replace(
-            config.data, paths=(str(text_file),), val_fraction=0.1, stride=min(config.data.stride, 32)
-        ),
+        data=dataclasses.replace(config.data, paths=paths, val_fraction=0.1, stride=min(config.data.stride, 32)),
         tokenizer=dataclasses.replace(config.tokenizer, kind=kind),
         model=dataclasses.replace(config.model, **shape),
         train=dataclasses.replace(config.train, steps=20, epochs=0.0, batch_tokens=512, precision="fp32"),

@@ -12,9 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
+from pretrain.cli import main
 from pretrain.config import DataConfig, load_config
 from pretrain.errors import DataError, UsageError
 from pretrain.text.pieces import Piece
@@ -329,6 +332,90 @@ def test_a_sequential_stream_of_one_reader_is_the_prepared_shards(tmp_path: Path
     batches.close()
 
 
+def write_row_groups(folder: Path) -> list[Path]:
+    """Parquet files of several row groups each, as nanochat's data sets are, but small."""
+    folder.mkdir()
+    files = []
+    for number, groups in enumerate((5, 3, 4, 2)):
+        rows = [f"row {number} {row} " + "abc " * (row * 7 % 11) for row in range(groups * 3)]
+        files.append(folder / f"shard_{number:05d}.parquet")
+        pq.write_table(pa.table({"text": rows}), files[-1], row_group_size=3)
+    return files
+
+
+def nanochats_tokens(files: list[Path]) -> Iterator[int]:
+    """The stream of nanochat's loader of October 2025 in one process, from its source: files, row groups and rows in
+    order, each row with BOS before it, again and again."""
+    while True:
+        for file in files:
+            shard = pq.ParquetFile(file)
+            for group in range(shard.num_row_groups):
+                for text in shard.read_row_group(group).column("text").to_pylist():
+                    yield 256
+                    yield from text.encode()
+
+
+@pytest.mark.parametrize("recipe", ["nanochat-d20", "nanochat"])
+def test_row_groups_come_in_the_order_of_nanochat(recipe: str, tmp_path: Path):
+    """Its last file is held out. In several processes its order differs: there each takes every n-th row group."""
+    files = write_row_groups(tmp_path / "shards")
+    assert pq.ParquetFile(files[0]).num_row_groups == 5
+    data = load_config(recipe, **{"data.paths": [str(tmp_path / "shards")]}).data
+    text = find_text(data)
+    assert {piece.file for piece in text.val} == {str(files[-1])}
+    assert list(dict.fromkeys(piece.file for piece in text.train)) == [str(file) for file in files[:-1]]
+    how = {"rows": 4, "length": 50, "seed": 1}
+    batches = LiveBatches(text, BYTES, data, **how)
+    assert batches.readers == 1
+    inputs, targets = zip(*map(batches.batch, range(30)), strict=True)
+    batches.close()
+    if data.packing == "best_fit":
+        assert all((part[:, 0] == BOS).all() for part in inputs)
+        return
+    rows = torch.cat([torch.cat((x[:, :1], y), 1) for x, y in zip(inputs, targets, strict=True)])
+    joined = torch.cat([rows[0], rows[1:, 1:].flatten()])
+    assert len(joined) > 2 * sum(len(text) for file in files[:-1] for text in pq.read_table(file)["text"].to_pylist())
+    assert joined.tolist() == list(itertools.islice(nanochats_tokens(files[:-1]), len(joined)))
+    for rank in range(2):  # here the rows are dealt out, and the batch of all together stays the same
+        shared = LiveBatches(text, BYTES, data, **how, rank=rank, world=2)
+        assert torch.equal(
+            torch.cat([shared.batch(step)[1] for step in range(5)]), torch.cat([y[rank::2] for y in targets[:5]])
+        )
+        shared.close()
+
+
+def test_nanochats_recipes_need_a_folder(tmp_path: Path, capsys):
+    """Without one, training says so and planning goes on; token shards are no stream."""
+    out = str(tmp_path / "run")
+    assert main(["train", "nanochat", "--out", out]) == 1
+    assert capsys.readouterr().err == (
+        "pretrain: data.split last_file needs two files or more; give more with --data, or use --data.split hash or"
+        " --data.val_paths\n"
+    )
+    small = ["--model.depth", "2", "--model.context_length", "128", "--train.batch_tokens", "1024", "--no-measure"]
+    assert main(["plan", "nanochat", *small, "--train.steps", "100", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert any(
+        "Training will refuse this: data.split last_file needs two files" in each for each in planned["warnings"]
+    )
+    assert main(["plan", "nanochat", *small, "--train.tokens_per_parameter", "2000", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["warnings"][0].startswith("No text is given, and the embedded corpus")
+    write_row_groups(tmp_path / "shards")
+    given = ["--data", str(tmp_path / "shards"), "--tokenizer.kind", "byte"]
+    assert main(["plan", "nanochat", *small, "--train.steps", "100", *given, "--json"]) == 0
+    tokens = json.loads(capsys.readouterr().out)["data"]
+    assert tokens["val_tokens"] / tokens["train_tokens"] == pytest.approx(2 / 12, rel=0.2)
+
+    shards = str(tmp_path / "tokens")
+    assert main(["data", "prepare", str(tmp_path / "shards"), "--tokenizer", "byte", "--out", shards]) == 0
+    capsys.readouterr()
+    assert main(["train", "nanochat", "--data", shards, "--out", out]) == 2
+    assert capsys.readouterr().err.endswith(
+        "tokens holds tokens already, which need no data.stream; use --data.no-stream\n"
+    )
+    assert not Path(out).exists()
+
+
 def test_the_rest_of_a_file_goes_on_only_after_its_part_before():
     parts = [[Part("abc", TRAIN, True)], [Part("def", TRAIN, False)], [Part("ghi", TRAIN, False)]]
     text = MadeText(parts)
@@ -447,7 +534,7 @@ def test_what_a_stream_cannot_do(tmp_path: Path, change: dict, error: type[Excep
 
 def test_last_file_of_one(tmp_path: Path):
     folder = write_texts(tmp_path / "text", count=1)
-    with pytest.raises(DataError, match=r"there is only .*--data.val_paths"):
+    with pytest.raises(DataError, match=r"needs two files or more; .*--data.val_paths"):
         find_text(settings(folder))
     with pytest.raises(DataError, match="hold less of it out"):
         find_text(settings(folder, val_paths=(str(folder / "00.txt"),)))

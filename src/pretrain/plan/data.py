@@ -13,6 +13,7 @@ from pretrain.tokenizer import build_tokenizer
 from pretrain.tokens.datasets import is_tokens, open_corpus
 from pretrain.tokens.order import DataOrder
 from pretrain.tokens.shards import bytes_per_token, utf8_bytes
+from pretrain.tokens.source import ONE_FILE
 
 SAMPLE_BYTES = 2_000_000
 """Text that is read for an estimate, from up to four places."""
@@ -68,7 +69,13 @@ def look_at_data(config: Config) -> DataFacts:
         if sum(map(utf8_bytes, sample)) >= size:
             problem = str(error)
     tokens = round(size / per_token)
-    if data.val_paths:
+    last = sum(piece.size for piece in pieces if piece.file == pieces[-1].file)
+    if data.split == "last_file" and not data.val_paths and last == size:
+        val, problem = 0, problem or ONE_FILE
+    elif data.split == "last_file" and not data.val_paths:
+        val = round(last / per_token)
+        tokens -= val
+    elif data.val_paths:
         val_size = sum(piece.size for piece in find_pieces(data.val_paths, data.field, data.separator))
         val = round(val_size / per_token)
     else:

@@ -25,6 +25,9 @@ NO_VALIDATION = (
     "no text is left for validation; give more text, another --data.split or --data.val_paths, or hold nothing out with"
     " --data.val_fraction 0"
 )
+ONE_FILE = (
+    "data.split last_file needs two files or more; give more with --data, or use --data.split hash or --data.val_paths"
+)
 
 Report = Callable[[int, int], None]
 """Called with the bytes of text and the tokens done since the last call."""
@@ -51,8 +54,7 @@ def find_sides(data: DataConfig) -> tuple[list[Piece], list[Piece], str]:
         held_out = [piece for piece in train if piece.file == last]
         train = train[: -len(held_out)]
         if not train:
-            only = f"data.split last_file needs two files or more, and there is only {last}"
-            raise DataError(f"{only}; use another data.split, or --data.val_paths")
+            raise DataError(ONE_FILE)
     elif data.val_fraction:
         split = data.split
     if not train:  # all of it is held out, or it is a folder of Parquet files without rows

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LEARN_BYTES = 32_000_000  # of text that a bpe is trained on, at most
-VALIDATION_TOKENS = 2**23  # written for validation, at most
+VALIDATION_TOKENS = 2**23  # written for validation, at most, unless eval.tokens is more
 SEARCHED_BYTES = 512_000_000  # read for them, once there are some: a small share by hash is spread over all of the text
 MEASURED_BYTES = 2**18  # of text, to know the bytes of a token
 SAMPLED_BYTES = 64 * 1024  # hashed at the beginning and at the end of each file, to know it again
@@ -130,7 +130,7 @@ def find_text(data: DataConfig) -> LiveText:
         DataError: the text is missing or cannot be read, or a side of the split would be empty.
     """
     if data.paths and is_tokens(data.paths):
-        raise UsageError(f"{data.paths[0]} holds tokens already, which need no data.stream; leave that out")
+        raise UsageError(f"{data.paths[0]} holds tokens already, which need no data.stream; use --data.no-stream")
     for name, given in (("order random", data.order == "random"), ("stride", data.stride), ("weights", data.weights)):
         if given:
             raise UsageError(f"data.{name} needs token shards (pretrain data prepare), not a stream; leave one out")
@@ -177,7 +177,8 @@ def prepare_stream(
     try:
         shards, problems = [], Counter[str]()
         if text.val:
-            shard = _write_validation(temporary, text, tokenizer, problems)
+            limit = max(VALIDATION_TOKENS, config.eval.tokens)
+            shard = _write_validation(temporary, text, tokenizer, limit, problems)
             if shard.tokens < 2:
                 raise DataError(NO_VALIDATION)
             say(f"held out  {shard.tokens:,} tokens of {shard.documents:,} documents are kept for validation")
@@ -203,8 +204,8 @@ def _learning_texts(text: LiveText) -> Iterator[str]:
     return itertools.chain.from_iterable(training_texts(text.training([piece]), limit) for piece in pieces)
 
 
-def _write_validation(folder: Path, text: LiveText, tokenizer: Tokenizer, problems: Counter[str]) -> Shard:
-    """Tokenize what is held out, up to VALIDATION_TOKENS."""
+def _write_validation(folder: Path, text: LiveText, tokenizer: Tokenizer, limit: int, problems: Counter[str]) -> Shard:
+    """Tokenize what is held out, up to about ``limit`` tokens."""
 
     def parts() -> Iterator[tuple[Part, str]]:
         searched = 0
@@ -219,7 +220,7 @@ def _write_validation(folder: Path, text: LiveText, tokenizer: Tokenizer, proble
         for part, ids in tokenizer.encode_documents(parts()):
             # Held-out text may begin in the middle of a document, the rest of which is trained on.
             writer.write(ids, utf8_bytes(part.text), part.begins or not writer.tokens)
-            if writer.tokens >= VALIDATION_TOKENS:
+            if writer.tokens >= limit:
                 break
         return writer.close()
 

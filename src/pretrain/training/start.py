@@ -87,12 +87,12 @@ def open_run(config: Config, folder: Path, console: Console) -> Run:
     if Run.exists(folder):
         return Run.create(folder, same_configuration(Run.open(folder), config, console.say))
     config = resolve_init(config)
-    if is_tokens(config.data.paths):
+    if config.data.stream:
+        tokenizer, windows = prepare_stream(config, find_text(config.data), folder / "data", console.say).tokenizer, 0
+    elif is_tokens(config.data.paths):
         corpus = open_corpus(config.data.paths, config.tokenizer.kind, config.data.bos)
         windows = training_order(corpus, config).windows  # refuses what is too short, before the run exists
         tokenizer = corpus.tokenizer
-    elif config.data.stream:
-        tokenizer, windows = prepare_stream(config, find_text(config.data), folder / "data", console.say).tokenizer, 0
     else:
         tokenizer = prepare(config, folder / "data", console.say).tokenizer
         windows = training_order(open_corpus([str(folder / "data")]), config).windows
