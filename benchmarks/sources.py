@@ -264,6 +264,7 @@ def verdict(args: argparse.Namespace, recipe: str) -> Source:
 
     from pretrain.config import load_config
     from pretrain.evaluation import evaluate_loss
+    from pretrain.sizing import resolve
     from pretrain.tokens import TrainingBatches, open_corpus, prepare, training_order, validation_batches
 
     sys.path.insert(0, str(Path(args.llms_from_scratch) / "pkg"))
@@ -302,6 +303,7 @@ def verdict(args: argparse.Namespace, recipe: str) -> Source:
     prepare(config, Path(folder, "data"))
     corpus = open_corpus([str(Path(folder, "data"))])
     order = training_order(corpus, config)
+    config, _ = resolve(config, shape["vocab_size"], order.windows)
     ours = TrainingBatches(corpus.stream("train"), order, config.batch_rows)
     theirs = {tuple(row.tolist()) for inputs, targets in train_loader for row in torch.cat((inputs, targets), 1)}
     steps = len(train_loader)
