@@ -315,7 +315,7 @@ def verdict(args: argparse.Namespace, recipe: str) -> Source:
     token_bytes = corpus.tokenizer.token_bytes()
 
     def evaluate(model: GPT) -> tuple[float, ...]:
-        both = (corpus.stream("train"), steps * 2 * 256), (corpus.stream("val"), 0)
+        both = (corpus.stream("train"), steps * 2 * 256), (corpus.stream("val"), config.eval.tokens)
         batches = [validation_batches(stream, 256, 2, tokens) for stream, tokens in both]
         return tuple(evaluate_loss(model, each, token_bytes).loss for each in batches)
 

@@ -2,10 +2,11 @@
 
     python benchmarks/train.py step [--nanogpt DIR]                    GPT-2 124M, B=4, T=256, one optimizer step
     python benchmarks/train.py memory                                  peak memory of the loss, V=50304, B=8, T=1024
-    python benchmarks/train.py shakespeare --nanogpt DIR --data FILE   time to validation loss 1.88, whole processes
+    python benchmarks/train.py shakespeare --nanogpt DIR --data FILE   whole trainings: time and loss over --seeds
 
 ``--nanogpt`` is a checkout of github.com/karpathy/nanoGPT; LLMs-from-scratch takes part when ``pip install --no-deps
-llms-from-scratch`` is there. Contenders run in processes of their own, in turn, ``--rounds`` times; medians are shown.
+llms-from-scratch`` is there. Contenders run in processes of their own, in turn, ``--rounds`` times, or once with each
+seed; medians are shown.
 """
 
 from __future__ import annotations
@@ -181,40 +182,64 @@ def compare_memory() -> None:
         print(f"{name:<24} {peak:5.2f} GB   {peak / first:4.0%}")
 
 
-def compare_shakespeare(nanogpt: str, data: str, rounds: int) -> None:
-    """Whole processes, from characters to a model of validation loss about 1.88, measured on all held-out text."""
-    for _ in range(rounds):
-        with tempfile.TemporaryDirectory() as folder:
-            command = [
-                sys.executable,
-                "-m",
-                "pretrain",
-                "train",
-                "shakespeare",
-                "--data",
-                data,
-                "--out",
-                f"{folder}/run",
-            ]
-            begin = time.perf_counter()
-            subprocess.run(command, check=True, capture_output=True)
-            ours = time.perf_counter() - begin
-            loss = json.loads(Path(folder, "run", "summary.json").read_text())["val_loss"]
-            print(f"pretrain  {ours:6.1f} s   val loss {loss:.4f}", flush=True)
-            if not nanogpt:
-                continue
-            prepare_nanogpt(Path(nanogpt) / "data" / "shakespeare_char", data)
-            arguments = (
-                "--device=cpu --compile=False --eval_iters=20 --log_interval=500 --block_size=64 --batch_size=12"
-                " --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
-                f" --out_dir={folder}/nanogpt --eval_interval=2000 --always_save_checkpoint=True"
-            ).split()
-            begin = time.perf_counter()
-            command = [sys.executable, "train.py", "config/train_shakespeare_char.py", *arguments]
-            subprocess.run(command, check=True, capture_output=True, cwd=nanogpt)
-            theirs = time.perf_counter() - begin
-            loss = worker("nanogpt-loss", nanogpt, f"{folder}/nanogpt/ckpt.pt")["loss"]
-            print(f"nanoGPT   {theirs:6.1f} s   val loss {loss:.4f}   ratio {theirs / ours:.2f}", flush=True)
+NANOGPT_CPU = (
+    "--device=cpu --compile=False --eval_iters=20 --log_interval=500 --block_size=64 --batch_size=12 --n_layer=4"
+    " --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0 --eval_interval=2000"
+    " --always_save_checkpoint=True"
+)
+"""Its README's options for a CPU, without evaluations in between."""
+
+
+def compare_shakespeare(nanogpt: str, data: str, seeds: int) -> None:
+    """Whole processes, from characters to a trained model, whose loss is measured on all held-out text.
+
+    nanoGPT's recipe for a CPU, ours of the same training (shakespeare-char-cpu), and ours that is faster.
+    """
+    contenders = {"shakespeare": partial(train_ours, "shakespeare", data)}
+    if nanogpt:
+        prepare_nanogpt(Path(nanogpt) / "data" / "shakespeare_char", data)
+        contenders["shakespeare-char-cpu"] = partial(train_ours, "shakespeare-char-cpu", data)
+        contenders["nanoGPT"] = partial(train_nanogpt, nanogpt)
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    losses: dict[str, list[float]] = {name: [] for name in contenders}
+    for seed in range(seeds):
+        for name, run in contenders.items():
+            with tempfile.TemporaryDirectory() as folder:
+                begin = time.perf_counter()
+                loss_of = run(folder, seed)
+                seconds[name].append(time.perf_counter() - begin)
+                losses[name].append(loss_of())
+                print(
+                    f"seed {seed} {name:<20} {seconds[name][-1]:6.1f} s   val loss {losses[name][-1]:.4f}", flush=True
+                )
+    print(f"{f'{seeds} seeds':<20} median s   mean loss   lowest and highest, standard deviation")
+    for name, values in losses.items():
+        spread = f"{min(values):.4f} to {max(values):.4f}"
+        deviation = f", {statistics.stdev(values):.4f}" if seeds > 1 else ""
+        print(
+            f"{name:<20} {statistics.median(seconds[name]):8.1f} {statistics.mean(values):11.4f}   {spread}{deviation}"
+        )
+
+
+def train_ours(recipe: str, data: str, folder: str, seed: int) -> Callable[[], float]:
+    """Train a recipe of ours; gives what reads its loss."""
+    command = [sys.executable, "-m", "pretrain", "train", recipe, "--data", data, "--out", f"{folder}/run"]
+    subprocess.run([*command, "--train.seed", str(seed)], check=True, capture_output=True)
+    return lambda: json.loads(Path(folder, "run", "summary.json").read_text())["val_loss"]
+
+
+def train_nanogpt(nanogpt: str, folder: str, seed: int) -> Callable[[], float]:
+    """Train nanoGPT by a copy of its train.py with another seed; gives what measures its loss."""
+    script, place = Path(folder, "train.py"), "torch.manual_seed(1337 "
+    text = Path(nanogpt, "train.py").read_text(encoding="utf-8")
+    assert place in text
+    script.write_text(text.replace(place, f"torch.manual_seed({1337 + seed} "), encoding="utf-8")
+    command = [sys.executable, str(script), "config/train_shakespeare_char.py", *NANOGPT_CPU.split()]
+    environment = {**os.environ, "PYTHONPATH": nanogpt}
+    subprocess.run(
+        [*command, f"--out_dir={folder}/nanogpt"], check=True, capture_output=True, cwd=nanogpt, env=environment
+    )
+    return lambda: worker("nanogpt-loss", nanogpt, f"{folder}/nanogpt/ckpt.pt")["loss"]
 
 
 def prepare_nanogpt(folder: Path, data: str) -> None:
@@ -275,6 +300,7 @@ def main() -> None:
     parser.add_argument("--nanogpt", default="", help="a checkout of nanoGPT")
     parser.add_argument("--data", default="", help="tinyshakespeare as a text file")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=4, help="of shakespeare: trainings of each contender")
     parser.add_argument("--steps", type=int, default=5, help="timed steps in each round")
     args = parser.parse_args()
     nanogpt = os.path.abspath(args.nanogpt) if args.nanogpt else ""
@@ -283,7 +309,7 @@ def main() -> None:
     elif args.work == "memory":
         compare_memory()
     else:
-        compare_shakespeare(nanogpt, os.path.abspath(args.data), args.rounds)
+        compare_shakespeare(nanogpt, os.path.abspath(args.data), args.seeds)
 
 
 if __name__ == "__main__":
