@@ -124,7 +124,7 @@ class Browser:
         """What it asked for since, other than what a page holds itself."""
         messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         sent = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-        return [address for address in sent if not address.startswith(("data:", "chrome:"))]
+        return [address for address in sent if not address.startswith(("data:", "chrome:", "chrome-untrusted:"))]
 
     def drawn(self, plot: str) -> int:
         """Pixels of a plot's canvas that are not transparent: 0 when there is no such plot."""

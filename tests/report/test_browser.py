@@ -49,7 +49,7 @@ def test_other_axes(run: Run, tmp_path: Path, browser: Browser):
         assert browser.legend("loss") == {
             name: shown,
             "training, each step": "2.075",
-            "training, smoothed": "2.181",
+            "training, smoothed": "2.116",
             "held out": "2.275",
         }
         assert browser.drawn("loss") > 1000
@@ -138,7 +138,7 @@ def test_skipped_steps_are_marked(run: Run, tmp_path: Path, browser: Browser):
     append_jsonl(run.metrics, *records(41, 44, **{"train/skipped": 1.0, "train/loss": None}))
     browser.open(write_report([run], tmp_path / "page.html"))
     assert "#b3261e" in browser.colors("loss") & browser.colors("norm")
-    assert browser.legend("loss")["training, smoothed"] == "2.181"
+    assert browser.legend("loss")["training, smoothed"] == "2.116"
     assert "skipped steps" in browser.find("#numbers").text
     assert browser.complaints() == []
 
