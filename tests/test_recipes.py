@@ -33,7 +33,9 @@ def reduced(name: str, text_file: Path) -> Config:
         model=dataclasses.replace(config.model, **shape),
         train=dataclasses.replace(config.train, steps=20, epochs=0.0, batch_tokens=512, precision="fp32"),
         schedule=dataclasses.replace(config.schedule, warmup_steps=min(4, config.schedule.warmup_steps)),
-        eval=dataclasses.replace(config.eval, every=0, tokens=512, train_tokens=min(512, config.eval.train_tokens)),
+        eval=dataclasses.replace(
+            config.eval, every=0, tokens=512, train_tokens=min(512, config.eval.train_tokens), core_every=0
+        ),
         sample=dataclasses.replace(config.sample, max_tokens=4),
     )
 

@@ -485,6 +485,39 @@ def test_training_measures_core_and_learns_the_same(tiny: Config, made: Path, tm
     assert [r["train/loss"] for r in plain] == [r["train/loss"] for r in measured]
     result = evaluate_core(GPTScorer(runs[1].load_model(), runs[1].tokenizer()), read_tasks(made), 4)
     assert measured[-1]["val/core"] == pytest.approx(result.core)
+    names = {"copa", "winograd", "squad"}
+    for task in result.tasks:
+        assert measured[-1][f"core/{task.label}"] == task.accuracy
+        assert measured[-1][f"core/{task.label}/centered"] == pytest.approx(task.centered)
+    ours = {name for name in measured[-1] if name.startswith("core/")}
+    assert ours == {f"core/{name}" for name in names} | {f"core/{name}/centered" for name in names}
+
+
+def test_training_without_a_bundle(tiny: Config, cache: Path, tmp_path: Path, capsys, monkeypatch):
+    """Offline the usual one cannot be fetched: training says so and goes on; one that is named must be there."""
+    settings = {**TINY, "eval.core_every": 5, "train.device": "cpu", "data.paths": tiny.data.paths[0]}
+    options = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/bundle.zip"
+        monkeypatch.setattr(bundle, "DEFAULT_BUNDLE", url)
+        monkeypatch.setattr(_Downloader, "_wait", lambda *_: pytest.fail("it waited"))
+        assert main(["train", "--out", str(tmp_path / "run"), *options]) == 0
+        said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("CORE ")]
+        assert len(said) == 1
+        assert said[0].startswith(f"CORE      is not measured: {url} cannot be fetched")
+        assert not any("core" in name for record in read_jsonl(tmp_path / "run/metrics.jsonl") for name in record)
+        assert main(["train", "--out", str(tmp_path / "named"), *options, "--eval.core_bundle", url]) == 1
+    assert "cannot be fetched" in capsys.readouterr().err
+    assert not (tmp_path / "named/metrics.jsonl").exists()
+
+
+def test_training_fetches_the_usual_bundle(tiny: Config, server: str, made: Path, cache: Path, tmp_path, monkeypatch):
+    monkeypatch.setattr(bundle, "DEFAULT_BUNDLE", f"{server}/bundle.zip")
+    config = replace(tiny, eval=replace(tiny.eval, core_every=5, core_max_per_task=4))
+    run = train(config, tmp_path / "run")
+    result = evaluate_core(GPTScorer(run.load_model(), run.tokenizer()), read_tasks(made), 4)
+    assert read_jsonl(run.metrics)[-1]["val/core"] == pytest.approx(result.core)
 
 
 def test_the_command(tiny: Config, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -172,6 +172,17 @@ def test_several_prompts_of_a_step(run: Run, tmp_path: Path, browser: Browser):
     assert browser.complaints() == []
 
 
+def test_core_by_task_is_one_plot(make_run, tmp_path: Path, browser: Browser):
+    run = make_run(steps=10)
+    tasks = {"core/copa": 0.6, "core/copa/centered": 0.2, "core/squad": 0.1, "core/squad/centered": 0.1}
+    append_jsonl(run.metrics, *records(11, 20, **{"val/core": 0.15, **tasks}))
+    browser.open(write_report([run], tmp_path / "page.html"))
+    assert browser.run(LABELS) == [*PLOTS, "core", "core-tasks"]
+    legend = browser.legend("core-tasks")
+    assert (legend["copa"], legend["squad"]) == ("0.2", "0.1")
+    assert browser.complaints() == []
+
+
 def test_several_runs_and_numbers_without_a_plot_of_their_own(make_run, tmp_path: Path, browser: Browser):
     runs = [make_run("a"), make_run("b", steps=0)]
     append_jsonl(runs[1].metrics, *records(1, 30, **{"train/memory_bytes": 2.5e9, "val/core": 0.1}))

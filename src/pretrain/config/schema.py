@@ -328,7 +328,8 @@ class EvalConfig(Section):
     core_every: Natural = 0
     """Steps between measurements of CORE (docs/evaluation.md), and at the end. 0: never."""
     core_bundle: str = ""
-    """CORE's tasks: a folder, a .zip file or a URL. Empty: nanochat's, downloaded once."""
+    """CORE's tasks: a folder, a .zip file or a URL. Empty: nanochat's, downloaded once; where that is impossible, the
+    run goes on without CORE."""
     core_max_per_task: Natural = 0
     """Questions of each task. 0: all."""
 

@@ -112,7 +112,8 @@ def _download(url: str) -> Path:
     try:
         return download(url, file, limit=MAX_BYTES)
     except DataError as error:
-        raise DataError(f"{error}; fetch it elsewhere and give the file or folder: --core FILE") from None
+        options = "pretrain eval --core, pretrain train --eval.core_bundle"
+        raise DataError(f"{error}; fetch it elsewhere and give the file or folder ({options})") from None
 
 
 class _Entry(Struct):

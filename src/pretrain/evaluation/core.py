@@ -87,6 +87,12 @@ class CoreResult:
         """CORE, or how much of it."""
         return f"CORE ({len(CORE_TASKS) - len(self.missing)} of {len(CORE_TASKS)} tasks)" if self.missing else "CORE"
 
+    def metrics(self) -> dict[str, float]:
+        """The results by their names in metrics.jsonl."""
+        by_task = {f"core/{task.label}": task.accuracy for task in self.tasks}
+        by_task |= {f"core/{task.label}/centered": task.centered for task in self.tasks}
+        return {"val/core": self.core, **by_task}
+
     def as_dict(self) -> dict[str, Any]:
         """The results as JSON has them."""
         tasks = {task.label: {k: v for k, v in asdict(task).items() if k != "label"} for task in self.tasks}

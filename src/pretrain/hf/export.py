@@ -8,6 +8,7 @@ safetensors   model.safetensors by our parameter names, config.json, tokenizer.j
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from importlib import resources
@@ -23,6 +24,7 @@ from pretrain.hf.convert import OWN, hf_type, obstacles, to_hf
 from pretrain.io import expand, read_jsonl, without_secrets
 from pretrain.runs import Run
 from pretrain.runs.checkpoint import Checkpoint
+from pretrain.runs.metrics import Smoothed
 from pretrain.runs.run import stored_core
 from pretrain.text import embedded_name
 from pretrain.tokenizer import Tokenizer
@@ -31,9 +33,6 @@ from pretrain.tokens.shards import PLAN
 
 CODE = ("hf.configuration_pretrain", "hf.modeling_pretrain", "model.transformer", "model.cache", "model.loss")
 """The modules that an export of our own architecture contains, in one folder."""
-
-LAST_STEPS = 50
-"""Steps over which the training loss of a model card is a mean."""
 
 
 def export_run(run: Run, format: Literal["hf", "safetensors"], out: Path, checkpoint: Checkpoint | None = None) -> str:
@@ -141,9 +140,8 @@ def _facts(run: Run, checkpoint: Checkpoint) -> list[str]:
     if summary and summary["steps"] == step:
         facts.insert(0, f"Parameters: {summary['parameters']:,}")
     records = [record for record in read_jsonl(run.metrics) if record["step"] <= step]
-    losses = [record["train/loss"] for record in records[-LAST_STEPS:] if record.get("train/loss") is not None]
-    if losses:
-        facts.append(f"Training loss: {sum(losses) / len(losses):.4f} nats per token (mean of {len(losses)} steps)")
+    if math.isfinite(loss := Smoothed(records).loss):
+        facts.append(f"Training loss: {loss:.4f} nats per token (smoothed over about ten steps)")
     for last in [record for record in records if record.get("val/loss") is not None][-1:]:
         bpb = f", {last['val/bpb']:.4f} bits per byte" if last.get("val/bpb") is not None else ""
         facts.append(f"Held-out loss: {last['val/loss']:.4f} nats per token{bpb} (after step {last['step']:,})")

@@ -152,8 +152,9 @@ class Trainer:
         if evaluator.core_tasks and (last or _due(step, config.eval.core_every)):
             check = functools.partial(self.phase, "measuring CORE", may_stop=evaluator.together)
             core = evaluator.core(check)
-            record["val/core"] = core.core
+            record |= core.metrics()
             self.console.say(f"step {step:5d}   {core.name} {core.core:.4f}")
+            self.console.say(f"      {', '.join(f'{task.label} {task.accuracy:.3f}' for task in core.tasks)}")
         samples: dict[str, str] = {}
         if sample := evaluate if not config.sample.every else last or _due(step, config.sample.every):
             check = functools.partial(self.phase, "sampling", may_stop=evaluator.together)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 import torch
 
+from pretrain.config import Config
 from pretrain.device import Precision, choose_precision, free_memory
 from pretrain.errors import DataError
-from pretrain.evaluation import open_bundle, read_tasks
+from pretrain.evaluation import Task, open_bundle, read_tasks
 from pretrain.generation import encode_prompt
 from pretrain.io import read_jsonl
 from pretrain.model import GPT
@@ -136,7 +137,7 @@ def set_up(
         listeners += [RunFiles(run, finished, say), console, *loggers, *callbacks]
         write_environment(run.folder, device, step=progress.step, precision=precision.name, processes=world.size)
     val_streams = {each.name: each.stream("val") for each in corpus.datasets if each.tokens("val")}
-    tasks = read_tasks(open_bundle(config.eval.core_bundle)) if config.eval.core_every else []
+    tasks = core_tasks(config, world, say)
     together = parameters.sharded or world.size == 1
     evaluator = Evaluator(config, world, model, together, tokenizer, val_streams, training, tasks)
     return Trainer(
@@ -152,3 +153,29 @@ def set_up(
         bytes_per_token=bytes_per_token,
         smoothed=smoothed,
     )
+
+
+def core_tasks(config: Config, world: World, say: Callable[[str], None]) -> list[Task]:
+    """The tasks of CORE to measure; none where the usual bundle, not named by the configuration, is out of reach.
+
+    All processes call it. Raises DataError for a bundle that the configuration names and that cannot be read.
+    """
+    if not config.eval.core_every:
+        return []
+    place = config.eval.core_bundle
+
+    def problem() -> str:
+        try:
+            open_bundle(place)
+        except DataError as error:
+            return str(error)
+        return ""
+
+    if not place:
+        # Rank 0 first: offline, one process waits for the network, not each in turn. Then those of other machines.
+        found = world.broadcast(problem() if world.is_rank0 else "")
+        found = found or next(filter(None, world.gather(problem())), "")
+        if found:
+            say(f"CORE      is not measured: {found}")
+            return []
+    return read_tasks(open_bundle(place))

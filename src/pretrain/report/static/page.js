@@ -93,10 +93,14 @@
     const plots = KNOWN.map((plot) => ({
       ...plot, lines: plot.lines.filter((line) => runs.some((run) => has(run, line)) && (byId("each").checked || !line.faint)),
     }));
+    const columns = [...new Set(runs.flatMap((run) => Object.keys(run.val)))];
+    const tasks = columns.filter((column) => column.startsWith("core/") && column.endsWith("/centered"));
+    const lines = tasks.map((column, i) => ({ table: "val", column, label: column.slice("core/".length, -"/centered".length), points: true, shade: i }));
+    if (!several) plots.push({ id: "core-tasks", title: "CORE by task", unit: "centered accuracy", lines });
     const taken = new Set(KNOWN.flatMap((plot) => plot.lines.map((line) => line.column)));
     for (const table of ["train", "val"]) {
       for (const column of new Set(runs.flatMap((run) => Object.keys(run[table])))) {
-        if (["step", "tokens", "time"].includes(column) || taken.has(column)) continue;
+        if (["step", "tokens", "time"].includes(column) || column.startsWith("core/") || taken.has(column)) continue;
         const line = { table, column, label: column, points: table === "val" };
         if (runs.some((run) => has(run, line))) plots.push({ id: column, title: column, unit: "", lines: [line] });
       }
