@@ -15,7 +15,7 @@ from pretrain.model import meta_model
 from pretrain.model.transformer import Linear, head_dim, layer_kinds, window_length
 
 PARTS: tuple[str, ...] = ("embedding", "value_embeddings", "attention", "mlp", "head", "other")
-WIDTH_PER_LAYER, HEAD_DIMENSION = 64, 128
+WIDTH_PER_LAYER, HEAD_DIMENSION, WINDOW_MULTIPLE = 64, 128, 128
 REFERENCE_DEPTH, REFERENCE_BATCH = 12, 2**19
 """The model and the batch, in tokens, against which the dial's laws were measured."""
 
@@ -61,9 +61,10 @@ def flops_per_token(config: ModelConfig, vocab_size: int) -> int:
 def resolve(config: Config, vocab_size: int, windows: int = 0) -> tuple[Config, list[str]]:
     """Fill in the fields that are left to be derived (0), for a vocabulary; also says what was derived, line by line.
 
-    With ``model.depth``: layers, width, heads, and the batch with its rates. Always: the steps from the horizon, and
-    what follows from them. What is not 0 stays, so any derived number can be overridden, and a resolved configuration
-    resolves to itself. ``windows`` are those to train on in an epoch, which only ``train.epochs`` needs to know.
+    With ``model.depth``: layers, width, heads, window, and the batch with its rates. Always: the steps from the
+    horizon, and what follows from them. What is not 0 stays, so any derived number can be overridden, and a resolved
+    configuration resolves to itself. ``windows`` are those to train on in an epoch, which only ``train.epochs`` needs to
+    know.
 
     Raises:
         UsageError: a derived number contradicts one that was given.
@@ -72,6 +73,7 @@ def resolve(config: Config, vocab_size: int, windows: int = 0) -> tuple[Config, 
 
     def derive(section: str, **fields: int | float) -> None:
         nonlocal config
+        fields = {name: value for name, value in fields.items() if value != getattr(getattr(config, section), name)}
         try:
             part = dataclasses.replace(getattr(config, section), **fields)
             config = dataclasses.replace(config, **{section: part})
@@ -82,20 +84,25 @@ def resolve(config: Config, vocab_size: int, windows: int = 0) -> tuple[Config, 
 
     if config.model.depth:
         shape = dial_shape(config.model.depth, config.model.width)
-        derive("model", **{name: value for name, value in shape.items() if not getattr(config.model, name)})
+        shape = {name: value for name, value in shape.items() if not getattr(config.model, name)}
+        # A run from before this law has its shape and window 0, and keeps both.
+        if shape and "S" in config.model.window_pattern and not config.model.window:
+            shape["window"] = WINDOW_MULTIPLE * math.ceil(config.model.context_length / 4 / WINDOW_MULTIPLE) + 1
+        derive("model", **shape)
     epochs, length = config.train.epochs, config.model.context_length
-    if not config.train.batch_tokens:
+    if not config.train.batch_tokens or (config.model.depth and config.optim.batch_scaling):
         horizon = max(1, epochs * windows * length) if epochs else horizon_tokens(config, config.model, vocab_size)
         reference = dataclasses.replace(config.model, kv_heads=0, **dial_shape(REFERENCE_DEPTH))
         reference_horizon = horizon_tokens(config, reference, vocab_size)
         # The best batch grows with the horizon to the power 0.383; the rates with the root of the batch.
-        batch = 2 ** round(math.log2(REFERENCE_BATCH * (horizon / reference_horizon) ** 0.383))
-        batch = max(batch, length)
-        root = math.sqrt(batch / REFERENCE_BATCH)
-        derive("train", batch_tokens=batch)
+        if not config.train.batch_tokens:
+            batch = 2 ** round(math.log2(REFERENCE_BATCH * (horizon / reference_horizon) ** 0.383))
+            derive("train", batch_tokens=max(batch, length))
+        root = math.sqrt(config.train.batch_tokens / REFERENCE_BATCH)
         rates = ("lr", "embedding_lr", "value_embedding_lr", "head_lr", "scalar_lr")
         decay = config.optim.weight_decay * root * reference_horizon / horizon
-        derive("optim", **{name: getattr(config.optim, name) * root for name in rates}, weight_decay=decay)
+        scaled = {name: getattr(config.optim, name) * root for name in rates}
+        derive("optim", **scaled, weight_decay=decay, batch_scaling=False)
     if not config.train.steps:
         if epochs:
             steps = int(epochs * windows / config.batch_rows)
@@ -115,7 +122,7 @@ def resolve(config: Config, vocab_size: int, windows: int = 0) -> tuple[Config, 
 
 def dial_shape(depth: int, width: int = 0) -> dict[str, int]:
     """Layers, width and heads of a depth, or of another width."""
-    width = width or WIDTH_PER_LAYER * depth
+    width = width or HEAD_DIMENSION * math.ceil(WIDTH_PER_LAYER * depth / HEAD_DIMENSION)
     return {"layers": depth, "width": width, "heads": max(1, math.ceil(width / HEAD_DIMENSION))}
 
 

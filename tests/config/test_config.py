@@ -9,6 +9,7 @@ import tomli_w
 
 from pretrain.config import (
     Config,
+    GroupConfig,
     ModelConfig,
     config_from_dict,
     config_to_dict,
@@ -28,7 +29,11 @@ def test_every_recipe_loads_and_says_what_it_is():
 
 
 def test_a_config_survives_toml():
-    config = load_config("quickstart", **{"model.layers": 3, "data.paths": ["a", "b"], "checkpoint.at": [5, 50]})
+    groups = {"optim.groups.head.betas": [0.8, 0.96], "optim.groups.embedding.weight_decay": 0}
+    config = load_config(
+        "quickstart", **{"model.layers": 3, "data.paths": ["a", "b"], "checkpoint.at": [5, 50], **groups}
+    )
+    assert config.optim.groups == {"head": GroupConfig(betas=(0.8, 0.96)), "embedding": GroupConfig(weight_decay=0.0)}
     tree = tomllib.loads(tomli_w.dumps(config_to_dict(config)))
     assert config_from_dict(tree, "test") == config
 
@@ -71,6 +76,13 @@ def test_a_single_prompt_by_its_older_name(tmp_path):
         ("model.rope_fraction", 0.0, "model.rope_fraction 0.0 of the head dimension 64 is not an even number"),
         ("model.window_pattern", "LXS", "model.window_pattern must be of the form '^[LS]+$', not 'LXS'"),
         ("data.field", "", "data.field must be a text that is not empty, not ''"),
+        ("optim.groups", 3, "optim.groups must be a table of tables, not 3"),
+        ("optim.groups.head", 3, "optim.groups.head must be a table of fields, not 3"),
+        ("optim.groups.head.beta", [0.8, 0.9], "'optim.groups.head.beta'; did you mean 'optim.groups.head.betas'?"),
+        ("optim.groups.head.lr", -1, "optim.groups.head.lr must be at least 0.0, not -1"),
+        ("optim.groups.head.betas", [0.8], "optim.groups.head.betas must be a list of length 2, not [0.8]"),
+        ("optim.groups.head.betas", [0.8, 1], "optim.groups.head.betas must be below 1.0, not 1"),
+        ("optim.groups.head.weight_decay", "x", "optim.groups.head.weight_decay must be float, not 'x'"),
         ("train.seed", 2**63, "train.seed must be at most 9223372036854775807"),
     ],
 )
@@ -132,6 +144,9 @@ def test_only_differences_that_change_what_is_learned_count():
     assert differences(config, load_config("quickstart", **{"eval.every": 7, "train.micro_batch": 1})) == []
     changed = differences(config, load_config("quickstart", **{"model.layers": 9, "train.seed": 2}))
     assert [line.split()[0] for line in changed] == ["model.layers", "train.seed"]
+    groups = load_config("quickstart", **{"optim.groups.head.lr": 0.5})
+    assert differences(config, groups)[0] == "optim.groups.head.lr None → 0.5"
+    assert differences(groups, config)[0] == "optim.groups.head.lr 0.5 → None"
 
 
 def test_every_field_has_help():

@@ -1,10 +1,12 @@
 import copy
 import math
+import re
 
 import pytest
 import torch
 
-from pretrain.config import Config, ModelConfig, OptimConfig, ScheduleConfig, TrainConfig
+from pretrain.config import Config, GroupConfig, ModelConfig, OptimConfig, ScheduleConfig, TrainConfig
+from pretrain.errors import UsageError
 from pretrain.model import GPT
 from pretrain.optim import build_optimizers
 from pretrain.optim.distributed import shares
@@ -15,15 +17,15 @@ from pretrain.optim.muon import Muon, orthogonalize, quintics
 @pytest.mark.parametrize("shape", [(16, 16), (16, 64), (64, 16)])
 def test_orthogonalize_brings_singular_values_near_one(shape: tuple[int, int], kind: str):
     matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
-    coefficients = quintics(kind, 5)
-    for matrix, result in zip(matrices, orthogonalize(matrices, coefficients), strict=True):
+    limit = {"classic": 1.0, "polar_express": 1.01}[kind]
+    for matrix, result in zip(matrices, orthogonalize(matrices, kind, 5), strict=True):
         u, s, v = torch.linalg.svd(matrix, full_matrices=False)
         singular = torch.linalg.svdvals(result)
         assert singular.max() < 1.3
         assert singular.median() > 0.6
         # Same singular vectors, the values mapped by the odd polynomials in turn: the float64 reference.
-        values = (s / matrix.norm() / 1.01).double()
-        for a, b, c in coefficients:
+        values = (s / matrix.norm() / limit).double()
+        for a, b, c in quintics(kind, 5):
             values = a * values + b * values**3 + c * values**5
         expected = u.double() @ values.diag() @ v.double()
         torch.testing.assert_close(result.double(), expected, atol=1e-3, rtol=1e-3)
@@ -93,11 +95,21 @@ def small_model() -> GPT:
     return model
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_infinity_changes_nothing(kind: str):
+NANOCHAT = {
+    "newton_schulz": "polar_express",
+    "cautious": True,
+    "nanochat_decay": True,
+    "row_equilibration": True,
+    "renormalize": True,
+    "normuon_beta2": 0.9,
+}
+
+
+@pytest.mark.parametrize(("kind", "options"), [("adamw", {}), ("muon", {}), ("muon", NANOCHAT)])
+def test_infinity_changes_nothing(kind: str, options: dict):
     """A step with found_inf set leaves parameters and moments bit for bit, whatever the gradients hold."""
     model = small_model()
-    optimizers = build_optimizers(model, OptimConfig(kind=kind, weight_decay=0.1))
+    optimizers = build_optimizers(model, OptimConfig(kind=kind, weight_decay=0.1, **options))
     tokens, targets = torch.randint(0, 30, (2, 4, 8)).unbind()
 
     def step(found_inf: float, poison: float = 0.0) -> None:
@@ -151,6 +163,118 @@ def test_adamw_decays_matrices_only_unless_told():
         decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
         assert decay[model.embedding.weight] == 0.1
         assert decay[model.norm.weight] == (0.1 if decay_all else 0.0)  # type: ignore[index]
+
+
+GROUPS = {
+    "head": {"lr": 0.5, "weight_decay": 0.25},
+    "embedding": {"lr_factor": 0.5, "betas": (0.5, 0.75)},
+    "embedding_scale": {"betas": (0.96, 0.95)},
+    "blocks": {"weight_decay": 0.125},
+    "blocks.1.mlp_norm": {"lr_factor": 3.0},
+}
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_groups_have_rates_betas_and_decay_of_their_own(kind: str):
+    """The name of a parameter or module, whole; the longest that fits; what is absent is as for the rest."""
+    shape = {"layers": 2, "heads": 2, "width": 16, "norm_weight": True, "residual_scalars": True}
+    model = GPT(ModelConfig(**shape), 30)
+    groups = {name: GroupConfig(**values) for name, values in GROUPS.items()}
+    rates = {"lr": 0.1, "embedding_lr": 0.2, "head_lr": 0.3, "scalar_lr": 0.4, "width_scaling": True}
+    decay = 0.1 if kind == "adamw" else 0.0
+    optimizers = build_optimizers(
+        model, OptimConfig(kind=kind, betas=(0.8, 0.95), weight_decay=decay, groups=groups, **rates)
+    )
+    found = {
+        p: (group["peak_lr"], group["betas"], group["weight_decay"])
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if "betas" in group
+    }
+    scalars, width = (0.4, 1 / math.sqrt(16 / 768)) if kind == "muon" else (0.1, 1.0)
+    embedding = 0.2 * width if kind == "muon" else 0.1
+    expected = {
+        "head.weight": (0.5, (0.8, 0.95), 0.25),  # a rate of its own is not scaled
+        "embedding.weight": (0.5 * embedding, (0.5, 0.75), decay),
+        "embedding_scale": (scalars, (0.96, 0.95), 0.0),  # not a part of embedding
+        "stream_scale": (scalars, (0.8, 0.95), 0.0),
+        "blocks.1.attention_norm.weight": (scalars, (0.8, 0.95), 0.125),
+        "blocks.1.mlp_norm.weight": (3 * scalars, (0.8, 0.95), 0.0),
+    }
+    for name, values in expected.items():
+        rate, *rest = found[model.get_parameter(name)]
+        assert rate == pytest.approx(values[0]), name
+        assert tuple(rest) == values[1:], name
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"), [("heads", "; did you mean 'head'"), ("emb", ""), ("blocks.1", "; there are ")]
+)
+def test_a_group_of_no_parameter_is_refused(key: str, hint: str):
+    """blocks.1 has only matrices, which Muon updates."""
+    model = GPT(ModelConfig(layers=2, heads=2, width=16), 30)
+    message = f"optim.groups.{key} names no parameter of this model that AdamW updates{hint}"
+    with pytest.raises(UsageError, match=re.escape(message)):
+        build_optimizers(model, OptimConfig(kind="muon", groups={key: GroupConfig(lr=0.1)}))
+
+
+def reference_of_2026(weights: list, gradients: list[list], lr: float, decay: float, momentum: float, beta2: float):
+    """The published formulas in float64, one matrix and one step after the other; orthogonalised through the SVD.
+
+    MuonEq (arXiv 2603.28254), Polar Express (2505.16932), Muon+ (2602.21545), NorMuon (2510.05491), then cautious
+    decay (2510.12402) with the update's scale.
+    """
+    results = []
+    for index, start in enumerate(weights):
+        w, buffer, second = start.double(), torch.zeros_like(start, dtype=torch.float64), 0.0
+        rows, columns = w.shape
+        neurons = 1 if rows >= columns else 0  # the dimension over which a neuron's mean square is taken
+        for step in gradients:
+            g = step[index].double()
+            buffer = momentum * buffer + (1 - momentum) * g
+            direction = momentum * buffer + (1 - momentum) * g
+            norms = direction.square().sum(1).sqrt()
+            direction = direction / norms[:, None] * norms.square().mean().sqrt()
+            u, s, v = torch.linalg.svd(direction, full_matrices=False)
+            s = s / (1.01 * direction.square().sum().sqrt())
+            for a, b, c in quintics("polar_express", 5):
+                s = a * s + b * s**3 + c * s**5
+            x = (u * s) @ v
+            x = x * math.sqrt(min(rows, columns)) / x.square().sum().sqrt()
+            mean = x.square().mean(neurons, keepdim=True)
+            second = beta2 * second + (1 - beta2) * mean
+            normalized = x / second.sqrt()
+            x = normalized * x.square().sum().sqrt() / normalized.square().sum().sqrt()
+            rate = lr * math.sqrt(max(1.0, rows / columns))
+            w = w - rate * x - rate * decay * w * (x * w >= 0)
+        results.append(w)
+    return results
+
+
+def test_nanochats_muon_follows_the_formulas():
+    """Ten steps of tall, wide and square matrices, against float64; the weights move by about 0.1."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(8, 8), (8, 8), (32, 8), (8, 32), (12, 5)]
+    start = [torch.randn(shape, generator=generator) for shape in shapes]
+    gradients = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(10)]
+    ours = [torch.nn.Parameter(w.clone()) for w in start]
+    optimizer = Muon(ours, OptimConfig(lr=0.02, momentum=0.9, weight_decay=0.3, **NANOCHAT))
+    for step in gradients:
+        for p, g in zip(ours, step, strict=True):
+            p.grad = g.clone()
+        optimizer.step()
+    for p, w in zip(ours, reference_of_2026(start, gradients, 0.02, 0.3, 0.9, 0.9), strict=True):
+        torch.testing.assert_close(p.detach().double(), w, atol=2e-5, rtol=0)
+
+
+def test_nanochats_decay_acts_also_where_the_update_is_0():
+    """As before the first step, when output projections of 0 let no gradient through."""
+    for options, expected in (({}, 1.0), ({"nanochat_decay": True}, 1 - 0.1 * 2 * 0.5)):
+        p = torch.nn.Parameter(torch.ones(16, 4))
+        p.grad = torch.zeros(16, 4)
+        Muon([p], OptimConfig(lr=0.1, weight_decay=0.5, cautious=True, **options)).step()
+        torch.testing.assert_close(p.detach(), torch.full((16, 4), expected))  # scale sqrt(16 / 4) = 2
 
 
 def test_processes_share_stacks_evenly():

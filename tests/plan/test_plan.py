@@ -12,6 +12,7 @@ from pretrain.config import Config, ModelConfig, load_config
 from pretrain.device import GPUS, Precision
 from pretrain.errors import UsageError
 from pretrain.model import GPT
+from pretrain.model.transformer import window_length
 from pretrain.optim import build_optimizers, find_optimizer
 from pretrain.plan import Plan, describe, make_plan, warnings
 from pretrain.plan.cluster import Layout, group_sizes, memory_parts, traffic, traffic_seconds
@@ -52,9 +53,45 @@ def test_nanochat_of_2026(depth: int, total: int, scaling: int, steps: int, batc
     assert sum(counts.values()) == total
     assert matrices(counts) + counts["head"] == scaling
     assert (config.train.steps, config.train.batch_tokens) == (steps, batch)
-    assert config.optim.lr == pytest.approx(0.02 * (batch / 2**19) ** 0.5)
+    root = (batch / 2**19) ** 0.5
+    assert config.optim.lr == pytest.approx(0.02 * root)
+    assert config.optim.weight_decay == pytest.approx(0.28 * root * 110_100_912 / scaling)
+    assert config.model.window == 513  # (512, 0) in its code, and the token itself
     assert f"train.steps = {steps:,}" in said
     assert resolve(config, 32768) == (config, [])  # what is resolved stays
+
+
+def test_rates_follow_a_given_batch_once():
+    """As nanochat's --total-batch-size: by the root of the batch, decay also by the horizon; October knows no such."""
+    for batch, root in ((2**19, 1.0), (2**17, 0.5)):
+        config, _ = resolve(load_config("nanochat", **{"train.batch_tokens": batch, "optim.head_lr": 0.01}), 32768)
+        rates = (config.optim.lr, config.optim.value_embedding_lr, config.optim.head_lr, config.optim.scalar_lr)
+        assert rates == pytest.approx((0.02 * root, 0.15 * root, 0.01 * root, 0.5 * root))
+        assert config.optim.weight_decay == pytest.approx(0.28 * root * 110_100_912 / 435_160_240)
+        assert config.optim.groups["smear"].lr == 0.2  # not scaled there either
+        assert not config.optim.batch_scaling
+        assert resolve(config, 32768) == (config, [])
+    october, _ = resolve(load_config("nanochat-d20", **{"train.batch_tokens": 2**17}), 65536)
+    assert october.optim == load_config("nanochat-d20").optim
+    hour = load_config("gpu-1h")
+    assert resolve(hour, 32768)[0].optim == dataclasses.replace(hour.optim, batch_scaling=False)  # 2^19 is no change
+
+
+@pytest.mark.parametrize(("depth", "width", "heads"), [(1, 128, 1), (5, 384, 3), (12, 768, 6), (13, 896, 7)])
+def test_an_odd_depth_has_whole_heads(depth: int, width: int, heads: int):
+    config, _ = resolve(load_config("nanochat", **{"model.depth": depth}), 32768)
+    assert (config.model.layers, config.model.width, config.model.heads) == (depth, width, heads)
+
+
+@pytest.mark.parametrize(("length", "window"), [(256, 129), (512, 129), (1024, 257), (1100, 385), (2048, 513)])
+def test_the_dials_window(length: int, window: int):
+    """A quarter of the context rounded up to a multiple of 128, and the token itself; without the dial the quarter."""
+    settings = {"model.context_length": length, "train.batch_tokens": 8 * length}
+    config, _ = resolve(load_config("nanochat", **settings), 32768)
+    assert config.model.window == window
+    old = dataclasses.replace(config, model=dataclasses.replace(config.model, window=0))  # a run of before
+    assert resolve(old, 32768)[0] == old
+    assert window_length(old.model) == length // 4
 
 
 def test_derived_numbers_can_be_overridden():

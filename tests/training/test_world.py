@@ -14,7 +14,7 @@ import pytest
 from tests.training.test_loop import change, learned
 from tests.training.test_validation import EVALS
 
-from pretrain.config import Config
+from pretrain.config import Config, GroupConfig
 from pretrain.io import read_jsonl
 from pretrain.runs import Run
 from pretrain.runs.checkpoint import checkpoints
@@ -91,6 +91,15 @@ def several_documents(folder: Path, text: Path) -> Path:
     return folder / "documents"
 
 
+NANOCHAT = {
+    "optim__weight_decay": 0.1,
+    "optim__cautious": True,
+    "optim__nanochat_decay": True,
+    "optim__row_equilibration": True,
+    "optim__renormalize": True,
+    "optim__normuon_beta2": 0.9,
+    "optim__groups": {"head": GroupConfig(betas=(0.8, 0.96), weight_decay=0.01), "stream_scale": GroupConfig(lr=0.005)},
+}
 CASES = {
     "ddp, muon, accumulation": (2, {"parallel__kind": "ddp", "train__micro_batch": 2}),
     "fsdp, muon": (2, {"parallel__kind": "fsdp"}),
@@ -107,8 +116,11 @@ CASES = {
             "model__mlp_width": 50,
         },
     ),
+    "ddp, nanochat's optimizer": (2, {"parallel__kind": "ddp", **NANOCHAT}),
+    "fsdp, nanochat's optimizer": (3, {"parallel__kind": "fsdp", "model__mlp_width": 50, **NANOCHAT}),
     "ddp, a live stream": (2, {"parallel__kind": "ddp", "data__stream": True, "data__split": "hash"}),
     "hsdp": (4, {"parallel__kind": "hsdp"}),
+    "hsdp, nanochat's optimizer": (4, {"parallel__kind": "hsdp", **NANOCHAT}),
 }
 
 
@@ -120,7 +132,7 @@ def test_several_processes_learn_what_one_does(base: Config, tmp_path: Path, nam
         config = change(config, data__paths=(str(several_documents(tmp_path, Path(base.data.paths[0]))),))
     alone = train(config, tmp_path / "alone")
     # hsdp: as on two machines of two processes each
-    prelude = 'import os; os.environ["LOCAL_WORLD_SIZE"] = "2"' if name == "hsdp" else ""
+    prelude = 'import os; os.environ["LOCAL_WORLD_SIZE"] = "2"' if "hsdp" in name else ""
     together = run_together(config, tmp_path / "together", processes, prelude)
     assert_near(together, alone)
     assert len(read_jsonl(together.samples)) == len(read_jsonl(alone.samples))
@@ -131,6 +143,7 @@ def test_several_processes_learn_what_one_does(base: Config, tmp_path: Path, nam
 def test_a_checkpoint_goes_on_in_another_number_of_processes(base: Config, tmp_path: Path, kinds: tuple[str, str]):
     """Saved by 2, resumed by 1 and by 3, from one kind to the other."""
     before, after = kinds
+    base = change(base, **NANOCHAT)  # of whose state each process has some matrices
     alone = train(base, tmp_path / "alone")
     run = run_together(change(base, parallel__kind=before), tmp_path / "two", 2)
     shutil.rmtree(run.checkpoint(12).folder)

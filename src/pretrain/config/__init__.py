@@ -15,6 +15,7 @@ from pretrain.config.schema import (
     Config,
     DataConfig,
     EvalConfig,
+    GroupConfig,
     GuardConfig,
     LogConfig,
     ModelConfig,

@@ -41,10 +41,12 @@ def load_config(recipe: str = "quickstart", **overrides: Any) -> Config:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{recipe} is not valid TOML: {error}") from None
     for name, value in overrides.items():
-        section, _, leaf = name.partition(".")
-        if not leaf:
+        *tables, leaf = name.split(".")
+        if not tables:
             raise UsageError(f"unknown field '{name}': fields are written SECTION.NAME, such as model.layers")
-        fields = tree.setdefault(section, {})
+        fields: Any = tree
+        for table in tables:
+            fields = fields.setdefault(table, {}) if isinstance(fields, dict) else None
         if isinstance(fields, dict):  # config_from_dict refuses anything else
             fields[leaf] = value
     return config_from_dict(tree, source=recipe)
@@ -99,20 +101,29 @@ def _renamed(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
-    """Nested plain values of every field, ready for TOML or JSON."""
-    return {
-        section: {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-        for section, values in dataclasses.asdict(config).items()
-    }
+    """Nested plain values of every field, ready for TOML or JSON; what is None is left out."""
+    return _plain(dataclasses.asdict(config))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items() if item is not None}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def differences(old: Config, new: Config) -> list[str]:
     """Fields in which two configurations would learn something different, one line each: ``model.layers 4 → 6``."""
-    before, after = config_to_dict(old), config_to_dict(new)
+    before, after = _by_dotted_name(config_to_dict(old)), _by_dotted_name(config_to_dict(new))
     return [
-        f"{section}.{key} {before[section][key]!r} → {value!r}"
-        for section, values in after.items()
-        if section not in FREE_SECTIONS
-        for key, value in values.items()
-        if value != before[section][key] and f"{section}.{key}" not in FREE_FIELDS
+        f"{name} {before.get(name)!r} → {after.get(name)!r}"
+        for name in after | before
+        if name.partition(".")[0] not in FREE_SECTIONS and name not in FREE_FIELDS
+        if before.get(name) != after.get(name)
     ]
+
+
+def _by_dotted_name(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
+    names: dict[str, Any] = {}
+    for key, value in tree.items():
+        names |= _by_dotted_name(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
+    return names

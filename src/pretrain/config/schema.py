@@ -92,8 +92,9 @@ class ModelConfig(Section):
     """The Transformer."""
 
     depth: Natural = 0
-    """The dial: sets layers, width (64 per layer) and heads (head dimension 128) where they are 0, and with
-    train.steps = 0 and train.batch_tokens = 0 also the horizon, batch and rates. 0: no dial."""
+    """The dial: sets layers, width (64 per layer, rounded up to a multiple of 128), heads (head dimension 128) and
+    window where they are 0, and with train.steps = 0 and train.batch_tokens = 0 also the horizon, batch and rates. 0: no
+    dial."""
     layers: Natural = 4
     """Transformer blocks."""
     heads: Natural = 4
@@ -131,7 +132,8 @@ class ModelConfig(Section):
     window_pattern: Annotated[str, Meta(pattern="^[LS]+$")] = "L"
     """Attention of the layers, repeated: L sees the whole context, S a sliding window. The last layer is always L."""
     window: Natural = 0
-    """Tokens that an S layer sees, including the current one. 0: a quarter of the context."""
+    """Tokens that an S layer sees, including the current one. 0: a quarter of the context; with the dial that quarter
+    is rounded up to a multiple of 128 and the current token comes on top, as in nanochat."""
     document_mask: bool = False
     """Let a token see only its own document in the packed row, from its BOS token on."""
     bias: bool = False
@@ -154,9 +156,9 @@ class ModelConfig(Section):
     """Round the rows of embedding and head up to a multiple of this; the added rows are never predicted."""
     dropout: BelowOne = 0.0
     """Dropout of the embedding, attention weights and residual branches."""
-    init: Literal["zero", "gpt2", "torch"] = "zero"
+    init: Literal["zero", "gpt2", "torch", "nanochat_2025", "nanochat_2026"] = "zero"
     """Initialisation. zero: output projections 0 (with Muon); gpt2: normal 0.02, scaled at the projections; torch:
-    PyTorch's default for each layer."""
+    PyTorch's default for each layer; nanochat_2025 and nanochat_2026: as nanochat of October 2025 and July 2026."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -175,6 +177,20 @@ class ModelConfig(Section):
         if self.position == "rope" and (rotated % 2 or not rotated):  # rotary positions turn channels in pairs
             share = f"model.rope_fraction {self.rope_fraction} of the head dimension {head_dimension}"
             raise ValueError(f"{share} is not an even number of channels")
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """What parameters of one name have of their own in AdamW; what is absent is as for the rest."""
+
+    lr: NonNegative = 0.0
+    """Peak learning rate, which neither optim.batch_scaling nor optim.width_scaling scales. 0: lr_factor decides."""
+    lr_factor: Positive = 1.0
+    """Peak learning rate as a multiple of that of the rest, with which it scales."""
+    betas: tuple[BelowOne, BelowOne] | None = None
+    """AdamW's beta1 and beta2. None: optim.betas."""
+    weight_decay: NonNegative | None = None
+    """Decoupled weight decay. None: as for the rest."""
 
 
 @dataclass(frozen=True)
@@ -212,6 +228,15 @@ class OptimConfig(Section):
     as large as AdamW's (Moonlight, arXiv 2502.16982), for rates like AdamW's."""
     cautious: bool = False
     """Decay a weight only where the update shrinks it too (muon only)."""
+    nanochat_decay: bool = False
+    """Muon's decay as in nanochat: scaled as the update is, and when cautious also where the update is 0."""
+    row_equilibration: bool = False
+    """Scale the rows of Muon's momentum to one norm before it is orthogonalised (MuonEq, arXiv 2603.28254)."""
+    renormalize: bool = False
+    """Scale Muon's orthogonalised update to the norm of an orthogonal matrix (Muon+, arXiv 2602.21545)."""
+    normuon_beta2: BelowOne = 0.0
+    """Divide each neuron of Muon's update by the root of its mean square, averaged over the steps with this beta2
+    (NorMuon, arXiv 2510.05491). 0: off."""
     embedding_lr: Positive = 0.02
     """Peak learning rate of the embeddings under muon."""
     value_embedding_lr: NonNegative = 0.0
@@ -222,6 +247,12 @@ class OptimConfig(Section):
     """Peak learning rate of norms, biases and scalars under muon."""
     width_scaling: bool = False
     """Scale the rates of embeddings and head under muon by (width / 768) ** -0.5."""
+    batch_scaling: bool = False
+    """With the dial, scale the rates and Muon's decay to the batch and the horizon (docs/recipes.md) also when
+    train.batch_tokens is given. Off once that is done."""
+    groups: dict[str, GroupConfig] = field(default_factory=dict)
+    """Parameters that AdamW updates otherwise than the rest, by the name of a parameter or module, such as
+    [optim.groups.head]: lr, lr_factor, betas, weight_decay."""
 
     def __post_init__(self):
         super().__post_init__()

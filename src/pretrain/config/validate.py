@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import typing
+from collections.abc import Mapping
 from functools import cache
 from typing import Any, Literal
 
@@ -31,13 +33,17 @@ class Section:
 
 def checked(name: str, value: Any, hint: Any) -> Any:
     """The value as its type wants it. Raises ValueError: one line that begins with ``name``."""
+    if typing.get_origin(hint) is dict:  # tables by name, of a dataclass
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{name} must be a table of tables, not {value!r}")
+        return {key: _checked_table(f"{name}.{key}", item, typing.get_args(hint)[1]) for key, item in value.items()}
     for plain in (float, str):  # msgspec refuses subclasses such as numpy.float64
         if isinstance(value, plain):
             value = plain(value)
     try:
         return msgspec.convert(value, hint)
     except msgspec.ValidationError as error:
-        wrong, _, place = str(error).replace("`", "").partition(" - at $")
+        wrong, _, place = str(error).replace("`", "").replace(" | null", "").partition(" - at $")
     if place:  # one value of several
         value, hint = value[int(place.strip("[]"))], typing.get_args(hint)[0]
     choices = typing.get_args(hint)
@@ -51,3 +57,16 @@ def checked(name: str, value: Any, hint: Any) -> Any:
     ):  # fmt: skip
         wanted = wanted.replace(symbol, word)
     raise ValueError(f"{name} must be {wanted}, not {value!r}")
+
+
+def _checked_table(name: str, value: Any, kind: Any) -> Any:
+    """One of the tables, as the dataclass ``kind``."""
+    if isinstance(value, kind):
+        value = vars(value)
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} must be a table of fields, not {value!r}")
+    known = [f"{name}.{field.name}" for field in dataclasses.fields(kind)]
+    for unknown in sorted({f"{name}.{key}" for key in value} - set(known)):
+        raise ValueError(f"unknown field '{unknown}'{did_you_mean(unknown, known)}")
+    hints = _hints(kind, include_extras=True)
+    return kind(**{key: checked(f"{name}.{key}", item, hints[key]) for key, item in value.items()})

@@ -331,6 +331,7 @@ class GPT(nn.Module):
     def init_weights(self, generator: torch.Generator) -> None:
         """Give every parameter its initial value by ``model.init``; the generator must be on the parameters' device."""
         kind, width = self.config.init, self.config.width
+        nothing_at_first = kind in ("zero", "nanochat_2025", "nanochat_2026")  # blocks add 0 to the stream
         for module in self.modules():
             if isinstance(module, Norm):
                 if module.weight is not None:
@@ -339,10 +340,13 @@ class GPT(nn.Module):
                     module.bias.zero_()
             elif isinstance(module, nn.Linear):
                 bound = 1 / math.sqrt(module.in_features)  # of a uniform distribution, PyTorch's default
-                if kind == "zero":
+                if kind in ("zero", "nanochat_2026"):
                     bound *= math.sqrt(3)  # standard deviation in_features ** -0.5
                 if kind == "gpt2":
                     module.weight.normal_(0, 0.02, generator=generator)
+                elif kind == "nanochat_2025":  # arXiv 2310.17813
+                    std = min(1, math.sqrt(module.out_features / module.in_features)) / math.sqrt(module.in_features)
+                    module.weight.normal_(0, std, generator=generator)
                 else:
                     module.weight.uniform_(-bound, bound, generator=generator)
                 if module.bias is not None:
@@ -352,9 +356,9 @@ class GPT(nn.Module):
             for projection in (block.attention.out, block.mlp.down):
                 if kind == "gpt2":  # GPT-2 keeps the stream's variance by the number of additions to it
                     projection.weight.normal_(0, 0.02 / math.sqrt(2 * self.config.layers), generator=generator)
-                elif kind == "zero":
+                elif nothing_at_first:
                     projection.weight.zero_()
-            if kind == "zero":
+            if kind in ("zero", "nanochat_2026"):
                 block.mlp.up.weight.mul_(0.4)
             if block.attention.value_gate is not None:
                 block.attention.value_gate.weight.uniform_(0, 0.02, generator=generator)
@@ -367,16 +371,20 @@ class GPT(nn.Module):
             height = torch.linspace(0, 1, self.config.layers, device=self.stream_scale.device)
             self.stream_scale.copy_(1.15 - 0.10 * height)  # early layers write more, and see more of the embedding
             self.embedding_scale.copy_(0.20 - 0.15 * height)
-        if kind == "zero" and not self.config.tied_head:
-            self.head.weight.normal_(0, 0.001, generator=generator)
+        if nothing_at_first and not self.config.tied_head:
+            std = 0.0 if kind == "nanochat_2025" else 0.001
+            self.head.weight.normal_(0, std, generator=generator)
         for module in self.modules():  # last: a tied head takes the embedding's values
             if isinstance(module, nn.Embedding):
-                module.weight.normal_(0, 0.02 if kind == "gpt2" else 1.0, generator=generator)
-        if kind == "zero":
-            if self.config.tied_head:
-                self.embedding.weight.mul_(width**-0.5)
-            for table in self.value_embeddings.values():
-                table.weight.mul_(width**-0.5)  # type: ignore[operator]
+                module.weight.normal_(0, {"gpt2": 0.02, "nanochat_2026": 0.8}.get(kind, 1.0), generator=generator)
+        if nothing_at_first and self.config.tied_head:
+            self.embedding.weight.mul_(width**-0.5)
+        for table in self.value_embeddings.values():
+            assert isinstance(table, Embedding)
+            if kind == "zero":
+                table.weight.mul_(width**-0.5)
+            elif kind == "nanochat_2026":  # as the values
+                table.weight.uniform_(-math.sqrt(3 / width), math.sqrt(3 / width), generator=generator)
 
 
 def meta_model(config: ModelConfig, vocab_size: int, bos_id: int | None = None) -> GPT:

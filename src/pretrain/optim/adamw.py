@@ -6,17 +6,46 @@ import math
 
 import torch
 
-from pretrain.config import Config, OptimConfig
+from pretrain.config import Config, GroupConfig, OptimConfig
+from pretrain.errors import UsageError, did_you_mean
 from pretrain.model import GPT
 from pretrain.optim.optimizer import Optimizer
 
 
 class AdamW(Optimizer, torch.optim.AdamW):
-    """Each of ``groups`` has its own rate and decay; empty ones are left out. The kernel itself reads ``found_inf``."""
+    """Each of ``groups`` has its own rate and decay; ``optim.groups`` divides them further. The kernel itself reads
+    ``found_inf``.
+    """
 
-    def __init__(self, groups: list[dict], config: OptimConfig):
-        groups = [group for group in groups if group["params"]]
+    def __init__(self, groups: list[dict], config: OptimConfig, model: GPT):
+        groups = divided(groups, config, model)
         super().__init__(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def divided(groups: list[dict], config: OptimConfig, model: GPT) -> list[dict]:
+    """The groups with ``optim.groups`` applied: one for all parameters of a group to which the same applies.
+
+    Of several that name a parameter the longest applies. Raises UsageError if one names none of the parameters.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    divided: dict[tuple[int, str], dict] = {}
+    for number, group in enumerate(groups):
+        for parameter in group["params"]:
+            matching = [key for key in config.groups if f"{names[parameter]}.".startswith(f"{key}.")]
+            key = max(matching, key=len, default="")
+            own = config.groups.get(key, GroupConfig())
+            values = {
+                "lr": own.lr or group["lr"] * own.lr_factor,
+                "betas": own.betas or config.betas,
+                "weight_decay": group["weight_decay"] if own.weight_decay is None else own.weight_decay,
+            }
+            divided.setdefault((number, key), {"params": [], **values})["params"].append(parameter)
+    for key in config.groups:
+        if not any(key == applied for _, applied in divided):
+            there = {names[p].partition(".")[0] for group in groups for p in group["params"]}
+            hint = did_you_mean(key, sorted(there))
+            raise UsageError(f"optim.groups.{key} names no parameter of this model that AdamW updates{hint}")
+    return list(divided.values())
 
 
 def build(model: GPT, config: OptimConfig) -> list[Optimizer]:
@@ -27,7 +56,7 @@ def build(model: GPT, config: OptimConfig) -> list[Optimizer]:
         {"params": decayed, "lr": config.lr, "weight_decay": config.weight_decay},
         {"params": rest, "lr": config.lr, "weight_decay": 0.0},
     ]
-    return [AdamW(groups, config)]
+    return [AdamW(groups, config, model)]
 
 
 def settings(step: int, config: Config) -> dict[str, float]:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
 
-Work = Callable[[Tensor], Tensor]
-"""From whole matrices (N, R, C) to as many of the same shape."""
+Work = Callable[[Tensor, int], Tensor]
+"""``work(matrices, start)``: from whole matrices (N, R, C), those of the stack from ``start`` on, to as many."""
 
 Exchange = Callable[[Tensor, int, int, Work], Callable[[], Tensor]]
 """``exchange(update, rows, first, work)`` begins to work on N matrices of R rows together with other processes. The
@@ -32,7 +32,7 @@ function it returns waits for the results, which have the shape of ``update``.
 
 def alone(update: Tensor, rows: int, first: int, work: Work) -> Callable[[], Tensor]:
     """The exchange of one process, which has the whole of every matrix."""
-    result = work(update)
+    result = work(update, 0)
     return lambda: result
 
 
@@ -48,10 +48,11 @@ def replicated(
     """Every process of ``group`` has the same, and works on its share of the matrices, ``inside`` with others."""
     size = dist.get_world_size(group)
     owned = shares(len(update), size, first)
+    start = sum(owned[: dist.get_rank(group)])
     mine = update.split(owned)[dist.get_rank(group)]
     result = update.new_zeros(max(owned), *update.shape[1:])  # the others send as much
     if len(mine):
-        result[: len(mine)] = inside(mine, rows, first, work)()
+        result[: len(mine)] = inside(mine, rows, first, lambda matrices, n: work(matrices, start + n))()
     everything = result.new_empty(size * len(result), *update.shape[1:])
     pending = all_gather(everything, result, group=group, async_op=True)
 
@@ -80,7 +81,7 @@ def row_sharded(
     dist.all_to_all_single(parts, padded, same, owned, group=group)
     whole = parts.view(size, mine, part, columns).transpose(0, 1).reshape(mine, size * part, columns)
     if mine:
-        whole[:, :rows] = work(whole[:, :rows])
+        whole[:, :rows] = work(whole[:, :rows], sum(owned[: dist.get_rank(group)]))
     back = whole.view(mine, size, part, columns).transpose(0, 1).reshape(size * mine, part, columns)
     result = torch.empty_like(padded)
     pending = dist.all_to_all_single(result, back, owned, same, group=group, async_op=True)

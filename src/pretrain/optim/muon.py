@@ -43,19 +43,48 @@ def quintics(kind: str, rounds: int) -> list[tuple[float, float, float]]:
     return [POLAR_EXPRESS[round(i * (len(POLAR_EXPRESS) - 1) / (rounds - 1))] for i in range(rounds)]
 
 
-def orthogonalize(matrices: Tensor, coefficients: list[tuple[float, float, float]]) -> Tensor:
+def orthogonalize(matrices: Tensor, kind: str, rounds: int) -> Tensor:
     """The orthogonal factor of each matrix in (N, R, C), to about 0.3 in its singular values, by Newton-Schulz.
 
     Computes in the dtype of the matrices; bfloat16 suffices, as the result is only a direction.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]  # products with the smaller side are the cheaper ones
-    # The iteration converges for singular values up to 1, which bfloat16 would round beyond: hence a little below.
-    x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
-    for a, b, c in coefficients:
+    # Polar Express converges for singular values up to 1, which bfloat16 would round beyond: hence a little below.
+    limit = 1.0 if kind == "classic" else 1.01
+    x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) * limit + 1e-7)
+    for a, b, c in quintics(kind, rounds):
         gram = x.mT @ x if tall else x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, x, polynomial, beta=a) if tall else torch.baddbmm(x, polynomial, x, beta=a)
     return x
+
+
+def equilibrate(matrices: Tensor) -> Tensor:
+    """Each of (N, R, C) with all its rows scaled to their root mean square norm (MuonEq, arXiv 2603.28254)."""
+    norms = matrices.float().norm(dim=-1, keepdim=True)
+    common = norms.square().mean(dim=-2, keepdim=True).sqrt()
+    return matrices * (common / norms.clamp_min(1e-6)).to(matrices.dtype)
+
+
+def renormalize(matrices: Tensor) -> Tensor:
+    """Each of (N, R, C) scaled to the Frobenius norm of an orthogonal matrix (Muon+, arXiv 2602.21545)."""
+    norms = matrices.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-6)
+    return matrices * (min(matrices.shape[-2:]) ** 0.5 / norms)
+
+
+def equalize_neurons(matrices: Tensor, mean_squares: Tensor, beta2: float) -> tuple[Tensor, Tensor]:
+    """Divide each row, or column of wide ones, of (N, R, C) by the root of its mean square, averaged over the steps.
+
+    The Frobenius norm stays (NorMuon, arXiv 2510.05491). ``mean_squares`` are the averages so far, (N, R) or (N, C);
+    also returns the new ones.
+    """
+    along = -1 if matrices.shape[-2] >= matrices.shape[-1] else -2
+    now = matrices.square().mean(dim=along)
+    mean_squares = mean_squares.lerp(now, 1 - beta2)
+    scale = mean_squares.clamp_min(1e-10).rsqrt()
+    before, after = (squares.sum(dim=-1, keepdim=True).sqrt() for squares in (now, now * scale.square()))
+    scale = scale * before / after.clamp_min(1e-10)
+    return matrices * scale.unsqueeze(along), mean_squares
 
 
 class Muon(Optimizer):
@@ -66,8 +95,7 @@ class Muon(Optimizer):
     def __init__(self, params: Iterable[Tensor], config: OptimConfig, dtype: torch.dtype = torch.float32):
         defaults = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
         super().__init__(params, defaults)
-        self.cautious, self.update_scale, self.dtype = config.cautious, config.update_scale, dtype
-        self.coefficients = quintics(config.newton_schulz, config.newton_schulz_steps)
+        self.config, self.dtype = config, dtype
         self.shapes: dict[Tensor, torch.Size] = {}
         for group in self.param_groups:
             assert all(p.ndim == 2 for p in group["params"]), "Muon is for matrices"
@@ -111,14 +139,20 @@ class Muon(Optimizer):
         momentum = old.lerp(gradient, 1 - group["momentum"])
         direction = gradient.lerp_(momentum, group["momentum"]).to(self.dtype)
         rows, columns = shape
-        orthogonal = self.exchange(direction, rows, first, lambda stack: orthogonalize(stack, self.coefficients))
-        scale = max(1, rows / columns) ** 0.5 if self.update_scale == "spectral" else 0.2 * max(rows, columns) ** 0.5
+        orthogonal = self.exchange(direction, rows, first, lambda stack, n: self._direction(stack, parameters[n:]))
+        config = self.config
+        scale = max(1, rows / columns) ** 0.5 if config.update_scale == "spectral" else 0.2 * max(rows, columns) ** 0.5
 
         def finish() -> None:
             change = orthogonal().float().mul_(-group["lr"] * scale)
             if group["weight_decay"]:
-                decay = torch.stack(parameters).mul_(-group["lr"] * group["weight_decay"])
-                change.add_(torch.where(change * decay > 0, decay, 0) if self.cautious else decay)
+                decay_scale = scale if config.nanochat_decay else 1.0
+                decay = torch.stack(parameters).mul_(-group["lr"] * group["weight_decay"] * decay_scale)
+                if config.cautious:
+                    agreement = change * decay
+                    keep = agreement >= 0 if config.nanochat_decay else agreement > 0
+                    decay = torch.where(keep, decay, 0)
+                change.add_(decay)
             kept = momentum
             if self.found_inf is not None:  # select: a zero times NaN would still be NaN
                 good = self.found_inf == 0
@@ -129,10 +163,31 @@ class Muon(Optimizer):
 
         return finish
 
+    def _direction(self, matrices: Tensor, parameters: list[Tensor]) -> Tensor:
+        """The directions of update for whole matrices (N, R, C) of momentum, those of the first N ``parameters``."""
+        config = self.config
+        if config.row_equilibration:
+            matrices = equilibrate(matrices)
+        update = orthogonalize(matrices, config.newton_schulz, config.newton_schulz_steps)
+        if config.renormalize:
+            update = renormalize(update.float())
+        if config.normuon_beta2:
+            # Only the process that works on a matrix has this state; a checkpoint has it from whichever that was.
+            states = [self.state[p] for p in parameters[: len(matrices)]]
+            for state in states:
+                if "mean_square" not in state:
+                    state["mean_square"] = update.new_zeros(max(update.shape[-2:]), dtype=torch.float32)
+            old = torch.stack([state["mean_square"] for state in states])
+            update, new = equalize_neurons(update.float(), old, config.normuon_beta2)
+            if self.found_inf is not None:
+                new = torch.where(self.found_inf == 0, new, old)
+            torch._foreach_copy_([state["mean_square"] for state in states], list(new.unbind()))
+        return update.to(matrices.dtype)
+
 
 def build(model: GPT, config: OptimConfig) -> list[Optimizer]:
-    """Muon for the blocks' matrices; AdamW, without decay, for embeddings, head, and norms, biases and scalars, each
-    with its own rate.
+    """Muon for the blocks' matrices; AdamW for embeddings, head, and norms, biases and scalars, each with its own rate
+    and without decay, unless ``optim.groups`` says otherwise.
     """
     blocks = [p for p in model.blocks.parameters() if p.ndim == 2]
     head = [] if model.config.tied_head else [model.head.weight]
@@ -148,7 +203,7 @@ def build(model: GPT, config: OptimConfig) -> list[Optimizer]:
         (scalars, config.scalar_lr),
     )
     groups = [{"params": parameters, "lr": lr, "weight_decay": 0.0} for parameters, lr in rates]
-    return [Muon(blocks, config, products_dtype(model.activation_dtype)), adamw.AdamW(groups, config)]
+    return [Muon(blocks, config, products_dtype(model.activation_dtype)), adamw.AdamW(groups, config, model)]
 
 
 def products_dtype(activations: torch.dtype) -> torch.dtype:
@@ -170,7 +225,7 @@ def settings(step: int, config: Config) -> dict[str, float]:
 
 
 def state_bytes(counts: dict[str, int]) -> int:
-    """One moment in fp32 for the blocks' matrices, AdamW's two for the rest."""
+    """One moment in fp32 for the blocks' matrices, AdamW's two for the rest; NorMuon's few numbers are not counted."""
     return adamw.state_bytes(counts) - 4 * matrices(counts)
 
 

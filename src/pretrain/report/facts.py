@@ -245,6 +245,8 @@ def text(value: Any) -> str:
     """A value of the configuration for people: floats short where that loses nothing."""
     if isinstance(value, float) and float(f"{value:g}") == value:
         return f"{value:g}"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {text(item)}" for key, item in value.items()) + "}"
     return f"[{', '.join(map(text, value))}]" if isinstance(value, list) else str(value) or "''"
 
 

@@ -16,7 +16,8 @@ from pretrain.config import Config, differences
 from pretrain.device import keep_freed_memory
 from pretrain.errors import Interrupted, UsageError
 from pretrain.io import append_jsonl, read_jsonl
-from pretrain.optim import find_optimizer
+from pretrain.model import meta_model
+from pretrain.optim import build_optimizers, find_optimizer
 from pretrain.runs import Run, checkpoints
 from pretrain.runs.checkpoint import remove
 from pretrain.runs.run import lock_run
@@ -100,6 +101,7 @@ def open_run(config: Config, folder: Path, console: Console) -> Run:
     config, derived = resolve(config, tokenizer.vocab_size, windows)
     for line in derived:
         console.say(f"derived   {line}")
+    build_optimizers(meta_model(config.model, tokenizer.vocab_size), config.optim)  # refuses groups of no parameter
     return Run.create(folder, config)
 
 
