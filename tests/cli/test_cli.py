@@ -10,7 +10,8 @@ import pytest
 from tests.conftest import TINY
 
 from pretrain.cli import COMMANDS, main
-from pretrain.config import load_config
+from pretrain.config import GroupConfig, load_config
+from pretrain.errors import UsageError
 from pretrain.runs import Run
 
 
@@ -200,10 +201,36 @@ def test_every_field_is_in_the_help():
 
     from pretrain.config import Config
 
-    result = subprocess.run([sys.executable, "-m", "pretrain", "train", "--help"], capture_output=True, text=True)
+    command = [sys.executable, "-m", "pretrain", "train", "nanochat", "--help"]  # which has groups
+    result = subprocess.run(command, capture_output=True, text=True)
     for section in dataclasses.fields(Config):
         for field in dataclasses.fields(getattr(Config(), section.name)):
             assert f"--{section.name}.{field.name.replace('_', '-')}" in result.stdout.replace("_", "-")
+
+
+def test_groups_of_the_optimizer_on_the_command_line():
+    """Those of the recipe, of which what is not named stays, and others."""
+    from pretrain.cli.parsing import parse
+    from pretrain.cli.train import Train
+
+    typed = ["--optim.groups.head.lr", "0.5", "--optim.groups.value-embeddings.betas", "0.5", "0.6"]
+    groups = parse(Train, ["nanochat", *typed], "train").config.optim.groups
+    assert groups["head"] == GroupConfig(lr=0.5, betas=(0.8, 0.96), weight_decay=0.01)
+    assert groups["value_embeddings"] == GroupConfig(betas=(0.5, 0.6), weight_decay=0.01)
+    groups = parse(Train, typed, "train").config.optim.groups
+    assert groups == {"head": GroupConfig(lr=0.5), "value_embeddings": GroupConfig(betas=(0.5, 0.6))}
+    with pytest.raises(UsageError, match=r"optim\.groups\.head\.lr must be at least 0.0, not -1"):
+        parse(Train, ["--optim.groups.head.lr", "-1"], "train")
+
+
+def test_a_group_of_no_parameter_leaves_no_run(capsys, tmp_path: Path, text_file: Path):
+    out = tmp_path / "run"
+    command = ["train", "--data", str(text_file), "--out", str(out), *options(), "--optim.groups.hed.lr", "1"]
+    assert main(command) == 2
+    assert "optim.groups.hed names no parameter of this model that AdamW updates; did you mean 'head'?" in (
+        capsys.readouterr().err
+    )
+    assert not (out / "config.toml").exists()
 
 
 def test_a_list_option_given_again_adds_to_it():

@@ -7,13 +7,13 @@ import contextlib
 import io
 import re
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
-from pretrain.config import Config, load_config
+from pretrain.config import Config, GroupConfig, load_config
 from pretrain.config.validate import checked
 from pretrain.errors import UsageError
 
@@ -108,5 +108,10 @@ def _base_config(args: list[str]) -> Config:
     if out and not recipe and Path(out, "config.toml").is_file():
         from pretrain.runs.run import Run
 
-        return Run.open(out).config
-    return load_config(recipe or "quickstart")
+        config = Run.open(out).config
+    else:
+        config = load_config(recipe or "quickstart")
+    # tyro has options for the groups that are there already, so those that are named here have to be.
+    named = re.findall(r"^--optim\.groups\.([\w-]+)\.", "\n".join(args), re.MULTILINE)
+    groups = {name.replace("-", "_"): GroupConfig() for name in named} | config.optim.groups
+    return replace(config, optim=replace(config.optim, groups=groups))

@@ -93,8 +93,8 @@ class ModelConfig(Section):
 
     depth: Natural = 0
     """The dial: sets layers, width (64 per layer, rounded up to a multiple of 128), heads (head dimension 128) and
-    window where they are 0, and with train.steps = 0 and train.batch_tokens = 0 also the horizon, batch and rates. 0: no
-    dial."""
+    window where they are 0, and with train.steps = 0 and train.batch_tokens = 0 also the horizon, batch and rates.
+    0: no dial."""
     layers: Natural = 4
     """Transformer blocks."""
     heads: Natural = 4
@@ -223,6 +223,8 @@ class OptimConfig(Section):
     """Polynomials that orthogonalise: one quintic repeated (Jordan), or a sequence of them (arXiv 2505.16932)."""
     newton_schulz_steps: int = 5
     """Newton-Schulz iterations."""
+    newton_schulz_eps: NonNegative = 1e-7
+    """Added to a matrix's norm before Newton-Schulz divides by it."""
     update_scale: Literal["spectral", "rms"] = "spectral"
     """Scale of Muon's update. spectral: sqrt(max(1, rows / columns)), the original; rms: 0.2 sqrt(max(rows, columns)),
     as large as AdamW's (Moonlight, arXiv 2502.16982), for rates like AdamW's."""

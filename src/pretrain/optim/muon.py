@@ -43,7 +43,7 @@ def quintics(kind: str, rounds: int) -> list[tuple[float, float, float]]:
     return [POLAR_EXPRESS[round(i * (len(POLAR_EXPRESS) - 1) / (rounds - 1))] for i in range(rounds)]
 
 
-def orthogonalize(matrices: Tensor, kind: str, rounds: int) -> Tensor:
+def orthogonalize(matrices: Tensor, kind: str, rounds: int, eps: float = 1e-7) -> Tensor:
     """The orthogonal factor of each matrix in (N, R, C), to about 0.3 in its singular values, by Newton-Schulz.
 
     Computes in the dtype of the matrices; bfloat16 suffices, as the result is only a direction.
@@ -51,7 +51,7 @@ def orthogonalize(matrices: Tensor, kind: str, rounds: int) -> Tensor:
     tall = matrices.shape[-2] > matrices.shape[-1]  # products with the smaller side are the cheaper ones
     # Polar Express converges for singular values up to 1, which bfloat16 would round beyond: hence a little below.
     limit = 1.0 if kind == "classic" else 1.01
-    x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) * limit + 1e-7)
+    x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) * limit + eps)
     for a, b, c in quintics(kind, rounds):
         gram = x.mT @ x if tall else x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
@@ -168,7 +168,8 @@ class Muon(Optimizer):
         config = self.config
         if config.row_equilibration:
             matrices = equilibrate(matrices)
-        update = orthogonalize(matrices, config.newton_schulz, config.newton_schulz_steps)
+        kind, rounds = config.newton_schulz, config.newton_schulz_steps
+        update = orthogonalize(matrices, kind, rounds, config.newton_schulz_eps)
         if config.renormalize:
             update = renormalize(update.float())
         if config.normuon_beta2:
