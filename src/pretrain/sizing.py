@@ -63,8 +63,7 @@ def resolve(config: Config, vocab_size: int, windows: int = 0) -> tuple[Config, 
 
     With ``model.depth``: layers, width, heads, window, and the batch with its rates. Always: the steps from the
     horizon, and what follows from them. What is not 0 stays, so any derived number can be overridden, and a resolved
-    configuration resolves to itself. ``windows`` are those to train on in an epoch, which only ``train.epochs`` needs to
-    know.
+    configuration resolves to itself. ``windows`` are those to train on in an epoch, which only ``train.epochs`` needs.
 
     Raises:
         UsageError: a derived number contradicts one that was given.
