@@ -63,8 +63,8 @@ TEXTS = ["Zoë sah 王さん. ¿Qué? 🙂 naïve", "a\n\nb  c é", "Приве�
 
 def gpt2_like(folder: Path) -> str:
     """A tokenizer.json in GPT-2's layout: bytes, merges (one across the bytes of a character), a special token."""
+    from pretrain.tokenizer.boundary import BOS
     from pretrain.tokenizer.patterns import byte_alphabet, byte_level
-    from pretrain.tokenizer.tokenizer import BOS
 
     alphabet = byte_alphabet()
     special, first, second = alphabet[ord(" ")], alphabet[0xC3], alphabet[0xA9]  # blank, and the two bytes of é

@@ -1,12 +1,16 @@
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import models
 
 from pretrain.errors import DataError, UsageError
+from pretrain.text import embedded_documents
 from pretrain.tokenizer import Tokenizer, build_tokenizer
+from pretrain.tokenizer.patterns import PATTERNS, byte_level
 
 TEXTS = [
     "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want.\n\n"
@@ -79,6 +83,37 @@ def test_bpe_merges_do_not_depend_on_where_long_texts_are_cut(monkeypatch: pytes
     whole = build_tokenizer("bpe", 320, TEXTS)
     monkeypatch.setattr("pretrain.tokenizer.tokenizer.PIECE_CHARACTERS", 7)
     assert build_tokenizer("bpe", 320, TEXTS).fingerprint == whole.fingerprint
+
+
+def test_bpe_of_the_embedded_corpus_is_as_it_always_was():
+    texts = [document.text for document in embedded_documents()]
+    for pattern, fingerprint in (("gpt2", "a1e1ad4f8ddc75df"), ("gpt4", "2b4a32d6ec356e61")):
+        assert build_tokenizer("bpe", 512, texts, pattern).fingerprint.startswith(fingerprint)
+
+
+@pytest.mark.parametrize(
+    "alphabet", ["漢字文中國語書人大學", "0123456789", "abcdefghijklmnopqrstuvwxyz+/", " \t\n\u3000", "a \n"]
+)
+@pytest.mark.parametrize("pattern", ["gpt2", "gpt4"])
+def test_bpe_learns_from_a_bounded_amount_of_different_words(
+    monkeypatch: pytest.MonkeyPatch, alphabet: str, pattern: str
+):
+    # Memory of the trainer is about 120 bytes for each byte of different words, however long the text.
+    monkeypatch.setattr("pretrain.tokenizer.build.DIFFERENT_BYTES", 20_000)
+    monkeypatch.setattr("pretrain.tokenizer.build.LONG_PIECE", 1000)
+    rng, taken = random.Random(0), []
+
+    def stream() -> Iterator[str]:
+        for _ in range(400):
+            taken.append("".join(rng.choices(alphabet, k=1000)))
+            yield taken[-1]
+
+    build_tokenizer("bpe", 260, stream(), pattern)
+    words = byte_level(models.BPE(), PATTERNS[pattern]).pre_tokenizer.pre_tokenize_str
+    different = {word for text in taken for word, _ in words(text)}
+    assert sum(map(len, different)) < 2 * 20_000  # characters that stand for bytes
+    if pattern == "gpt2" and alphabet != "a \n":
+        assert len(taken) < 100
 
 
 def test_char_is_nanogpt_s_vocabulary_for_one_text():

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as HFTokenizer
 
 from pretrain.errors import DataError, PretrainError
 from pretrain.text import embedded_documents
 from pretrain.tokenizer import Tokenizer, build_tokenizer
-from pretrain.tokenizer.patterns import byte_alphabet
+from pretrain.tokenizer.patterns import PATTERNS, byte_alphabet
 from pretrain.tokenizer.tokenizer import PIECE_CHARACTERS, split_text
 
 NASTY = [
@@ -45,6 +45,10 @@ def random_texts(seed: int, count: int) -> list[str]:
         return chr(code if code < 0xD800 else code + 0x800)  # every code point but the surrogates
 
     return ["".join(character() for _ in range(rng.randrange(1, 200))) for _ in range(count)]
+
+
+def sequence(*parts: Any) -> Any:
+    return pre_tokenizers.Sequence([*parts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 TEXTS = NASTY + random_texts(seed=7, count=100)
@@ -185,6 +189,48 @@ def test_a_tokenizer_whose_tokens_span_words_is_not_cut(monkeypatch: pytest.Monk
     assert Tokenizer(hf.to_str()).encode("a b") == [257]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=False)},
+        {"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=True)},
+        {"normalizer": normalizers.NFKC(), "pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=False)},
+        {"normalizer": normalizers.NFC(), "pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=False)},
+        {"normalizer": normalizers.Strip()},
+        {"normalizer": normalizers.Prepend("x")},
+        {"split": pre_tokenizers.WhitespaceSplit()},
+        {"split": pre_tokenizers.Metaspace()},
+        {"split": pre_tokenizers.Punctuation()},
+        {"split": pre_tokenizers.Digits()},
+        {"split": pre_tokenizers.Split(Regex(r'"[^"]*"|\w+ \d+'), "isolated")},
+        *({"split": pre_tokenizers.Split(Regex(pattern), "isolated")} for pattern in PATTERNS.values()),
+    ],
+    ids=lambda changes: " ".join(f"{type(part).__name__}{i}" for i, part in enumerate(changes.values())) or "no words",
+)
+def test_cutting_changes_no_token_of_any_kind_of_words(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]):
+    monkeypatch.setattr("pretrain.tokenizer.tokenizer.PIECE_CHARACTERS", 1)
+    text = "".join(TEXTS) + 'say "a b\n c" twice 12 12 ⑴\n ⒈ \u0958\n\u0958 İ\n12 <x>\n a b\na b ' * 20
+    joints = [
+        ("a", "Ġ"),
+        ("aĠ", "b"),
+        ("1", "2"),
+        ("Ġ", "12"),
+        (")", "Ċ"),
+        (".", "Ġ"),
+        ("¼", "Ċ"),
+        ("Ċ", "Ġ"),
+        ("e", "Ġ"),
+    ]
+    hf = byte_level_model(joints, **{name: part for name, part in changes.items() if name != "split"})
+    if "split" in changes:
+        hf.pre_tokenizer = sequence(changes["split"])
+    for added in ([], [AddedToken("12 <x>\n a", normalized=False)]):
+        hf.add_tokens(added)
+        tokenizer = Tokenizer(hf.to_str())
+        assert tokenizer.encode(text) == hf.encode(text, add_special_tokens=False).ids
+
+
 @pytest.mark.parametrize("text", [" " * 1_000_000, "a" * 1_000_000, "漢" * 300_000, "\n" * 1_000_000 + "x"])
 def test_a_word_of_a_megabyte_is_encoded(text: str):
     tokenizer = build_tokenizer("bpe", 262, [text[:2000]])
@@ -252,11 +298,43 @@ def test_a_large_vocabulary_has_32_bit_ids():
     assert next(tokenizer.encode_documents([("", "ab")]))[1].dtype == np.uint32
 
 
-def test_tokenizers_that_change_the_text_are_refused():
-    assert "does not give back" in refusal(byte_level_model(normalizer=normalizers.Lowercase()))
-    prefix = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    assert "does not give back" in refusal(byte_level_model(pre_tokenizer=prefix))
-    assert "does not give back" in refusal(byte_level_model(pre_tokenizer=pre_tokenizers.Whitespace()))
+@pytest.mark.parametrize(
+    ("text", "back", "changes"),
+    [
+        ("ﬁ", "fi", {"normalizer": normalizers.NFKC()}),
+        ("Word", "word", {"normalizer": normalizers.Lowercase()}),
+        ("\u212b", "\xc5", {"normalizer": normalizers.NFC()}),
+        (" a", "a", {"normalizer": normalizers.Strip()}),
+        ("\xe9", "e", {"normalizer": normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])}),
+        ("a  wow  b", "a  wew  b", {"normalizer": normalizers.Replace("wow", "wew")}),
+        ("ﬁ", " ﬁ", {"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=True)}),
+        ("a b", "ab", {"pre_tokenizer": sequence(pre_tokenizers.WhitespaceSplit())}),
+        ("a b", "a▁b", {"pre_tokenizer": sequence(pre_tokenizers.Metaspace(prepend_scheme="never"))}),
+    ],
+)
+def test_a_tokenizer_that_changes_text_says_so(text: str, back: str, changes: dict[str, Any]):
+    tokenizer = Tokenizer(byte_level_model(**changes).to_str())
+    assert tokenizer.decode(tokenizer.encode(text)) == back != text
+    assert tokenizer.change is not None
+    found, given_back = tokenizer.change
+    assert tokenizer.decode(tokenizer.encode(found)) == given_back != found
+    assert f"comes back as {given_back[:40]!r}" in tokenizer.cautions()[-1]
+
+
+def test_the_kinds_made_here_change_no_text(tokenizer: Tokenizer):
+    assert tokenizer.change is None
+    assert tokenizer.cautions() == []
+
+
+def test_a_tokenizer_that_takes_blanks_beside_an_added_token_changes_text():
+    hf = byte_level_model()
+    hf.add_tokens([AddedToken("<x>", lstrip=True)])
+    assert Tokenizer(hf.to_str()).change == ("a  <x>  b", "a<x>  b")
+
+
+def test_tokenizers_that_lose_letters_are_refused():
+    for lossy in (pre_tokenizers.Whitespace(), pre_tokenizers.Metaspace()):
+        assert "does not give back" in refusal(byte_level_model(pre_tokenizer=lossy))
 
 
 def test_tokenizers_whose_bytes_are_not_known_are_refused():

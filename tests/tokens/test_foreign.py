@@ -105,6 +105,99 @@ def test_ids_that_the_vocabulary_lacks(tmp_path: Path):
         open_foreign(file, VOCABULARY)
 
 
+@pytest.mark.parametrize("vocab_size", [300, VOCABULARY, LARGE_VOCABULARY])
+@pytest.mark.parametrize("dtype", ["int32", "uint32", "int64", "uint64"])
+@pytest.mark.parametrize("count", [100, 100_001])
+def test_wider_integers_are_known_by_their_upper_halves(tmp_path: Path, dtype: str, count: int, vocab_size: int):
+    tokens = ids(count, vocab_size)
+    tokens.astype(dtype).tofile(tmp_path / "train.bin")
+    assert read(tmp_path / "train.bin", vocab_size) == tokens.tolist()
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int32", "int64"])
+@pytest.mark.parametrize("name", ["train.npy", "train.bin"])
+def test_what_numpy_saves(tmp_path: Path, dtype: str, name: str):
+    tokens = ids(5000)
+    with open(tmp_path / name, "wb") as out:
+        np.save(out, tokens.astype(dtype))
+    assert read(tmp_path / name) == tokens.tolist()
+    with open(tmp_path / name, "ab") as out:
+        out.write(b"12")
+    with pytest.raises(DataError, match="does not hold the 5,000 tokens of its header"):
+        open_foreign(tmp_path / name, VOCABULARY)
+
+
+@pytest.mark.parametrize("array", [np.zeros((2, 3), "uint16"), np.zeros(5, "float32"), np.zeros(5, ">u2")])
+def test_arrays_that_are_no_row_of_tokens(tmp_path: Path, array: np.ndarray):
+    np.save(tmp_path / "train.npy", array)
+    with pytest.raises(DataError, match="not a row of tokens; save ARRAY"):
+        open_foreign(tmp_path / "train.npy", VOCABULARY)
+
+
+@pytest.mark.parametrize(("code", "dtype"), [(4, "int32"), (5, "int64"), (8, "uint16")])
+def test_megatrons_index_tells_the_dtype(tmp_path: Path, code: int, dtype: str):
+    tokens = ids(7, 100)  # too few to see it
+    tokens.astype(dtype).tofile(tmp_path / "a_train.bin")
+    (tmp_path / "a_train.idx").write_bytes(b"MMIDIDX\x00\x00" + struct.pack("<QB", 1, code) + bytes(16))
+    assert read(tmp_path / "a_train.bin") == tokens.tolist()
+    (tmp_path / "a_train.idx").write_bytes(b"MMIDIDX\x00\x00" + struct.pack("<QB", 1, 7) + bytes(16))
+    with pytest.raises(DataError, match="integers of another kind"):
+        open_foreign(tmp_path / "a_train.bin", VOCABULARY)
+
+
+def text_like(count: int, vocab_size: int) -> np.ndarray:
+    """Ids as a tokenizer gives them: low ones often, high ones seldom."""
+    return np.minimum(np.random.default_rng(0).zipf(1.2, count), vocab_size) - 1
+
+
+@pytest.mark.parametrize(
+    ("data", "vocab_size", "says"),
+    [
+        (
+            text_like(20_000, 300).astype(">u2"),
+            300,
+            r"bytes are in the other order: numpy.fromfile\(FILE, dtype='>u2'\)",
+        ),
+        (text_like(20_000, VOCABULARY).astype(">u2"), VOCABULARY, "bytes are in the other order"),
+        (text_like(20_000, LARGE_VOCABULARY).astype(">u4"), LARGE_VOCABULARY, "every second one is 0|other order"),
+        (text_like(20_000, 60_000).astype(">u2"), LARGE_VOCABULARY, "bytes seem to be in the other order"),
+        (text_like(20_000, VOCABULARY).astype("float32"), LARGE_VOCABULARY, "in float32"),
+        (ids(20_000).astype("float32"), 300, "has the token"),
+        (np.frombuffer(b"Once upon a time\n" * 600, "u1"), VOCABULARY, "it is text"),
+        (np.frombuffer("漢字かな交じり文。".encode() * 600, "u1"), LARGE_VOCABULARY, "it is text"),
+        (np.array([20240520, 9, 100, *range(800)], "<i4"), VOCABULARY, "header of version 9, which is not known"),
+        (np.frombuffer(b"PK\x03\x04" + bytes(996), "u1"), VOCABULARY, "is a zip archive"),
+        (np.frombuffer(b"MMIDIDX\x00\x00" + bytes(991), "u1"), VOCABULARY, "is an index of Megatron-LM"),
+        (np.where(np.arange(999) % 9, ids(999), -100).astype("int32"), VOCABULARY, "has the token"),
+    ],
+    ids=str,
+)
+def test_what_does_not_look_like_tokens_is_refused(tmp_path: Path, data: np.ndarray, vocab_size: int, says: str):
+    data.tofile(tmp_path / "train.bin")
+    with pytest.raises(DataError, match=says) as caught:
+        open_foreign(tmp_path / "train.bin", vocab_size)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_dtype_can_be_named(tmp_path: Path):
+    tokens = np.zeros(1000, "<u2")
+    tokens[::2] = 7
+    tokens.tofile(tmp_path / "train.bin")  # as uint16 it looks implausible, and may yet be so
+    assert open_foreign(tmp_path / "train.bin", VOCABULARY)[0].dtype == "uint32"
+    file, _ = open_foreign(tmp_path / "train.bin", VOCABULARY, "uint16")
+    assert (file.dtype, file.tokens) == ("uint16", 1000)
+    (tmp_path / "train.bin").write_bytes(bytes(1002))
+    with pytest.raises(DataError, match="no whole number of tokens of int64"):
+        open_foreign(tmp_path / "train.bin", VOCABULARY, "int64")
+
+
+@pytest.mark.parametrize("vocab_size", [5, 65, 257, 4096, VOCABULARY, LARGE_VOCABULARY])
+def test_tokens_of_text_are_not_refused(tmp_path: Path, vocab_size: int):
+    tokens = text_like(50_000, min(vocab_size, 2**16))
+    tokens.astype("uint16").tofile(tmp_path / "train.bin")
+    assert read(tmp_path / "train.bin", vocab_size) == tokens.tolist()
+
+
 def test_files_that_hold_no_tokens(tmp_path: Path):
     file = tmp_path / "train.bin"
     with pytest.raises(DataError, match=r"train\.bin cannot be read \(No such file"):

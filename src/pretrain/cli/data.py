@@ -37,6 +37,8 @@ class Prepare(Command):
     """Number of tokens for bpe."""
     pattern: Literal["gpt2", "gpt4", "nanochat"] = "gpt2"
     """How bpe cuts words before it merges their bytes: as GPT-2, as GPT-4 and Llama 3, or as nanochat does."""
+    bos_token: str = ""
+    """Token of a tokenizer.json that begins a document. Empty: found by the tokenizer's own files."""
     field: str = "text"
     """Name of the text in JSONL objects and of the text column of Parquet files."""
     separator: str = ""
@@ -67,7 +69,7 @@ class Prepare(Command):
             val_fraction=self.val_fraction,
             val_paths=self.val,
         )
-        self.vocabulary = TokenizerConfig(self.tokenizer, self.vocab_size, self.pattern)
+        self.vocabulary = TokenizerConfig(self.tokenizer, self.vocab_size, self.pattern, self.bos_token)
 
     def __call__(self) -> int:
         from rich.console import Console
@@ -149,6 +151,8 @@ class Inspect(Command):
     """A folder that 'pretrain data prepare' made, or token shards made by another tool."""
     tokenizer: str = ""
     """The tokenizer of shards made by another tool: gpt2, or the path of a tokenizer.json."""
+    dtype: Literal["auto", "uint16", "uint32", "int32", "int64"] = "auto"
+    """Integers in them, if they do not say it themselves. auto: as their values look."""
     samples: Natural = 3
     """Documents of each split to decode: the first one and random others."""
     seed: Natural = 0
@@ -166,7 +170,7 @@ class Inspect(Command):
             raise UsageError(
                 f"{folder} has no {MANIFEST}; for token shards made by another tool add --tokenizer gpt2 or FILE"
             )
-        corpus = open_corpus([self.folder], self.tokenizer)
+        corpus = open_corpus([self.folder], self.tokenizer, dtype=self.dtype)
         for line in _contents(Manifest.load(folder)) if ours else ():
             print(line)
         for split in ("train", "val"):

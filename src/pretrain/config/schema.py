@@ -58,6 +58,8 @@ class DataConfig(Section):
     packing: Literal["concatenate", "best_fit"] = "concatenate"
     """How a stream fills rows. concatenate: documents one after another, cut where a row ends; best_fit: every row
     begins with a document, and as few documents as possible are cut."""
+    dtype: Literal["auto", "uint16", "uint32", "int32", "int64"] = "auto"
+    """Integers of token files made by other tools that do not say it themselves. auto: as their values look."""
     readers: Count = 16
     """Parts of the text that a stream reads alternately, at most; affects the order, not the speed."""
 
@@ -80,9 +82,13 @@ class TokenizerConfig(Section):
     pattern: Literal["gpt2", "gpt4", "nanochat"] = "gpt2"
     """How kind bpe splits text into words before it merges their bytes: as GPT-2, as GPT-4 and Llama 3 (digits in
     threes), or as nanochat (the same, digits in twos)."""
+    bos: str = ""
+    """Token of a tokenizer.json that begins a document. Empty: found by the tokenizer's own files."""
 
     def __post_init__(self):
         super().__post_init__()
+        if self.bos and self.kind in ("bpe", "char", "byte", "gpt2"):
+            raise ValueError(f"tokenizer.bos is of a tokenizer.json; kind {self.kind} has <|endoftext|>; leave it out")
         if self.kind == "bpe" and self.vocab_size < 257:
             raise ValueError(f"tokenizer.vocab_size must be at least 257 (256 bytes and BOS), not {self.vocab_size}")
 

@@ -67,6 +67,8 @@ class EvalResult:
     core: CoreResult | None
     sources: dict[str, Numbers] = field(default_factory=dict)
     """The same numbers for each data set, where the run has several."""
+    caution: str = ""
+    """What its bits per byte are of, if not of the text as it was given."""
 
 
 def check_places(places: Sequence[str], request: EvalRequest) -> None:
@@ -123,7 +125,7 @@ def _measure_run(place: str, request: EvalRequest, device: torch.device, say: Ca
         record = {"step": checkpoint.step, "weights": weights_id(checkpoint), "max_per_task": request.max_per_task}
         with suppress(OSError):  # a run that may only be read is measured all the same
             append_jsonl(run.folder / CORE_FILE, {**record, "name": core.name, **core.as_dict()})
-    return EvalResult(str(run.folder), checkpoint.step, numbers, core, sources)
+    return EvalResult(str(run.folder), checkpoint.step, numbers, core, sources, tokenizer.change_in_words)
 
 
 def _measure_hf(place: str, request: EvalRequest, device: torch.device, say: Callable[[str], None]) -> EvalResult:
@@ -136,12 +138,12 @@ def _measure_hf(place: str, request: EvalRequest, device: torch.device, say: Cal
     else:
         model = scorer = HFScorer(folder, device, torch.float32 if on_cpu else torch.bfloat16)
         length = scorer.context_length or HF_CONTEXT
-        tokenizer = Tokenizer.load(folder / "tokenizer.json") if request.data else None
+        tokenizer = Tokenizer.adopt(folder / "tokenizer.json") if request.data else None
     numbers = {}
     if request.data and tokenizer:
         numbers = _on_text(model, tokenizer, request.data, min(length, HF_CONTEXT), rows=4)
     core = evaluate_core(scorer, request.core, request.max_per_task, _teller(say)) if request.core else None
-    return EvalResult(place, None, numbers, core)
+    return EvalResult(place, None, numbers, core, caution=tokenizer.change_in_words if numbers and tokenizer else "")
 
 
 def _teller(say: Callable[[str], None]) -> Callable[[TaskResult], None]:
@@ -208,6 +210,8 @@ def json_line(result: EvalResult) -> str:
     tree: dict[str, Any] = {"model": result.model, "step": result.step, **result.numbers}
     if result.sources:
         tree["sources"] = result.sources
+    if result.caution:
+        tree["caution"] = result.caution
     if result.core:
         tree["core"] = result.core.as_dict()
     return msgspec.json.encode(tree).decode()
@@ -244,6 +248,7 @@ def tables(results: Sequence[EvalResult]) -> str:
             f"This is not CORE but a part of it, and compares only with the same part: the bundle lacks"
             f" {', '.join(missing)}."
         )
+    parts += [f"{result.model}: {result.caution}." for result in results if result.caution]
     return "\n\n".join(parts)
 
 

@@ -42,7 +42,7 @@ def read_as_ours(folder: Path) -> tuple[GPT, Tokenizer] | None:
         PretrainError: an export of ours is damaged, which transformers could not read either.
     """
     try:
-        model, tokenizer = load_hf(folder), Tokenizer.load(folder / "tokenizer.json")
+        model, tokenizer = load_hf(folder), Tokenizer.adopt(folder / "tokenizer.json")
         if tokenizer.vocab_size > model.vocab_size:
             raise DataError(f"{folder}: tokenizer.json has more tokens than the model ({model.vocab_size:,}); fix one")
     except PretrainError:

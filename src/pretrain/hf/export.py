@@ -77,7 +77,7 @@ def export_run(run: Run, format: Literal["hf", "safetensors"], out: Path, checkp
 
 def _hf_files(run: Run, tree: dict[str, Any], tokenizer: Tokenizer) -> dict[str, str]:
     """The text files that transformers looks for, by name."""
-    bos, own = _bos(tokenizer), tree["model_type"] == OWN
+    bos, own = tokenizer.bos, tree["model_type"] == OWN
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.bos_id}
     names = {"bos_token": bos, "eos_token": bos} if bos else {}
     auto = {
@@ -123,7 +123,7 @@ def model_card(run: Run, checkpoint: Checkpoint, name: str) -> str:
         core=stored_core(run, checkpoint),
         kind=kind,
         obstacles=", ".join(min(obstacles(run.config.model).values(), key=len)) if kind == OWN else "",
-        bos=_bos(run.tokenizer()),
+        bos=run.tokenizer().bos,
         settings=_json(without_secrets(settings)).strip(),
     )
 
@@ -190,11 +190,6 @@ def _made_from(folder: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         return ""
     return f", made from {', '.join(files[:3])}{', ...' if len(files) > 3 else ''}"
-
-
-def _bos(tokenizer: Tokenizer) -> str:
-    """The name of the token that begins a document; empty if there is none."""
-    return "" if tokenizer.bos_id is None else tokenizer.decode([tokenizer.bos_id], show_special=True)
 
 
 def _json(tree: dict[str, Any]) -> str:

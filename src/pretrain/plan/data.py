@@ -10,6 +10,7 @@ from pretrain.errors import DataError
 from pretrain.text import embedded_name, find_pieces, read_piece
 from pretrain.text.pieces import Piece
 from pretrain.tokenizer import build_tokenizer
+from pretrain.tokens import check_boundary
 from pretrain.tokens.datasets import is_tokens, open_corpus
 from pretrain.tokens.order import DataOrder
 from pretrain.tokens.shards import bytes_per_token, utf8_bytes
@@ -35,6 +36,8 @@ class DataFacts:
     """Where the numbers are from, in words."""
     problem: str = ""
     """Why training would refuse this data; empty if nothing was seen."""
+    cautions: tuple[str, ...] = ()
+    """What is unusual about the tokenizer."""
 
 
 def look_at_data(config: Config) -> DataFacts:
@@ -42,22 +45,27 @@ def look_at_data(config: Config) -> DataFacts:
     data, kind, vocab_size = config.data, config.tokenizer.kind, config.tokenizer.vocab_size
     name = ", ".join(data.paths) or embedded_name()
     if data.paths and is_tokens(data.paths):
-        corpus = open_corpus(data.paths, kind, data.bos)
+        corpus = open_corpus(data.paths, kind, data.bos, boundary=config.tokenizer.bos, dtype=data.dtype)
         train, val = corpus.tokens("train"), corpus.tokens("val")
+        check_boundary(corpus.tokenizer, config.model.document_mask)
+        cautions = tuple(corpus.tokenizer.cautions(data.bos))
         sizes = [dataset.tokens("train") for dataset in corpus.datasets] if data.weights else [train]
         windows = sum(_windows(config, tokens) for tokens in sizes)
         size = int(corpus.bytes_per_token * train)
-        return DataFacts(corpus.tokenizer.vocab_size, train, val, size, windows, True, name)
+        return DataFacts(corpus.tokenizer.vocab_size, train, val, size, windows, True, name, cautions=cautions)
     pieces = find_pieces(data.paths, data.field, data.separator)
     size = sum(piece.size for piece in pieces)
     sample = read_sample(pieces, data.field)
     if not sample:
         raise DataError(f"{name}: there is nothing but white space in the text")
-    problem = ""
+    problem, cautions = "", ()
     try:
         texts = sample if data.bos else ["".join(sample)]  # of characters, only several documents have a BOS token
-        tokenizer = build_tokenizer(kind, vocab_size, texts, config.tokenizer.pattern).with_bos(data.bos)
-        vocab_size = tokenizer.vocab_size
+        tokenizer = build_tokenizer(kind, vocab_size, texts, config.tokenizer.pattern, config.tokenizer.bos)
+        tokenizer, vocab_size = tokenizer.with_bos(data.bos), tokenizer.vocab_size
+        if kind != "char":  # which has a BOS token if there are several documents
+            check_boundary(tokenizer, config.model.document_mask)
+            cautions = tuple(tokenizer.cautions(data.bos))
         per_token = bytes_per_token(sample, tokenizer)
         source = f"{name}, at {per_token:.2f} bytes per token in a sample"
     except DataError as error:
@@ -81,7 +89,7 @@ def look_at_data(config: Config) -> DataFacts:
     else:
         val = round(tokens * data.val_fraction)
         tokens -= val
-    return DataFacts(vocab_size, tokens, val, size, _windows(config, tokens), False, source, problem)
+    return DataFacts(vocab_size, tokens, val, size, _windows(config, tokens), False, source, problem, cautions)
 
 
 def _windows(config: Config, tokens: int) -> int:

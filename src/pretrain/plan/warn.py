@@ -31,6 +31,8 @@ def _text(plan: Plan) -> Iterator[str]:
         yield f"No text is given, and the embedded corpus would be {plan.epochs:,.0f} epochs; give yours with --data."
     elif plan.data.problem:
         yield f"Training will refuse this: {plan.data.problem}."
+    for caution in plan.data.cautions:
+        yield f"{caution[0].upper()}{caution[1:]}."
     if plan.epochs > EPOCHS and not embedded:
         steps = int(EPOCHS * tokens / batch)
         stop = f", or stop after --train.steps {steps}" if steps else ""

@@ -170,8 +170,8 @@ class Run:
             for path in paths:
                 if not Path(path).exists() and not glob.glob(path):
                     raise DataError(f"{path}, on which {self.folder} was trained, is no longer there; put it back")
-        vocabulary = str(self.folder / "tokenizer.json")
-        return open_corpus(paths if is_tokens(paths) else [str(self.data)], vocabulary, self.config.data.bos)
+        shards = paths if is_tokens(paths) else [str(self.data)]
+        return open_corpus(shards, self.tokenizer(), self.config.data.bos, dtype=self.config.data.dtype)
 
     def newest_checkpoint(self) -> Checkpoint:
         """The newest intact checkpoint. A CheckpointError when there is none."""

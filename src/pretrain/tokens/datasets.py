@@ -102,7 +102,14 @@ def _is_ours(path: str) -> bool:
     return (place / MANIFEST).is_file() or (place / PLAN).is_file()
 
 
-def open_corpus(paths: Sequence[str], tokenizer: str = "", bos: bool | None = None) -> Corpus:
+def open_corpus(
+    paths: Sequence[str],
+    tokenizer: str | Tokenizer = "",
+    bos: bool | None = None,
+    *,
+    boundary: str = "",
+    dtype: str = "auto",
+) -> Corpus:
     """Open token shards.
 
     Args:
@@ -110,12 +117,17 @@ def open_corpus(paths: Sequence[str], tokenizer: str = "", bos: bool | None = No
         tokenizer: as ``tokenizer.kind``: gpt2, byte or the path of a tokenizer.json, for files of other tools, which
             come without one. The kinds that are made from a text count as none.
         bos: as ``data.bos``, which must be true of our shards; None: whatever they are.
+        boundary: as ``tokenizer.bos``.
+        dtype: as ``data.dtype``.
 
     Raises:
         DataError: something is missing, cut short or of another vocabulary than the rest.
         UsageError: the vocabulary is needed and not given, or it or ``bos`` is not that of our shards.
     """
-    given = build_tokenizer(tokenizer, 0, []) if tokenizer not in ("", "bpe", "char") else None
+    if isinstance(tokenizer, Tokenizer):
+        given, tokenizer = tokenizer, "as before"
+    else:
+        given = build_tokenizer(tokenizer, 0, [], bos=boundary) if tokenizer not in ("", "bpe", "char") else None
     ours = {path: prepared_dataset(expand(path)) for path in paths if _is_ours(path)}
     first = next(iter(ours), None)
     if first is not None:
@@ -138,7 +150,7 @@ def open_corpus(paths: Sequence[str], tokenizer: str = "", bos: bool | None = No
             has, use = ("a", "--data.bos") if marked else ("no", "--data.no-bos")
             raise UsageError(f"{path} has {has} BOS token before each document; use {use}, or prepare it again")
     found = found.with_bos(bos is not False)
-    return Corpus(tuple(ours.get(path) or foreign_dataset(path, found) for path in paths), found)
+    return Corpus(tuple(ours.get(path) or foreign_dataset(path, found, dtype) for path in paths), found)
 
 
 def prepared_dataset(folder: Path) -> Dataset:
@@ -156,10 +168,11 @@ def prepared_dataset(folder: Path) -> Dataset:
     )
 
 
-def foreign_dataset(path: str, tokenizer: Tokenizer) -> Dataset:
+def foreign_dataset(path: str, tokenizer: Tokenizer, dtype: str = "auto") -> Dataset:
     """Files of another tool: all of a folder, those of a pattern, or one. Their names tell the split.
 
-    Raises DataError if there are none, or one of them is cut short or has ids that the tokenizer lacks.
+    Raises DataError if there are none, or one of them is cut short, has ids that the tokenizer lacks, or is
+    no token file by its looks.
     """
     found = [expand(path)]
     if found[0].is_dir():
@@ -172,7 +185,7 @@ def foreign_dataset(path: str, tokenizer: Tokenizer) -> Dataset:
     digest = hashlib.sha256()
     for each in found:
         split = split_of(each)
-        file, hashed = open_foreign(each, tokenizer.vocab_size)
+        file, hashed = open_foreign(each, tokenizer.vocab_size, dtype)
         files[split].append(file)
         digest.update(f"{split} {hashed} ".encode())
     return Dataset(path, files, "", 0.0, digest.hexdigest())

@@ -36,6 +36,7 @@ from pretrain.io import cores, write_atomically
 from pretrain.text.pieces import EMBEDDED, Piece
 from pretrain.text.split import TRAIN, VAL, Survey, find_tail, join_surveys
 from pretrain.tokenizer import Tokenizer, build_tokenizer
+from pretrain.tokenizer.boundary import BOS_NAMES
 from pretrain.tokens.datasets import check_length, open_corpus
 from pretrain.tokens.jobs import (
     WORK,
@@ -77,7 +78,8 @@ def prepare(config: Config, folder: Path, say: Callable[[str], None] = lambda _:
     short for one context.
     """
     length = config.model.context_length
-    return prepare_text(config.data, config.tokenizer, folder, progress=Progress(say), length=length)
+    masked = config.model.document_mask
+    return prepare_text(config.data, config.tokenizer, folder, progress=Progress(say), length=length, masked=masked)
 
 
 def open_prepared(folder: Path) -> Prepared:
@@ -96,6 +98,7 @@ def prepare_text(
     engine: str = "local",
     progress: Progress | None = None,
     length: int = 0,
+    masked: bool = False,
 ) -> Prepared:
     """Make token shards in ``folder``, or resume unfinished ones there; the same bytes in any case.
 
@@ -108,16 +111,19 @@ def prepare_text(
         engine: ``local`` or ``ray``.
         progress: where to show it.
         length: context length for which each side of the split must suffice.
+        masked: whether runs have ``model.document_mask``, which needs a BOS token.
 
     Raises:
         DataError: the text is missing, unreadable or too short; the vocabulary does not fit it.
-        UsageError: the folder holds something else.
+        UsageError: the folder holds something else, or ``masked`` and there is no BOS token.
         Interrupted: Ctrl-C or a signal asked to stop; what is committed stays.
     """
     progress = progress or Progress()
     kind = tokenizer.kind
     workers = workers or cores()
-    given = None if kind in ("bpe", "char") else build_tokenizer(kind, tokenizer.vocab_size, [])
+    given = None if kind in ("bpe", "char") else build_tokenizer(kind, tokenizer.vocab_size, [], bos=tokenizer.bos)
+    if given:
+        check_boundary(given, masked)
     pieces, held_out, split = find_sides(data)
     jobs = plan_jobs(pieces, split, shard_tokens, field=data.field, val_fraction=data.val_fraction)
     jobs += plan_jobs(held_out, VAL, shard_tokens, first=len(jobs), field=data.field)
@@ -167,6 +173,8 @@ def prepare_text(
 
     with _working_in(folder, plan, small):
         progress.say(describe(data, _size(jobs)))
+        if given:
+            introduce(given, data.bos, progress.say)
 
         # Where the tail begins, and the characters of a char vocabulary, are found in a first pass over the text.
         counted = jobs if kind == "char" else [job for job in jobs if job.split == TAIL]
@@ -180,6 +188,7 @@ def prepare_text(
             whole = join_surveys(surveys)
             # The vocabulary depends on the distinct characters, and has a BOS token for more than one document.
             given = build_tokenizer("char", 0, [whole.alphabet] * min(2 if data.bos else 1, whole.documents))
+            check_boundary(given, masked)
         if not file.is_file() and given:
             write_atomically(file, given.to_json())
         elif not file.is_file():
@@ -201,6 +210,23 @@ def prepare_text(
         manifest.save(folder)
         shutil.rmtree(folder / WORK, ignore_errors=True)
         return Prepared(folder, manifest, built)
+
+
+def check_boundary(tokenizer: Tokenizer, masked: bool) -> None:
+    """A UsageError if documents are to be masked (``model.document_mask``) but do not begin with a BOS token."""
+    if masked and tokenizer.bos_id is None:
+        raise UsageError(
+            "model.document_mask finds documents by the token that begins them, and this tokenizer has none; name one"
+            " of its tokens with --tokenizer.bos, or leave out model.document_mask"
+        )
+
+
+def introduce(tokenizer: Tokenizer, bos: bool, say: Callable[[str], None]) -> None:
+    """Say what a user should know of a tokenizer made by others: its unusual boundary (with ``data.bos``), its cautions."""
+    if bos and tokenizer.bos_id is not None and tokenizer.bos not in BOS_NAMES:
+        say(f"boundary  each document begins with {tokenizer.bos}")
+    for caution in tokenizer.cautions(bos):
+        say(f"warning   {caution}")
 
 
 def learn_bpe(folder: Path, jobs: Sequence[Job], vocab_size: int, pattern: str, report: Report) -> None:

@@ -44,7 +44,7 @@ from pretrain.tokenizer import Tokenizer, build_tokenizer
 from pretrain.tokens.datasets import is_tokens
 from pretrain.tokens.order import PIECES, key, permute
 from pretrain.tokens.packing import OTHER_TEXT, Cursor, Place, best_fit, concatenate
-from pretrain.tokens.prepare import TOKENIZER, Prepared
+from pretrain.tokens.prepare import TOKENIZER, Prepared, check_boundary, introduce
 from pretrain.tokens.shards import Manifest, Shard, ShardWriter, bytes_per_token, utf8_bytes
 from pretrain.tokens.source import HASH, NO_TEXT, NO_VALIDATION, TAIL, describe, find_sides, read_parts, training_texts
 
@@ -169,8 +169,11 @@ def prepare_stream(
             "tokenizer.kind char needs the whole text beforehand; use byte, bpe or gpt2, or leave out --data.stream"
         )
     say(f"{describe(config.data, text.size)} in {len(text.train):,} pieces, tokenized while training")
-    tokenizer = build_tokenizer(kind, config.tokenizer.vocab_size, _learning_texts(text), config.tokenizer.pattern)
-    tokenizer = tokenizer.with_bos(config.data.bos)
+    wanted, bos = config.tokenizer, config.data.bos
+    tokenizer = build_tokenizer(kind, wanted.vocab_size, _learning_texts(text), wanted.pattern, wanted.bos)
+    tokenizer = tokenizer.with_bos(bos)
+    check_boundary(tokenizer, config.model.document_mask)
+    introduce(tokenizer, bos, say)
     temporary = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

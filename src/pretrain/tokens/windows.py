@@ -26,7 +26,7 @@ class TokenFile:
 
     path: Path
     tokens: int
-    dtype: str  # uint16 or uint32, little-endian
+    dtype: str  # uint16, uint32, int32 or int64, little-endian
     offset: int = 0  # bytes before the first token
 
     @property

@@ -80,7 +80,7 @@ def load_initial(model: GPT, config: Config, tokenizer: Tokenizer) -> None:
         load_weights(model, expand(source.removeprefix(HF)))
         return
     run = Run.open(source)
-    if run.tokenizer().fingerprint != tokenizer.fingerprint:
+    if run.tokenizer().hf.get_vocab() != tokenizer.hf.get_vocab():  # another BOS token is no hindrance
         raise UsageError(
             f"{source} was trained with another tokenizer; use --tokenizer.kind {run.folder / 'tokenizer.json'}"
         )

@@ -22,7 +22,16 @@ from pretrain.runs import Run, checkpoints
 from pretrain.runs.checkpoint import remove
 from pretrain.runs.run import lock_run
 from pretrain.sizing import resolve
-from pretrain.tokens import find_text, is_tokens, open_corpus, prepare, prepare_stream, training_order
+from pretrain.tokens import (
+    check_boundary,
+    find_text,
+    introduce,
+    is_tokens,
+    open_corpus,
+    prepare,
+    prepare_stream,
+    training_order,
+)
 from pretrain.training.callbacks import Callback
 from pretrain.training.console import Console
 from pretrain.training.init_from import resolve_init
@@ -91,9 +100,12 @@ def open_run(config: Config, folder: Path, console: Console) -> Run:
     if config.data.stream:
         tokenizer, windows = prepare_stream(config, find_text(config.data), folder / "data", console.say).tokenizer, 0
     elif is_tokens(config.data.paths):
-        corpus = open_corpus(config.data.paths, config.tokenizer.kind, config.data.bos)
+        data, vocabulary = config.data, config.tokenizer
+        corpus = open_corpus(data.paths, vocabulary.kind, data.bos, boundary=vocabulary.bos, dtype=data.dtype)
         windows = training_order(corpus, config).windows  # refuses what is too short, before the run exists
         tokenizer = corpus.tokenizer
+        check_boundary(tokenizer, config.model.document_mask)
+        introduce(tokenizer, data.bos, console.say)
     else:
         tokenizer = prepare(config, folder / "data", console.say).tokenizer
         windows = training_order(open_corpus([str(folder / "data")]), config).windows
