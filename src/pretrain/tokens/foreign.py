@@ -116,7 +116,7 @@ def _implausible(ids: np.ndarray, sample: bytes) -> str:
         if np.mean(ids[start::2] == 0) > 0.9 and np.mean(ids[1 - start :: 2] == 0) < 0.5:
             return "every second one is 0, as where wider numbers are read"
     floats = _values(sample, "float32")
-    if floats.any() and np.array_equal(floats, np.clip(np.rint(floats), 0, 2**31)):
+    if floats.any() and np.isfinite(floats).all() and np.array_equal(floats, np.clip(np.rint(floats), 0, 2**31)):
         return "it is whole numbers in float32"
     with suppress(UnicodeDecodeError):
         if min(codecs.utf_8_decode(sample[:SAMPLE_BYTES], "strict", False)[0]) >= "\t":
