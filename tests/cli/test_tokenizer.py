@@ -133,6 +133,7 @@ def test_tokens_stand_beside_their_bytes(capsys: Any, gpt2: Tokenizer):
         "bytes_per_token       1.00",
         "gpt2_tokens           7",
         "gpt2_bytes_per_token  1.00",
+        "bos                   <|endoftext|>",
     ]
 
 

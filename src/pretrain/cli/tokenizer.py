@@ -158,7 +158,9 @@ class Show(Command):
                 print(f"{id}\t{visible(token)}\t{token.hex(' ')}")
             if len(shown) < numbers["tokens"]:
                 print(f"... {numbers['tokens'] - len(shown):,} more tokens (--tokens 0 shows all)")
-        _print(numbers, self.json)
+        _print({**numbers, "bos": tokenizer.bos}, self.json)
+        for caution in tokenizer.cautions():
+            print(f"pretrain: warning: {caution}", file=sys.stderr)
         return 0
 
 

@@ -204,7 +204,7 @@ class Tokenizer:
         )
 
     def cautions(self, bos: bool = True) -> list[str]:
-        """What a user should know before text is read with it, a line each; ``bos``: documents should begin with BOS."""
+        """What a user should know before text is read with it, a line each; ``bos``: documents should have BOS."""
         none = (
             "the tokenizer has no token that begins a document, so documents run into one another; name one of its "
             "tokens with --tokenizer.bos"

@@ -115,8 +115,9 @@ def _implausible(ids: np.ndarray, sample: bytes) -> str:
     for start in (0, 1):
         if np.mean(ids[start::2] == 0) > 0.9 and np.mean(ids[1 - start :: 2] == 0) < 0.5:
             return "every second one is 0, as where wider numbers are read"
-    floats = _values(sample, "float32")
-    if floats.any() and np.isfinite(floats).all() and np.array_equal(floats, np.clip(np.rint(floats), 0, 2**31)):
+    with np.errstate(invalid="ignore"):  # NaN that signal
+        floats = _values(sample, "float32").astype(np.float64)
+    if floats.any() and ((floats >= 0) & (floats < 2**31) & (floats % 1 == 0)).all():
         return "it is whole numbers in float32"
     with suppress(UnicodeDecodeError):
         if min(codecs.utf_8_decode(sample[:SAMPLE_BYTES], "strict", False)[0]) >= "\t":

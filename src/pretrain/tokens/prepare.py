@@ -222,7 +222,7 @@ def check_boundary(tokenizer: Tokenizer, masked: bool) -> None:
 
 
 def introduce(tokenizer: Tokenizer, bos: bool, say: Callable[[str], None]) -> None:
-    """Say what a user should know of a tokenizer made by others: its unusual boundary (with ``data.bos``), its cautions."""
+    """Say what is unusual about a tokenizer: the token that begins a document, with ``data.bos``, and its cautions."""
     if bos and tokenizer.bos_id is not None and tokenizer.bos not in BOS_NAMES:
         say(f"boundary  each document begins with {tokenizer.bos}")
     for caution in tokenizer.cautions(bos):
