@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import tomli_w
 
+from pretrain.cli.parsing import parse
+from pretrain.cli.train import Train
 from pretrain.config import (
     Config,
     GroupConfig,
@@ -44,6 +46,10 @@ def test_a_single_prompt_by_its_older_name(tmp_path):
     config = load_config(str(tmp_path / "old.toml"))
     assert (config.sample.prompts, config.sample.max_tokens) == (("Ada",), 3)
     assert load_config("quickstart", **{"sample.prompt": ""}).sample.prompts == ("",)
+    recipe = parse(Train, ["verdict"], "train")
+    assert recipe.config.sample.prompts == ("Every effort moves you",)
+    given = parse(Train, ["verdict", "--sample.prompt", "Ada", "--sample.prompts", "", "the fox"], "train")
+    assert given.config.sample.prompts == ("Ada", "", "the fox")
     with pytest.raises(UsageError, match=r"sample.prompt is the older name of sample.prompts"):
         load_config(str(tmp_path / "old.toml"), **{"sample.prompts": ["the fox"]})
 
