@@ -2,7 +2,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.errors import DataError
-from pretrain.text import Document, embedded_documents, read_documents
+from pretrain.text import Document, ReadStats, embedded_documents, read_documents
 from pretrain.text.files import find_files
 
 
@@ -122,9 +121,9 @@ def test_in_a_folder_empty_and_blank_files_are_left_out_and_counted(library: Pat
     write(library / "empty.txt", "")
     write(library / "empty.md.gz", "")
     write(library / "blank.txt", " \n")
-    problems: Counter[str] = Counter()
-    assert list(read_documents([str(library)], problems=problems)) == whole
-    assert problems == {"empty": 3}
+    stats = ReadStats()
+    assert list(read_documents([str(library)], stats=stats)) == whole
+    assert stats.problems == {"empty": 3}
 
 
 def test_a_binary_file_is_refused_where_its_first_nul_is(tmp_path: Path):
@@ -142,23 +141,24 @@ def test_text_of_another_encoding_is_refused_at_its_first_wrong_byte(tmp_path: P
     file = write(tmp_path / "latin.txt", before + "é and more".encode("latin1"))
     line = refusal(file)
     assert f"byte 0xe9 at offset {offset})" in line
-    assert f"iconv -f latin1 -t utf-8 {file} > OUT" in line
+    assert f"perhaps windows-1252: iconv -f ENCODING -t utf-8 {file} > OUT" in line
 
 
 @pytest.mark.parametrize("size", [4_000, 64 * 1024 - 1, 64 * 1024, 3_000_000])
 def test_single_wrong_bytes_become_u_fffd_and_are_counted(tmp_path: Path, size: int):
-    problems: Counter[str] = Counter()
+    stats = ReadStats()
     file = write(tmp_path / "a.txt", b"x" * size + b"\xe9 \xf0\x9f\x99\x82 \xf0\x9f")
-    (document,) = read_documents([str(file)], problems=problems)
+    (document,) = read_documents([str(file)], stats=stats)
     assert document.text == "x" * size + "\ufffd 🙂 \ufffd"
-    assert problems == {"invalid UTF-8": 1}
+    assert stats.problems == {"not UTF-8": 3}  # bytes, not documents
+    assert stats.places() == {"not UTF-8": f"{file}, line 1"}
 
 
 def test_single_nuls_are_kept_and_counted(tmp_path: Path):
-    problems: Counter[str] = Counter()
+    stats = ReadStats()
     file = write(tmp_path / "a.txt", "x" * 1000 + "\0")
-    assert [document.text for document in read_documents([str(file)], problems=problems)] == ["x" * 1000 + "\0"]
-    assert problems == {"NUL": 1}
+    assert [document.text for document in read_documents([str(file)], stats=stats)] == ["x" * 1000 + "\0"]
+    assert stats.problems == {"NUL character": 1}
 
 
 def test_a_file_that_is_no_file_is_refused(tmp_path: Path):
@@ -200,3 +200,72 @@ def test_text_needs_nothing_heavy():
     code = f"import sys, pretrain.text; print({heavy} & set(sys.modules))"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "set()"
+
+
+# Links, and what pretrain made ------------------------------------------------------------------------------------
+
+
+def test_linked_folders_are_read_once_whatever_their_loops(tmp_path: Path):
+    """The issue: a folder with a link to another folder read 1 of 3 files."""
+    text, other = tmp_path / "text", tmp_path / "other"
+    for file in (text / "a.txt", other / "b.txt", other / "deep" / "c.txt", text / "real" / "d.txt"):
+        write(file, file.name)
+    (text / "more").symlink_to(other)
+    (text / "again").symlink_to(other)
+    (text / "real2").symlink_to(text / "real")  # in the tree already: the real name counts
+    (text / "above").symlink_to(text)
+    (other / "back").symlink_to(text)
+    (other / "deep" / "loop").symlink_to(other)
+    (text / "real" / "b-too.txt").symlink_to(other / "b.txt")
+    expected = ["a.txt", "again/b.txt", "again/deep/c.txt", "real/d.txt"]
+    assert names([str(text)], text) == expected
+    assert names([f"{text}/**/*.txt"], text) == expected
+    assert names([f"{text}/**"], text) == expected
+    assert names([f"{text}/**/deep/*.txt"], text) == ["again/deep/c.txt"]
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "only").symlink_to(other)
+    behind = ["b.txt", "back/a.txt", "back/real/d.txt", "deep/c.txt"]
+    assert names([str(tmp_path / "links")], tmp_path) == [f"links/only/{name}" for name in behind]
+
+
+def test_a_broken_link_is_called_one(tmp_path: Path):
+    write(tmp_path / "a.txt", "x")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "gone.txt")
+    for paths in (tmp_path / "b.txt", tmp_path, f"{tmp_path}/*.txt"):
+        with pytest.raises(DataError) as caught:
+            find_files([str(paths)])
+        assert f"b.txt is a link to {tmp_path}/gone.txt, which is not there; restore that" in str(caught.value)
+        assert "did you mean" not in str(caught.value)
+    (tmp_path / "b.txt").unlink()
+    (tmp_path / "part2").symlink_to(tmp_path / "unmounted")
+    said: list[str] = []
+    assert [Path(file.name).name for file in find_files([str(tmp_path)], said.append)] == ["a.txt"]
+    assert said == [f"left out  {tmp_path}/part2: links to what is not there"]
+    assert "part2 is a link to" in refusal(tmp_path / "part2" / "a.txt")
+
+
+def test_a_pattern_with_brackets_says_how_to_write_them(tmp_path: Path):
+    write(tmp_path / "poems [1]" / "a.txt", "x")
+    line = refusal(f"{tmp_path}/poems [1]/*.txt")
+    assert f"give '{tmp_path}/poems [[]1]/*.txt'" in line
+    assert len(find_files([f"{tmp_path}/poems [[]1]/*.txt"])) == 1
+
+
+def test_what_pretrain_made_is_not_text(tmp_path: Path):
+    """The issue: ``--data .`` took runs/ in."""
+    write(tmp_path / "a.txt", "x")
+    for folder, files in {
+        "runs/first": ("config.toml", "tokenizer.json", "environment.json", "samples.jsonl", "hang.txt"),
+        "tokens": ("manifest.json", "tokenizer.json", "notes.txt"),
+        "begun": ("plan.json", "unfinished/lock", "x.txt"),
+        "exported": ("config.json", "tokenizer.json", "model.safetensors", "README.md"),
+        "kept": ("config.toml", "b.txt"),
+    }.items():
+        for name in files:
+            write(tmp_path / folder / name, "{}")
+    said: list[str] = []
+    files = find_files([str(tmp_path)], said.append)
+    assert [file.name for file in files] == [f"{tmp_path}/a.txt", f"{tmp_path}/kept/b.txt"]
+    listed = f"{tmp_path}/begun, {tmp_path}/exported, {tmp_path}/runs/first, ..."
+    assert said == [f"left out  {listed}: made by pretrain itself (runs, token shards, models)"]
+    assert names([str(tmp_path / "exported")], tmp_path) == ["exported/README.md"]  # asked for by its name

@@ -5,7 +5,6 @@ import pickle
 import random
 import subprocess
 import sys
-from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,7 +12,17 @@ import pytest
 
 from pretrain.config import DataConfig
 from pretrain.errors import DataError
-from pretrain.text import PROBLEMS, Document, Piece, find_pieces, formats, pieces, read_documents, read_piece
+from pretrain.text import (
+    PROBLEMS,
+    Document,
+    Piece,
+    ReadStats,
+    find_pieces,
+    formats,
+    pieces,
+    read_documents,
+    read_piece,
+)
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -91,9 +100,9 @@ def test_parquet_columns_of_every_kind_of_text(tmp_path: Path, kind):
     rows = ["one", "two é", None, "three", "one"] * 3
     column = pa.array(rows).cast(kind) if not pa.types.is_dictionary(kind) else pa.array(rows).dictionary_encode()
     pq.write_table(pa.table({"body": column}), tmp_path / "a.parquet", row_group_size=4)
-    problems: Counter[str] = Counter()
-    assert texts(tmp_path / "a.parquet", field="body", problems=problems) == [row for row in rows if row]
-    assert problems == {"null": 3}
+    stats = ReadStats()
+    assert texts(tmp_path / "a.parquet", field="body", stats=stats) == [row for row in rows if row]
+    assert stats.problems == {"null": 3}
 
 
 def test_a_mixed_folder_is_one_text(tmp_path: Path):
@@ -181,11 +190,11 @@ def test_ranges_of_a_text_lose_nothing_and_cut_no_character(tmp_path: Path, monk
         monkeypatch.setattr(formats, "CUT_WINDOW", window)
         for size in range_sizes(len(data)):
             monkeypatch.setattr(pieces, "RANGE_BYTES", size)
-            problems: Counter[str] = Counter()
-            given = [doc for piece in find_pieces([str(file)]) for doc in read_piece(piece, "text", problems)]
+            stats = ReadStats()
+            given = [doc for piece in find_pieces([str(file)]) for doc in read_piece(piece, "text", stats)]
             assert "".join(document.text for document in given) == TEXTS[name], (window, size)
             assert [document.continues for document in given] == [False] + [True] * (len(given) - 1)
-            assert not problems
+            assert not stats.problems
 
 
 def test_ranges_of_a_text_that_is_not_quite_utf_8_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -267,12 +276,12 @@ def test_separated_documents_of_a_compressed_file_and_long_ones(tmp_path: Path, 
     monkeypatch.setattr(formats, "PART_CHARACTERS", 50)
     monkeypatch.setattr(formats, "CUT_WINDOW", 20)
     (piece,) = find_pieces([str(file)], separator="<|endoftext|>")
-    problems = Counter()
-    given = list(read_piece(piece, problems=problems))
+    stats = ReadStats()
+    given = list(read_piece(piece, stats=stats))
     assert given[0].text == "one"
     assert "".join(document.text for document in given[1:]) == "two " * 50
     assert [document.continues for document in given] == [False, False, True, True, True]
-    assert problems == {"empty": 1}
+    assert stats.problems == {"empty": 1}
 
 
 def test_a_separator_must_come_and_not_overlap_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -380,8 +389,8 @@ def test_every_pathological_row_is_fixed_or_left_out_and_counted(tmp_path: Path)
     # The start of the file looks like text, so that single wrong bytes are no reason to refuse it.
     file = tmp_path / "a.jsonl"
     file.write_bytes(b"\n".join([lines[0]] * 50 + lines))
-    problems: Counter[str] = Counter()
-    assert texts(file, problems=problems)[50:] == [
+    stats = ReadStats()
+    assert texts(file, stats=stats)[50:] == [
         good,
         "pair 🙂, half \ufffd, other \ufffd é",
         "bytes \ufffd\ufffd",
@@ -390,17 +399,28 @@ def test_every_pathological_row_is_fixed_or_left_out_and_counted(tmp_path: Path)
         "raw\ttab",
         "long" * 1_000_000,
     ]
-    assert problems == {
-        "lone surrogate": 1,
-        "invalid UTF-8": 1,
-        "NUL": 1,
+    assert stats.problems == {
+        "half surrogate": 2,
+        "not UTF-8": 2,
+        "NUL character": 1,
         "empty": 3,
         "null": 1,
         "not text": 2,
         "no field": 1,
         "not JSON": 5,
     }
-    assert set(problems) == set(PROBLEMS)
+    assert {*stats.problems, "no separator"} == set(PROBLEMS)
+    assert stats.records == 50 + len(lines)
+    assert stats.places() == {
+        "half surrogate": f"{file}, line 52",
+        "not UTF-8": f"{file}, line 53",
+        "NUL character": f"{file}, line 55",
+        "empty": f"{file}, line 57",
+        "null": f"{file}, line 60",
+        "not text": f"{file}, line 61",
+        "no field": f"{file}, line 63",
+        "not JSON": f"{file}, line 64",
+    }
 
 
 def test_parquet_strings_that_are_not_utf_8_are_fixed(tmp_path: Path):
@@ -408,9 +428,10 @@ def test_parquet_strings_that_are_not_utf_8_are_fixed(tmp_path: Path):
     for number, column in enumerate([pa.array(rows), pa.array(rows).view(pa.string())]):
         file = tmp_path / f"{number}.parquet"
         pq.write_table(pa.table({"text": column}), file)
-        problems: Counter[str] = Counter()
-        assert texts(file, problems=problems) == ["good é", "bad \ufffd", "nul \0"]
-        assert problems == {"invalid UTF-8": 1, "null": 1, "empty": 2, "NUL": 1}
+        stats = ReadStats()
+        assert texts(file, stats=stats) == ["good é", "bad \ufffd", "nul \0"]
+        assert stats.problems == {"not UTF-8": 1, "null": 1, "empty": 2, "NUL character": 1}
+        assert (stats.records, stats.places()["not UTF-8"]) == (6, f"{file}, row 2")
 
 
 def test_the_wrong_field_is_said_with_those_there_are(tmp_path: Path):
@@ -432,9 +453,9 @@ def test_the_wrong_field_is_said_with_those_there_are(tmp_path: Path):
 
 def test_a_first_row_without_text_is_not_the_wrong_field(tmp_path: Path):
     file = lines_file(tmp_path / "a.jsonl", [{"text": None}, {"text": "x"}, {"text": 1}])
-    problems: Counter[str] = Counter()
-    assert texts(file, problems=problems) == ["x"]
-    assert problems == {"null": 1, "not text": 1}
+    stats = ReadStats()
+    assert texts(file, stats=stats) == ["x"]
+    assert stats.problems == {"null": 1, "not text": 1}
 
 
 @pytest.mark.parametrize("data", ['[{"text": "x"}]', '[\n{"text": "x"}\n]', '{\n"text": "x"}', "once upon a time"])
@@ -458,7 +479,7 @@ def test_damaged_compressed_files_are_one_line(tmp_path: Path, suffix: str, kind
     file = tmp_path / f"a.{kind}{suffix}"
     flipped = bytearray(good)
     flipped[len(good) // 2] ^= 0xFF
-    for bad in (good[:-1], good[: len(good) // 2], b"no magic here", bytes(flipped)):
+    for bad in (good[:-1], good[: len(good) // 2], b"\xffno magic here", bytes(flipped)):
         file.write_bytes(bad)
         assert "damaged or cut short" in refusal(file)
     file.write_bytes(good)
@@ -471,7 +492,7 @@ def test_damaged_parquet_files_are_one_line(tmp_path: Path):
     good = file.read_bytes()
     flipped = bytearray(good)
     flipped[len(good) // 2] ^= 0x01
-    for bad in (good[:-1], good[: len(good) // 2], b"PAR1", b"no magic here", bytes(flipped)):
+    for bad in (good[:-1], good[: len(good) // 2], b"PAR1", b"\xffno magic here", bytes(flipped)):
         file.write_bytes(bad)
         assert "damaged or cut short" in refusal(file)
     file.write_bytes(good)
@@ -504,7 +525,7 @@ def test_a_file_that_goes_away_is_one_line(tmp_path: Path):
 def test_a_missing_package_is_said_with_its_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, name: str
 ):
-    (tmp_path / name).write_bytes(b"x")
+    (tmp_path / name).write_bytes(b"\xff")
     for module in [module for module in sys.modules if module.partition(".")[0] in (package, "compression")]:
         monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setitem(sys.modules, package, None)

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from filelock import FileLock
 
 from pretrain.config import DataConfig, TokenizerConfig
 from pretrain.errors import DataError, Interrupted, UsageError
-from pretrain.text import Document, Piece, find_pieces, formats, read_documents
+from pretrain.text import Document, Piece, ReadStats, find_pieces, formats, read_documents
 from pretrain.text.split import TRAIN, VAL, Tail, side_by_hash
 from pretrain.tokenizer import Tokenizer, build_tokenizer
 from pretrain.tokens import Manifest, jobs, prepared_dataset, source
@@ -165,13 +164,13 @@ def test_a_document_over_several_jobs_is_on_one_side(monkeypatch: pytest.MonkeyP
     for first, last in ((held_out, trained), (trained, held_out)):
         texts = {("big", 0): first, ("big", 1): " and", ("big", 2): " so", ("big", 3): " on", ("small", 0): last}
 
-        def read(piece: Piece, field: str, problems: Counter[str], texts=texts) -> Iterator[Document]:
+        def read(piece: Piece, field: str, stats: ReadStats, texts=texts) -> Iterator[Document]:
             yield Document(texts[piece.file, piece.begin], piece.file, continues=piece.begin > 0)
 
         monkeypatch.setattr(source, "read_piece", read)
         planned = plan_jobs(pieces, "hash", shard_tokens=5, val_fraction=0.5)
         assert [len(job.pieces) for job in planned] == [2, 2, 1]
-        parts = [part for job in planned for part in job.parts(Counter())]
+        parts = [part for job in planned for part in job.parts(ReadStats())]
         assert "".join(part.text for part in parts if part.split == side_by_hash(first, 0.5)) == first + " and so on"
         assert [part.begins for part in parts] == [True, False, False, False, True]
 
@@ -213,12 +212,12 @@ def test_a_job_goes_on_from_its_last_commit(tmp_path: Path, monkeypatch: pytest.
     given: list[int] = []
 
     def reader(stop: int):
-        def read(piece: Piece, field: str, problems: Counter[str]) -> Iterator[Document]:
+        def read(piece: Piece, field: str, stats: ReadStats) -> Iterator[Document]:
             for number, text in enumerate(texts):
                 if number == stop:
                     raise KeyboardInterrupt
                 given.append(number)
-                problems["seen"] += 1
+                stats.note("seen", piece.file, 0)
                 yield Document(text, "x")
 
         return read
@@ -252,7 +251,7 @@ def test_a_job_goes_on_from_its_last_commit(tmp_path: Path, monkeypatch: pytest.
         assert counting.taken <= 100 + 14 * (len(stops) - 1)  # at most a shard is done again
     assert whole[0] == whole[1]
     assert folders[0] == folders[1]
-    assert whole[0][-1].problems == {"seen": 100}
+    assert whole[0][-1].read.problems == {"seen": 100}
 
 
 def test_parquet_files_are_done_side_by_side(library: Path, tmp_path: Path):
@@ -520,10 +519,10 @@ def test_strange_documents_are_kept_or_counted(tmp_path: Path):
     expected = [*kept[:4], "\ufeff kept", "fin", "half � of a pair"]
     assert documents_of(tmp_path / "out", "train") == expected
     assert made.manifest.problems == {
-        "NUL": 1,
+        "NUL character": 1,
         "empty": 2,
-        "invalid UTF-8": 1,
-        "lone surrogate": 1,
+        "not UTF-8": 1,
+        "half surrogate": 1,
         "no field": 1,
         "not JSON": 1,
         "not text": 1,

@@ -20,6 +20,7 @@ import torch
 from pretrain.cli import main
 from pretrain.config import DataConfig, load_config
 from pretrain.errors import DataError, UsageError
+from pretrain.text import ReadStats
 from pretrain.text.pieces import Piece
 from pretrain.text.split import TRAIN, VAL, Part, side_by_hash
 from pretrain.tokenizer import Tokenizer, build_tokenizer
@@ -48,7 +49,7 @@ class MadeText(LiveText):
         self.__dict__["made"] = dict(zip(self.train, pieces, strict=True))
         self.__dict__["fingerprint"] = "made"
 
-    def parts(self, piece: Piece, side: str = TRAIN, problems: Counter[str] | None = None) -> Iterator[Part]:
+    def parts(self, piece: Piece, side: str = TRAIN, stats: ReadStats | None = None) -> Iterator[Part]:
         yield from self.__dict__["made"][piece]
 
 
@@ -269,7 +270,7 @@ def test_what_goes_wrong_in_the_thread_reaches_the_trainer():
 def test_the_thread_ends_with_the_object():
     text, original = made_text(7), MadeText.parts
 
-    def slow(piece: Piece) -> Iterator[Part]:
+    def slow(piece: Piece, *_: object) -> Iterator[Part]:
         time.sleep(0.2)
         yield from original(text, piece)
 
@@ -289,7 +290,7 @@ def test_waiting_lets_signal_handlers_run():
     batches = stream(text)
     heard, original = threading.Event(), text.parts
 
-    def slow(piece: Piece) -> Iterator[Part]:
+    def slow(piece: Piece, *_: object) -> Iterator[Part]:
         heard.wait(30)  # until the handler has run, in the main thread, which waits for this one
         yield from original(piece)
 

@@ -52,6 +52,8 @@ class Prepare(Command):
     """Share of the text held out by tail and hash. 0: nothing."""
     val: tuple[str, ...] = ()
     """Files to validate on, instead of splitting the text."""
+    allow_broken: bool = False
+    """Use what is left where more than half of the records have no text that can be used, rather than refusing it."""
     workers: Natural = 0
     """Processes. 0: as many as there are cores."""
     shard_tokens: Count = 100_000_000
@@ -68,6 +70,7 @@ class Prepare(Command):
             split=self.split,
             val_fraction=self.val_fraction,
             val_paths=self.val,
+            allow_broken=self.allow_broken,
         )
         self.vocabulary = TokenizerConfig(self.tokenizer, self.vocab_size, self.pattern, self.bos_token)
 
@@ -102,8 +105,6 @@ class Prepare(Command):
 
 
 def _contents(manifest: Manifest) -> Iterator[str]:
-    from pretrain.text import PROBLEMS
-
     for split, name in (("train", "training"), ("val", "held out")):
         shards = [shard for shard in manifest.shards if shard.split == split]
         if shards:
@@ -111,8 +112,7 @@ def _contents(manifest: Manifest) -> Iterator[str]:
             counts = f"{manifest.documents(split):,} documents, {manifest.tokens(split):,} tokens"
             yield f"{name:<9} {counts}, {size:,.1f} MB of text, {len(shards):,} shards"
     yield f"tokenizer {manifest.vocab_size:,} tokens, {manifest.bytes_per_token:.2f} bytes of text per token"
-    for problem, count in manifest.problems.items():
-        yield f"problem   {count:,} {PROBLEMS.get(problem, problem)}"
+    yield from manifest.problem_lines()
 
 
 @dataclass

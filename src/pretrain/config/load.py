@@ -15,7 +15,7 @@ from pretrain.errors import UsageError, did_you_mean
 
 # Fields that do not change what is learned: a run may be resumed with other values of these.
 FREE_FIELDS = frozenset(
-    {"train.micro_batch", "train.compile", "train.device", "train.activation_checkpointing"}
+    {"data.allow_broken", "train.micro_batch", "train.compile", "train.device", "train.activation_checkpointing"}
     | {f"guard.{name}" for name in ("max_skips", "grace_seconds", "hang_factor", "hang_seconds")}
 )
 FREE_SECTIONS = frozenset({"eval", "checkpoint", "parallel", "sample", "log"})

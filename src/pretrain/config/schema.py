@@ -45,6 +45,9 @@ class DataConfig(Section):
     """Share of the text held out for validation."""
     val_paths: tuple[str, ...] = ()
     """Text files to validate on, instead of a split of the others."""
+    allow_broken: bool = False
+    """Use what is left where more than half of the records (lines, rows) have no text that can be used; otherwise that
+    is an error."""
     order: Literal["shuffled", "random", "sequential"] = "shuffled"
     """Order of the training windows. shuffled: a new permutation each epoch; random: drawn with replacement (as nanoGPT
     does); sequential: as stored."""

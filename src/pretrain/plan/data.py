@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pretrain.config import Config
 from pretrain.errors import DataError
-from pretrain.text import embedded_name, find_pieces, read_piece
+from pretrain.text import ReadStats, embedded_name, read_piece, refuse_broken
 from pretrain.text.pieces import Piece
+from pretrain.text.split import TRAIN
 from pretrain.tokenizer import build_tokenizer
 from pretrain.tokens import check_boundary
 from pretrain.tokens.datasets import is_tokens, open_corpus
 from pretrain.tokens.order import DataOrder
 from pretrain.tokens.shards import bytes_per_token, utf8_bytes
-from pretrain.tokens.source import ONE_FILE
+from pretrain.tokens.source import find_sides
 
 SAMPLE_BYTES = 2_000_000
 """Text that is read for an estimate, from up to four places."""
@@ -38,6 +39,8 @@ class DataFacts:
     """Why training would refuse this data; empty if nothing was seen."""
     cautions: tuple[str, ...] = ()
     """What is unusual about the tokenizer."""
+    left_out: tuple[str, ...] = ()
+    """What is left out or changed of the text, a line each; of the sample only, where that is not all."""
 
 
 def look_at_data(config: Config) -> DataFacts:
@@ -53,12 +56,24 @@ def look_at_data(config: Config) -> DataFacts:
         windows = sum(_windows(config, tokens) for tokens in sizes)
         size = int(corpus.bytes_per_token * train)
         return DataFacts(corpus.tokenizer.vocab_size, train, val, size, windows, True, name, cautions=cautions)
-    pieces = find_pieces(data.paths, data.field, data.separator)
-    size = sum(piece.size for piece in pieces)
-    sample = read_sample(pieces, data.field)
+    left_out: list[str] = []
+    problem, cautions = "", ()
+    try:
+        pieces, held_out, split = find_sides(data, left_out.append)
+    except DataError as error:
+        if data.split != "last_file" or data.val_paths:
+            raise
+        problem = str(error)  # there may be one file of many so far; if not that is wrong, it is raised here again
+        left_out.clear()
+        pieces, held_out, split = find_sides(replace(data, split="tail", val_fraction=0), left_out.append)
+    stats = ReadStats()
+    sample, read, whole = read_sample(pieces, data.field, stats)
+    left_out += [line if whole else f"{line}, in a sample" for line in stats.lines()]
+    refuse_broken(stats, data.allow_broken)
     if not sample:
         raise DataError(f"{name}: there is nothing but white space in the text")
-    problem, cautions = "", ()
+    share = read / stats.size  # of the bytes of the files is text: not what JSON adds, nor what is skipped
+    size = read if whole else round(share * sum(piece.size for piece in pieces))
     try:
         texts = sample if data.bos else ["".join(sample)]  # of characters, only several documents have a BOS token
         tokenizer = build_tokenizer(kind, vocab_size, texts, config.tokenizer.pattern, config.tokenizer.bos)
@@ -75,21 +90,16 @@ def look_at_data(config: Config) -> DataFacts:
         per_token = min(4.7, max(1.0, 0.43 * math.log2(vocab_size) - 1.6))
         source = f"{name}, at about {per_token:.1f} bytes per token"
         if sum(map(utf8_bytes, sample)) >= size:
-            problem = str(error)
+            problem = problem or str(error)
     tokens = round(size / per_token)
-    last = sum(piece.size for piece in pieces if piece.file == pieces[-1].file)
-    if data.split == "last_file" and not data.val_paths and last == size:
-        val, problem = 0, problem or ONE_FILE
-    elif data.split == "last_file" and not data.val_paths:
-        val = round(last / per_token)
-        tokens -= val
-    elif data.val_paths:
-        val_size = sum(piece.size for piece in find_pieces(data.val_paths, data.field, data.separator))
-        val = round(val_size / per_token)
-    else:
+    val = round(share * sum(piece.size for piece in held_out) / per_token)
+    if not held_out and split != TRAIN:
         val = round(tokens * data.val_fraction)
         tokens -= val
-    return DataFacts(vocab_size, tokens, val, size, _windows(config, tokens), False, source, problem, cautions)
+    windows = _windows(config, tokens)
+    return DataFacts(
+        vocab_size, tokens, val, size, windows, False, source, problem, cautions=cautions, left_out=tuple(left_out)
+    )
 
 
 def _windows(config: Config, tokens: int) -> int:
@@ -98,15 +108,20 @@ def _windows(config: Config, tokens: int) -> int:
     return DataOrder(tokens, length, data.order, data.stride, config.train.seed).windows if tokens > length else 0
 
 
-def read_sample(pieces: list[Piece], field: str) -> list[str]:
-    """Documents of about SAMPLE_BYTES in all, from up to four pieces spread over the whole."""
+def read_sample(pieces: list[Piece], field: str, stats: ReadStats) -> tuple[list[str], int, bool]:
+    """Documents of about SAMPLE_BYTES in all, from up to four pieces spread over the whole.
+
+    Gives the texts without those that are blank, their bytes, and whether that is all of the text.
+    """
     places = pieces[:: max(1, math.ceil(len(pieces) / 4))]
+    whole = len(places) == len(pieces)
     texts: list[str] = []
     read = 0
     for number, piece in enumerate(places, 1):
-        for document in read_piece(piece, field):
-            texts.append(document.text[: SAMPLE_BYTES - read])
-            read += len(texts[-1])
+        for document in read_piece(piece, field, stats):
             if read >= SAMPLE_BYTES * number // len(places):
+                whole = False
                 break
-    return [text for text in texts if text.strip()]
+            texts.append(document.text[:SAMPLE_BYTES])
+            read += utf8_bytes(document.text)
+    return [text for text in texts if text.strip()], read, whole

@@ -32,6 +32,9 @@ def describe(plan: Plan, warnings: list[str]) -> str:
     add("for", f"{hardware}, {plan.hardware.precision.name}")
     tokens = f"{rounded(data.train_tokens)} tokens to train on"
     add("data", f"{data.source}: {tokens}" if data.exact else f"{data.source}: about {tokens} (an estimate)")
+    for line in data.left_out:
+        label, _, text = line.partition("  ")
+        add(label, text.strip())
     context = config.model.context_length
     add("model", f"{total:,} parameters, context {context:,}, vocabulary {data.vocab_size:,}")
     add("", table([(f"  {NAMES.get(k, k)}", f"{v:,}", f"{v / total:.0%}") for k, v in plan.parameters.items() if v]))

@@ -206,7 +206,7 @@ def data(run: Run, manifest: Manifest | None) -> Pairs:
         *rows,
         ("vocabulary", f"{manifest.vocab_size:,} tokens, {manifest.bytes_per_token:.2f} bytes of text each on average"),
         ("fingerprint", manifest.fingerprint),
-        *((f"problem: {what}", f"{count:,} times") for what, count in sorted(manifest.problems.items())),
+        *(("problem", line.removeprefix("problem").strip()) for line in manifest.problem_lines()),
     ]
 
 

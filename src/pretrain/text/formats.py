@@ -6,8 +6,8 @@
     row groups of Parquet ───────────read_rows───────┘
 
 A range of a file begins and ends where ``_text_cut`` (plain text) or the next line or separator says, so that
-consecutive ranges give every document once. Readers count in ``problems`` what was wrong with documents, by the names
-in ``PROBLEMS``.
+consecutive ranges give every document once. Readers count in ``stats`` what they read and what was wrong with it
+(``problems.py``).
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ import difflib
 import json
 import re
 import shlex
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, BinaryIO
 
 from pretrain.errors import DataError
-from pretrain.text.opening import REMOTE_BUFFER, TEXT, is_url, one_line, open_bytes, open_raw
+from pretrain.text.content import START, refuse_other_encoding, refuse_what_is_not_text
+from pretrain.text.opening import PARQUET, REMOTE_BUFFER, TEXT, is_url, one_line, open_bytes, open_raw
+from pretrain.text.problems import WHOLE_FILE, ReadStats
 
 PROBE = 64 * 1024  # bytes at the start of a file that must look like text
 CHUNK = 1024 * 1024  # bytes of plain text decoded at once
@@ -34,24 +35,13 @@ CUT_WINDOW = 64 * 1024  # characters (of a range: bytes) searched for a good pla
 LINE_BYTES = 1024**3  # a longer line is an error
 ROWS, ROWS_BYTES = 1024, 8 * 1024 * 1024  # rows of Parquet decoded at once, at most, and about their bytes
 
-PROBLEMS = {
-    "empty": "documents without text, or of nothing but white space; skipped",
-    "invalid UTF-8": "documents with bytes that are not UTF-8; U+FFFD stands in their place",
-    "lone surrogate": "documents with half of a surrogate pair (\\ud83d alone in JSON); U+FFFD in its place",
-    "NUL": "documents with NUL characters; kept as they are",
-    "not JSON": "lines that are not a JSON object; skipped",
-    "no field": "JSON objects without the field; skipped",
-    "null": "rows whose text is null; skipped",
-    "not text": "JSON objects whose field is a number, list or object; skipped",
-}
-"""What can be wrong with a document. Nothing else is changed or skipped."""
-
 # Where a text may be cut without changing its tokens: between a letter or digit and a blank or line end (as
 # tokenizer.split_text does), or after a single line end. The pre-tokenizers in use end a word in both places.
 _GOOD_CUT = re.compile(r"(?<=[^\W_])(?=[ \n])|(?<=\S\n)(?=[^\s/])")
 _LINE_ENDS = (b"\r\n", b"\n")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_TEXT_TYPE = re.compile(r"(dictionary<values=)?(large_)?(string|binary)(_view)?(,|$)")  # of Arrow
+# Of Arrow. A column of nothing but nulls may have the type null, as one of many files of a text.
+_TEXT_TYPE = re.compile(r"null$|(dictionary<values=)?(large_)?(string|binary)(_view)?(,|$)")
 _JSON = json.JSONDecoder(strict=False)  # which keeps raw tabs and line ends in strings, rather than refusing them
 
 
@@ -68,26 +58,17 @@ class Document:
 def check_start(file: str, kind: str, must_hold_text: bool) -> None:
     """Look at the start of a file of text or JSON lines.
 
-    Raises DataError if it is not UTF-8 text: UTF-16, binary (more than 1 in 100 bytes are NUL) or of another encoding
+    Raises DataError if it is not UTF-8 text: another type of file, UTF-16 or UTF-32, binary, or of another encoding
     (more than 1 in 1000 bytes are not UTF-8, of JSON lines 1 in 50, as one of them may be all wrong); what is rarer is
     left to the reader. With ``must_hold_text`` also if the whole file is blank.
     """
     with one_line(file), open_bytes(file, buffer=PROBE) as stream:
         start = stream.read(PROBE)
     whole = len(start) < PROBE
-    iconv = f"-t utf-8 {shlex.quote(file)} > OUT"
-    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise DataError(f"{file}: this is UTF-16, not UTF-8; convert it: iconv -f utf-16 {iconv}")
-    if 100 * start.count(b"\0") > len(start):
-        raise DataError(f"{file}: this file is binary (a NUL at byte {start.index(0)}); give plain {kind}")
-    text, _ = codecs.utf_8_decode(start, "surrogateescape", whole)
-    wrong = _SURROGATE.findall(text)
-    if (1000 if kind == TEXT else 50) * len(wrong) > len(start):
-        offset = len(text.partition(wrong[0])[0].encode())
-        raise DataError(
-            f"{file}: not UTF-8 (byte 0x{start[offset]:02x} at offset {offset}); "
-            f"convert it from what it is, e.g.: iconv -f latin1 {iconv}"
-        )
+    refuse_what_is_not_text(file, start, kind)
+    text, _, wrong, offset = _utf8(start, whole)
+    if (1000 if kind == TEXT else 50) * wrong > len(start):
+        refuse_other_encoding(file, start, wrong, offset, kind)
     if must_hold_text and whole and not text.removeprefix("\ufeff").strip():
         raise DataError(f"{file}: this file holds only white space; delete it or give another")
 
@@ -95,15 +76,14 @@ def check_start(file: str, kind: str, must_hold_text: bool) -> None:
 # Plain text -----------------------------------------------------------------------------------------------------------
 
 
-def read_text(file: str, begin: int, end: int, problems: Counter[str]) -> Iterator[Document]:
+def read_text(file: str, begin: int, end: int, stats: ReadStats) -> Iterator[Document]:
     """Give the text from the cut at ``begin`` to the cut at ``end``, or with ``end`` 0 to the end of the file.
 
     It is one document, in parts of about PART_CHARACTERS; those after the first, and all if ``begin`` > 0, continue it.
     Every character is kept, line ends included; only a byte-order mark at the start of the file goes.
     """
-    seen: Counter[str] = Counter()  # by part
     with one_line(file), open_bytes(file) as stream:
-        length = None
+        start, length = 0, None
         if end:
             with open_raw(file) as beyond:
                 stop = _text_cut(beyond, end)
@@ -111,16 +91,15 @@ def read_text(file: str, begin: int, end: int, problems: Counter[str]) -> Iterat
             stream.seek(start)
             length = stop - start
         continues = begin > 0
-        for part, last in _parts(_decoded(stream, length, begin == 0, seen)):
+        stats.records += not continues
+        for part, last in _parts(_decoded(stream, file, start, length, stats)):
             if last and not continues and not end and not part.strip():
-                problems["empty"] += 1
+                stats.note("empty", file, WHOLE_FILE)
                 return
-            if "\0" in part:
-                seen["NUL"] += 1
+            stats.size += len(part) if part.isascii() else len(part.encode())
             if part:
                 yield Document(part, file, continues)
             continues = True
-    problems.update(set(seen))
 
 
 def _text_cut(stream: BinaryIO, position: int) -> int:
@@ -151,27 +130,35 @@ def _next_character(data: bytes, offset: int) -> int:
     return offset
 
 
-def _decoded(stream: BinaryIO, count: int | None, at_start: bool, problems: Counter[str]) -> Iterator[str]:
-    """Decode ``count`` bytes (None: all), whole characters at a time; what is not UTF-8 becomes U+FFFD."""
-    rest = b""
-    while count != 0 and (chunk := stream.read(CHUNK if count is None else min(CHUNK, count))):
+def _decoded(stream: BinaryIO, file: str, start: int, count: int | None, stats: ReadStats) -> Iterator[str]:
+    """Decode ``count`` bytes from ``start`` on (None: all), whole characters at a time; bad bytes become U+FFFD."""
+    rest, last = b"", False
+    while not last:
+        chunk = stream.read(CHUNK if count is None else min(CHUNK, count))
         count = None if count is None else count - len(chunk)
-        if at_start:
-            chunk, at_start = chunk.removeprefix(codecs.BOM_UTF8), False
+        last = not chunk
         rest += chunk
-        text, used = _utf8(rest, False, problems)
-        rest = rest[used:]
+        if start == 0 and rest.startswith(codecs.BOM_UTF8):
+            rest, start = rest.removeprefix(codecs.BOM_UTF8), len(codecs.BOM_UTF8)
+        text, used, wrong, place = _utf8(rest, last)
+        if wrong:
+            stats.note("not UTF-8", file, start + place, wrong)
+        if nuls := text.count("\0"):
+            stats.note("NUL character", file, start + rest.index(b"\0"), nuls)
+        rest, start = rest[used:], start + used
         yield text
-    yield _utf8(rest, True, problems)[0]
 
 
-def _utf8(data: bytes, final: bool, problems: Counter[str]) -> tuple[str, int]:
-    """Decode the complete characters, or all if ``final``. Gives the text and the number of bytes it took."""
+def _utf8(data: bytes, final: bool) -> tuple[str, int, int, int]:
+    """Decode the complete characters, or all if ``final``.
+
+    Gives the text, the number of bytes it took, how many of these are not UTF-8, and the place of the first such.
+    """
     try:
-        return codecs.utf_8_decode(data, "strict", final)
-    except UnicodeDecodeError:
-        problems["invalid UTF-8"] += 1
-        return codecs.utf_8_decode(data, "replace", final)
+        return *codecs.utf_8_decode(data, "strict", final), 0, 0
+    except UnicodeDecodeError as error:
+        wrong = len(_SURROGATE.findall(codecs.utf_8_decode(data, "surrogateescape", final)[0]))
+        return *codecs.utf_8_decode(data, "replace", final), wrong, error.start
 
 
 def _parts(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
@@ -190,15 +177,15 @@ def _parts(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
     yield held, True
 
 
-def _documents(text: Any, file: str, problems: Counter[str]) -> Iterator[Document]:
-    """Give the text of a row as a document, in parts if it is long; leave out and count what is none."""
+def _documents(text: Any, file: str, place: int, stats: ReadStats) -> Iterator[Document]:
+    """Give the text of a record as a document, in parts if it is long; leave out and count what is none."""
     if not isinstance(text, str):
-        problems["null" if text is None else "not text"] += 1
+        stats.note("null" if text is None else "not text", file, place)
     elif not text or text.isspace():
-        problems["empty"] += 1
+        stats.note("empty", file, place)
     else:
-        if "\0" in text:
-            problems["NUL"] += 1
+        if nuls := text.count("\0"):
+            stats.note("NUL character", file, place, nuls)
         parts = _parts([text]) if len(text) > PART_CHARACTERS else [(text, True)]  # most are short
         for number, (part, _) in enumerate(parts):
             yield Document(part, file, number > 0)
@@ -207,25 +194,29 @@ def _documents(text: Any, file: str, problems: Counter[str]) -> Iterator[Documen
 # Documents between separators, and JSON lines -------------------------------------------------------------------------
 
 
-def read_separated(file: str, separator: str, begin: int, end: int, problems: Counter[str]) -> Iterator[Document]:
+def read_separated(file: str, separator: str, begin: int, end: int, stats: ReadStats) -> Iterator[Document]:
     """Give the documents between separators (long ones in parts) that start after ``begin``, not after ``end``.
 
     A line end before and one after a separator go with it.
     """
     fix = f"is {separator!r} what stands between its documents (data.separator)?"
-    for position, data, closed in _records(file, separator.encode(), begin, end, fix):
-        if not closed and not data.strip():
+    for position, data, closed in _records(file, separator.encode(), begin, end, stats, fix):
+        if not closed and not position:
+            stats.note("no separator", file, WHOLE_FILE)
+        elif not closed and not data.strip():
             return
+        stats.records += 1
         before = (codecs.BOM_UTF8,) if position == 0 else _LINE_ENDS
         data = data.removeprefix(next(filter(data.startswith, before), b""))
         if closed:
             data = data.removesuffix(next(filter(data.endswith, _LINE_ENDS), b""))
-        yield from _documents(_utf8(data, True, problems)[0], file, problems)
+        text, _, wrong, place = _utf8(data, True)
+        if wrong:
+            stats.note("not UTF-8", file, position + place, wrong)
+        yield from _documents(text, file, position, stats)
 
 
-def read_lines(
-    file: str, field: str, begin: int, end: int, problems: Counter[str], buffer: int = 0
-) -> Iterator[Document]:
+def read_lines(file: str, field: str, begin: int, end: int, stats: ReadStats, buffer: int = 0) -> Iterator[Document]:
     """Give one document a line (a long one in parts), from the lines that start after ``begin``, not after ``end``.
 
     Blank lines are nothing. ``buffer``: bytes to read at once, if not as usual. Raises DataError if the first line of
@@ -233,39 +224,41 @@ def read_lines(
     """
     fix = f'give one such as {{"text": "..."}} a line; from a JSON array: jq -c .[] {shlex.quote(file)} > OUT.jsonl'
     first = begin == 0
-    for position, line, _ in _records(file, b"\n", begin, end, fix, buffer):
+    for position, line, _ in _records(file, b"\n", begin, end, stats, fix, buffer):
         if position == 0:
             line = line.removeprefix(codecs.BOM_UTF8)
         if not line or line.isspace():
             continue
-        replaced: Counter[str] = Counter()
+        stats.records += 1
+        decoded, _, wrong, _ = _utf8(line, True)
         try:
-            row = _JSON.decode(_utf8(line, True, replaced)[0])
+            row = _JSON.decode(decoded)
         except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
             if first:
                 raise DataError(f"{file}: its first line is not a JSON object; {fix}")
-            problems["not JSON"] += 1
+            stats.note("not JSON", file, position)
             continue
         if first and not isinstance(row.get(field, 0), str | None):
             raise _no_text(file, field, list(row), [name for name, value in row.items() if isinstance(value, str)])
         first = False
         if field not in row:
-            problems["no field"] += 1
+            stats.note("no field", file, position)
             continue
         text = row.pop(field)
         may_have_halves = b"\\ud" in line or b"\\uD" in line  # of surrogate pairs, which only an escape can bring
-        if may_have_halves and isinstance(text, str) and _SURROGATE.search(text):
-            text = _SURROGATE.sub("\ufffd", text)
-            problems["lone surrogate"] += 1
-        if replaced and isinstance(text, str) and "\ufffd" in text:
-            problems["invalid UTF-8"] += 1
-        yield from _documents(text, file, problems)
+        if may_have_halves and isinstance(text, str):
+            text, halves = _SURROGATE.subn("\ufffd", text)
+            if halves:
+                stats.note("half surrogate", file, position, halves)
+        if wrong and isinstance(text, str) and "\ufffd" in text:
+            stats.note("not UTF-8", file, position, wrong)
+        yield from _documents(text, file, position, stats)
 
 
 def _records(
-    file: str, mark: bytes, begin: int, end: int, fix: str, buffer: int = 0
+    file: str, mark: bytes, begin: int, end: int, stats: ReadStats, fix: str, buffer: int = 0
 ) -> Iterator[tuple[int, bytes, bool]]:
     """Give what starts after ``begin``, not after ``end``, and ends at a mark: its offset, its bytes, whether it does.
 
@@ -282,6 +275,7 @@ def _records(
             for record in records:
                 start, position = position, position + len(record) + len(mark)
                 if inside:
+                    stats.size += position - start
                     yield start, record, True
                 inside = True
                 if position > end > 0:
@@ -289,6 +283,7 @@ def _records(
             if len(held) > LINE_BYTES:
                 raise DataError(f"{file}: what begins at byte {position:,} is longer than {LINE_BYTES:,} bytes; {fix}")
         if inside and held:
+            stats.size += len(held)
             yield position, held, False
 
 
@@ -310,24 +305,36 @@ def row_group_sizes(file: str, field: str) -> list[int]:
 
     Raises DataError if the file cannot be read as Parquet, or has no text in a column ``field``.
     """
-    with one_line(file), _parquet(file) as parquet:
-        return _column_sizes(parquet, file, field)
+    with one_line(file):
+        with open_raw(file) as stream:
+            start = stream.read(START)
+        if start and not start.startswith(b"PAR1"):
+            refuse_what_is_not_text(file, start, PARQUET)
+        with _parquet(file) as parquet:
+            return _column_sizes(parquet, file, field)
 
 
-def read_rows(file: str, field: str, begin: int, end: int, problems: Counter[str]) -> Iterator[Document]:
+def read_rows(file: str, field: str, begin: int, end: int, stats: ReadStats) -> Iterator[Document]:
     """Give one document a row (a long one in parts), from the row groups ``begin`` to before ``end``.
 
     A batch of rows is held at a time.
     """
     with one_line(file), _parquet(file) as parquet:
         size = sum(_column_sizes(parquet, file, field)[begin:end])
-        groups = list(range(begin, end))
-        count = sum(parquet.metadata.row_group(group).num_rows for group in groups)
+        counts = [parquet.metadata.row_group(group).num_rows for group in range(end)]
+        first, count = sum(counts[:begin]), sum(counts[begin:])
         rows = min(ROWS, max(1, ROWS_BYTES * count // max(1, size)))
+        groups = list(range(begin, end))
         for batch in parquet.iter_batches(rows, row_groups=groups, columns=[field], use_threads=False):
-            for value in _values(batch.column(0)):
-                text = _utf8(value, True, problems)[0] if isinstance(value, bytes) else value
-                yield from _documents(text, file, problems)
+            for row, value in enumerate(_values(batch.column(0)), first):
+                stats.records += 1
+                stats.size += size / count
+                if isinstance(value, bytes):
+                    value, _, wrong, _ = _utf8(value, True)
+                    if wrong:
+                        stats.note("not UTF-8", file, row, wrong)
+                yield from _documents(value, file, row, stats)
+            first += len(batch)
 
 
 def _column_sizes(parquet: Any, file: str, field: str) -> list[int]:

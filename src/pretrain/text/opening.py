@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
 from pretrain.errors import DataError, PretrainError
+from pretrain.text.content import START, compression_of
 
 TEXT, JSON_LINES, PARQUET = "text", "JSON lines", "Parquet"
 FORMATS = {
@@ -82,12 +83,16 @@ def open_raw(file: str) -> BinaryIO:
 
 
 def open_bytes(file: str, buffer: int = 0) -> io.BufferedReader:
-    """Open a file for buffered reading, decompressed. ``buffer``: bytes read at once, if not as usual.
+    """Open a file for buffered reading, decompressed if it is compressed, whatever its name says.
+
+    ``buffer``: bytes read at once, if not as usual.
 
     Raises DataError if that is not possible, or if a package for the compression is missing.
     """
     stream = io.BufferedReader(cast(Any, open_raw(file)), buffer or (REMOTE_BUFFER if is_url(file) else LOCAL_BUFFER))
     compression = (format_of(file) or ("", ""))[1]
+    if compression or not is_url(file):  # of a remote file to look would take another request
+        compression = compression_of(stream.peek(START)[:START], compression)
     if not compression:
         return stream
     if compression == ".gz":
@@ -107,6 +112,18 @@ def open_bytes(file: str, buffer: int = 0) -> io.BufferedReader:
         # Large dumps are often compressed with windows of up to 2 GiB (zstd --long=31); by default these are refused.
         text = zstd.ZstdFile(stream, options={zstd.DecompressionParameter.window_log_max: 31})
     return io.BufferedReader(text, buffer or LOCAL_BUFFER)
+
+
+def is_compressed(file: str) -> bool:
+    """Whether a file is compressed: on this machine by its first bytes, whatever its name says, elsewhere by its name.
+
+    Raises DataError if it cannot be opened.
+    """
+    named = (format_of(file) or ("", ""))[1]
+    if is_url(file):
+        return bool(named)
+    with open_raw(file) as stream:
+        return bool(compression_of(stream.read(START), named))
 
 
 @contextmanager

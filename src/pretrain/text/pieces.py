@@ -8,7 +8,6 @@ the same paths are the same on every machine, and reading them one after another
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ from dataclasses import dataclass
 from pretrain.errors import DataError
 from pretrain.text import formats
 from pretrain.text.embedded import embedded_documents
-from pretrain.text.files import SourceFile, find_files
+from pretrain.text.files import Say, SourceFile, find_files
 from pretrain.text.formats import Document
-from pretrain.text.opening import JSON_LINES, PARQUET, TEXT, format_of, open_raw
+from pretrain.text.opening import JSON_LINES, PARQUET, TEXT, format_of, is_compressed, open_raw
+from pretrain.text.problems import WHOLE_FILE, ReadStats
 
 EMBEDDED = "embedded:"
 
@@ -39,17 +39,19 @@ class Piece:
     separator: str = ""  # what stands between the documents of a plain text; empty: it is one document
 
 
-def find_pieces(paths: Sequence[str], field: str = "text", separator: str = "") -> list[Piece]:
+def find_pieces(
+    paths: Sequence[str], field: str = "text", separator: str = "", say: Say = lambda _: None
+) -> list[Piece]:
     """List the pieces of these paths in order; with no paths, the embedded corpus.
 
     Every file was opened and its start looked at (of Parquet, the schema), so that what cannot be read is said before
     any work is done. ``field`` names the text in JSON lines and Parquet, ``separator`` is what stands between the
-    documents of plain texts. Raises DataError as ``find_files`` does, and for a file that is damaged, no text, or
-    without the field.
+    documents of plain texts; ``say`` is told what is left out. Raises DataError as ``find_files`` does, and for a file
+    that is damaged, no text, or without the field.
     """
     if not paths:
         return [Piece(EMBEDDED, size=4_200_000)]
-    files = find_files(paths)
+    files = find_files(paths, say)
     pool = ThreadPoolExecutor(PROBES)
     try:
         return [piece for pieces in pool.map(lambda file: _pieces(file, field, separator), files) for piece in pieces]
@@ -57,48 +59,50 @@ def find_pieces(paths: Sequence[str], field: str = "text", separator: str = "") 
         pool.shutdown(cancel_futures=True)
 
 
-def read_piece(piece: Piece, field: str = "text", problems: Counter[str] | None = None) -> Iterator[Document]:
+def read_piece(piece: Piece, field: str = "text", stats: ReadStats | None = None) -> Iterator[Document]:
     """Give the documents of a piece in order, in bounded memory.
 
-    Bad documents are fixed or skipped, and counted in ``problems`` by the names in ``PROBLEMS``. Raises DataError if
-    the file cannot be read or is damaged.
+    Bad documents are fixed or skipped, and counted in ``stats``. Raises DataError if the file cannot be read or is
+    damaged.
     """
-    problems = Counter() if problems is None else problems
+    stats = ReadStats() if stats is None else stats
     kind, _ = format_of(piece.file) or (TEXT, "")
     if piece.file == EMBEDDED:
-        yield from embedded_documents()
+        for document in embedded_documents():
+            stats.records += 1
+            stats.size += len(document.text.encode()) + 1
+            yield document
     elif piece.size == 0:  # an empty file
-        problems["empty"] += 1
+        stats.records += 1
+        stats.note("empty", piece.file, WHOLE_FILE)
     elif kind == PARQUET:
-        yield from formats.read_rows(piece.file, field, piece.begin, piece.end, problems)
+        yield from formats.read_rows(piece.file, field, piece.begin, piece.end, stats)
     elif kind == JSON_LINES:
-        yield from formats.read_lines(piece.file, field, piece.begin, piece.end, problems)
+        yield from formats.read_lines(piece.file, field, piece.begin, piece.end, stats)
     elif piece.separator:
-        yield from formats.read_separated(piece.file, piece.separator, piece.begin, piece.end, problems)
+        yield from formats.read_separated(piece.file, piece.separator, piece.begin, piece.end, stats)
     else:
-        yield from formats.read_text(piece.file, piece.begin, piece.end, problems)
+        yield from formats.read_text(piece.file, piece.begin, piece.end, stats)
 
 
-def read_documents(
-    paths: Sequence[str], field: str = "text", problems: Counter[str] | None = None
-) -> Iterator[Document]:
+def read_documents(paths: Sequence[str], field: str = "text", stats: ReadStats | None = None) -> Iterator[Document]:
     """Give the documents of these paths in order. Raises DataError as ``find_pieces`` and ``read_piece`` do."""
     for piece in find_pieces(paths, field):
-        yield from read_piece(piece, field, problems)
+        yield from read_piece(piece, field, stats)
 
 
 def _pieces(file: SourceFile, field: str, separator: str) -> list[Piece]:
-    kind, compression = format_of(file.name) or (TEXT, "")
+    kind, _ = format_of(file.name) or (TEXT, "")
     if kind == PARQUET:
         return _row_group_pieces(file, field)
     if file.size == 0:
         return [Piece(file.name, 0)]
     formats.check_start(file.name, kind, must_hold_text=file.named)
     if kind == JSON_LINES:  # the first line is looked at before it is given
-        next(formats.read_lines(file.name, field, 0, 0, Counter(), buffer=formats.PROBE), None)
+        next(formats.read_lines(file.name, field, 0, 0, ReadStats(), buffer=formats.PROBE), None)
     separator = separator if kind == TEXT else ""
     size = file.size if file.size is not None else RANGE_BYTES  # unknown
-    if compression:
+    if is_compressed(file.name):
         return [Piece(file.name, size * COMPRESSION_RATIO, separator=separator)]
     with open_raw(file.name) as stream:
         if size <= RANGE_BYTES or not stream.seekable():

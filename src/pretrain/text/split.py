@@ -9,11 +9,12 @@ itself, so that many processes split one text: only its place in the whole has t
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 
 from pretrain.errors import DataError
 from pretrain.text.formats import Document
+from pretrain.text.problems import ReadStats
 
 TRAIN, VAL = "train", "val"
 
@@ -35,6 +36,7 @@ class Survey:
     documents: int = 0  # that begin here
     last: int | None = None  # characters before the last document that begins here; None: none does
     alphabet: str = ""  # the distinct characters, sorted, if they were asked for
+    read: ReadStats = field(default_factory=ReadStats)  # what was read for it
 
 
 def survey(documents: Iterable[Document], alphabet: bool = False) -> Survey:

@@ -11,16 +11,15 @@ is read, not tokenized. A commit record is written when its shards are safe on t
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
 from pretrain.io import write_atomically
-from pretrain.text import Document
+from pretrain.text import Document, ReadStats
 from pretrain.text.pieces import Piece, read_piece
 from pretrain.text.split import Part, Survey, Tail, split_tail, survey
 from pretrain.tokenizer import Tokenizer
@@ -51,16 +50,16 @@ class Job:
         """About how many bytes of text it has."""
         return sum(piece.size for piece in self.pieces)
 
-    def documents(self, problems: Counter[str]) -> Iterator[Document]:
+    def documents(self, stats: ReadStats) -> Iterator[Document]:
         """Its documents, in order."""
         for piece in self.pieces:
-            yield from read_piece(piece, self.field, problems)
+            yield from read_piece(piece, self.field, stats)
 
-    def parts(self, problems: Counter[str]) -> Iterator[Part]:
+    def parts(self, stats: ReadStats) -> Iterator[Part]:
         """Its documents, each on its side of the split."""
         if self.tail:
-            return split_tail(self.documents(problems), self.tail, self.position, self.opened)
-        return read_parts(self.pieces, self.field, self.split, self.val_fraction, problems)
+            return split_tail(self.documents(stats), self.tail, self.position, self.opened)
+        return read_parts(self.pieces, self.field, self.split, self.val_fraction, stats)
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Commit:
     shards: tuple[Shard, ...]
     parts: int  # of the job that are done, with those of earlier commits
     last: bool
-    problems: dict[str, int]  # of the whole job; in its last commit only
+    read: ReadStats  # for the whole job; in its last commit only
 
 
 def plan_jobs(
@@ -98,13 +97,14 @@ def plan_jobs(
 
 def survey_job(folder: Path, job: Job, alphabet: bool, report: Report) -> Survey:
     """Count what a job's text holds, and keep it for :func:`read_survey`."""
+    stats = ReadStats()
 
     def documents() -> Iterator[Document]:
-        for document in job.documents(Counter()):
+        for document in job.documents(stats):
             report(utf8_bytes(document.text), 0)
             yield document
 
-    found = survey(documents(), alphabet)
+    found = replace(survey(documents(), alphabet), read=stats)
     write_atomically(_survey_file(folder, job), json.dumps(asdict(found)))
     return found
 
@@ -112,7 +112,10 @@ def survey_job(folder: Path, job: Job, alphabet: bool, report: Report) -> Survey
 def read_survey(folder: Path, job: Job) -> Survey | None:
     """The survey of a job that an earlier process made, if one did."""
     file = _survey_file(folder, job)
-    return Survey(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+    if not file.is_file():
+        return None
+    tree = json.loads(file.read_text(encoding="utf-8"))
+    return Survey(read=ReadStats(**tree.pop("read", {})), **tree)
 
 
 def _survey_file(folder: Path, job: Job) -> Path:
@@ -130,19 +133,19 @@ def tokenize_job(
     """
     commits = read_commits(folder, job.number)
     encoder = load_tokenizer(tokenizer, tokenizer.stat().st_mtime_ns).with_bos(bos)
-    problems: Counter[str] = Counter()
+    stats = ReadStats()
     done = commits[-1].parts if commits else 0
     writers: dict[str, ShardWriter] = {}
 
     def commit(last: bool) -> None:
         shards = tuple(writers[split].close() for split in sorted(writers))
         writers.clear()
-        commits.append(Commit(shards, done, last, dict(sorted(problems.items())) if last else {}))
+        commits.append(Commit(shards, done, last, stats if last else ReadStats()))
         write_atomically(_record(folder, job.number, len(commits) - 1), json.dumps(asdict(commits[-1])))
 
     with ExitStack() as unfinished:
         tokens = 0
-        parts = ((part, part.text) for part in islice(job.parts(problems), done, None))
+        parts = ((part, part.text) for part in islice(job.parts(stats), done, None))
         for part, ids in encoder.encode_documents(parts, threads, expected=job.size):
             if part.split not in writers:
                 file = f"{part.split}-{job.number:05d}-{len(commits):03d}.bin"
@@ -173,7 +176,8 @@ def read_commits(folder: Path, job: int) -> list[Commit]:
         shards = tuple(Shard(**shard) for shard in tree.pop("shards"))
         if not all((folder / shard.file).is_file() for shard in shards):
             break
-        commits.append(Commit(shards=shards, **tree))
+        read = ReadStats(**tree.pop("read", {"problems": tree.pop("problems", {})}))  # (problems: earlier versions)
+        commits.append(Commit(shards=shards, read=read, **tree))
     return commits
 
 

@@ -20,8 +20,7 @@ import json
 import math
 import os
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -33,6 +32,7 @@ from filelock import FileLock, Timeout
 from pretrain.config import Config, DataConfig, TokenizerConfig
 from pretrain.errors import DataError, Interrupted, PretrainError, UsageError
 from pretrain.io import cores, write_atomically
+from pretrain.text import ReadStats, refuse_broken
 from pretrain.text.pieces import EMBEDDED, Piece
 from pretrain.text.split import TRAIN, VAL, Survey, find_tail, join_surveys
 from pretrain.tokenizer import Tokenizer, build_tokenizer
@@ -79,7 +79,10 @@ def prepare(config: Config, folder: Path, say: Callable[[str], None] = lambda _:
     """
     length = config.model.context_length
     masked = config.model.document_mask
-    return prepare_text(config.data, config.tokenizer, folder, progress=Progress(say), length=length, masked=masked)
+    prepared = prepare_text(config.data, config.tokenizer, folder, progress=Progress(say), length=length, masked=masked)
+    for line in prepared.manifest.problem_lines():
+        say(line)
+    return prepared
 
 
 def open_prepared(folder: Path) -> Prepared:
@@ -124,7 +127,7 @@ def prepare_text(
     given = None if kind in ("bpe", "char") else build_tokenizer(kind, tokenizer.vocab_size, [], bos=tokenizer.bos)
     if given:
         check_boundary(given, masked)
-    pieces, held_out, split = find_sides(data)
+    pieces, held_out, split = find_sides(data, progress.say)
     jobs = plan_jobs(pieces, split, shard_tokens, field=data.field, val_fraction=data.val_fraction)
     jobs += plan_jobs(held_out, VAL, shard_tokens, first=len(jobs), field=data.field)
     validated = bool(held_out) or split != TRAIN
@@ -179,6 +182,7 @@ def prepare_text(
         # Where the tail begins, and the characters of a char vocabulary, are found in a first pass over the text.
         counted = jobs if kind == "char" else [job for job in jobs if job.split == TAIL]
         surveys = run_jobs("counting", survey_job, read_survey, counted, kind == "char")
+        refuse_broken(_all_read(survey.read for survey in surveys), data.allow_broken)
         if split == TAIL:
             jobs = _place_tail(jobs, surveys, data.val_fraction)
 
@@ -203,9 +207,10 @@ def prepare_text(
         threads = 0 if small else max(1, cores() // side_by_side)
         done = run_jobs("tokenizing", tokenize_job, finished_commits, jobs, shard_tokens, file, data.bos, threads)
         shards = [shard for commits in done for commit in commits for shard in commit.shards]
-        problems = sum((Counter(commits[-1].problems) for commits in done), Counter[str]())
+        read = _all_read(commits[-1].read for commits in done)
+        refuse_broken(read, data.allow_broken)
         built = load_tokenizer(file, file.stat().st_mtime_ns).with_bos(data.bos)
-        manifest = Manifest.of(built, sorted(shards, key=lambda shard: shard.split), problems)  # training first
+        manifest = Manifest.of(built, sorted(shards, key=lambda shard: shard.split), read)  # training first
         _check_sides(manifest, validated, length)
         manifest.save(folder)
         shutil.rmtree(folder / WORK, ignore_errors=True)
@@ -233,9 +238,16 @@ def learn_bpe(folder: Path, jobs: Sequence[Job], vocab_size: int, pattern: str, 
     """Train a bpe on the training text of the jobs, or on LEARN_BYTES of it, and save it in the folder."""
     size = _size(jobs)
     limits = [math.inf if size <= LEARN_BYTES else job.size * LEARN_BYTES // size for job in jobs]
-    texts = (training_texts(job.parts(Counter()), limit, report) for job, limit in zip(jobs, limits, strict=True))
+    texts = (training_texts(job.parts(ReadStats()), limit, report) for job, limit in zip(jobs, limits, strict=True))
     tokenizer = build_tokenizer("bpe", vocab_size, chain.from_iterable(texts), pattern)
     write_atomically(folder / TOKENIZER, tokenizer.to_json())
+
+
+def _all_read(parts: Iterable[ReadStats]) -> ReadStats:
+    whole = ReadStats()
+    for part in parts:
+        whole.add(part)
+    return whole
 
 
 def _size(jobs: Sequence[Job]) -> int:

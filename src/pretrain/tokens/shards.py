@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -20,6 +20,7 @@ import numpy as np
 
 from pretrain.errors import DataError
 from pretrain.io import read_bounded, write_atomically
+from pretrain.text import ReadStats, problem_lines
 from pretrain.tokenizer import Tokenizer
 
 FORMAT = 2
@@ -56,24 +57,34 @@ class Manifest:
     shards: tuple[Shard, ...]
     boundary: Count | None = None  # the BOS token with which each document begins; None: there is none, or data.bos off
     problems: dict[str, int] = field(default_factory=dict)  # what of the text was fixed or skipped, and how often
+    first: dict[str, str] = field(default_factory=dict)  # where each of these problems is first
+    records: Count = 0  # lines, rows, files that were read, with those skipped; 0: not known
 
     @staticmethod
-    def of(tokenizer: Tokenizer, shards: Iterable[Shard], problems: Mapping[str, int] | None = None) -> Manifest:
-        """The manifest of shards made with a tokenizer."""
+    def of(tokenizer: Tokenizer, shards: Iterable[Shard], read: ReadStats | None = None) -> Manifest:
+        """The manifest of shards made with a tokenizer from text that was ``read``."""
+        read = read or ReadStats()
         return Manifest(
             tokenizer.dtype.name,
             tokenizer.vocab_size,
             tokenizer.fingerprint,
             tuple(shards),
             tokenizer.bos_id,
-            dict(sorted((problems or {}).items())),
+            dict(sorted(read.problems.items())),
+            read.places(),
+            read.records,
         )
+
+    def problem_lines(self) -> list[str]:
+        """A line for each problem of the text."""
+        return problem_lines(self.problems, self.first, self.records)
 
     @property
     def fingerprint(self) -> str:
         """A hash of all contents: two datasets with the same one hold the same tokens in the same shards."""
         tree = asdict(self)
-        del tree["problems"]
+        for name in ("problems", "first", "records"):
+            del tree[name]
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
     def tokens(self, split: str) -> int:

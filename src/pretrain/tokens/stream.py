@@ -27,7 +27,6 @@ import queue
 import shutil
 import threading
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +36,8 @@ import numpy as np
 
 from pretrain.config import Config, DataConfig
 from pretrain.errors import DataError, UsageError
+from pretrain.text import ReadStats, refuse_broken
+from pretrain.text.files import Say
 from pretrain.text.opening import unreadable
 from pretrain.text.pieces import EMBEDDED, Piece
 from pretrain.text.split import TRAIN, VAL, Part
@@ -75,14 +76,14 @@ class LiveText:
     field: str
     val_fraction: float  # share of the documents of `train` that is held out by a hash of their text; 0: none
 
-    def parts(self, piece: Piece, side: str = TRAIN, problems: Counter[str] | None = None) -> Iterator[Part]:
+    def parts(self, piece: Piece, side: str = TRAIN, stats: ReadStats | None = None) -> Iterator[Part]:
         """The documents of a piece of ``train`` or ``val``, as ``side`` says; by a hash some are of the other side."""
         split = HASH if self.val_fraction else side
-        return read_parts([piece], self.field, split, self.val_fraction, Counter() if problems is None else problems)
+        return read_parts([piece], self.field, split, self.val_fraction, stats or ReadStats())
 
-    def training(self, pieces: Sequence[Piece]) -> Iterator[Part]:
+    def training(self, pieces: Sequence[Piece], stats: ReadStats | None = None) -> Iterator[Part]:
         """The documents to train on of pieces of ``train``."""
-        parts = itertools.chain.from_iterable(map(self.parts, pieces))
+        parts = itertools.chain.from_iterable(self.parts(piece, TRAIN, stats) for piece in pieces)
         return (part for part in parts if part.split == TRAIN and part.text)
 
     @property
@@ -119,7 +120,7 @@ def _sample(file: str) -> bytes:
         raise unreadable(file, error) from error
 
 
-def find_text(data: DataConfig) -> LiveText:
+def find_text(data: DataConfig, say: Say = lambda _: None) -> LiveText:
     """Find the pieces that ``data`` names, and divide them.
 
     ``data.split`` tail holds out whole pieces, since no stream knows how many characters it will have read: the last
@@ -134,7 +135,7 @@ def find_text(data: DataConfig) -> LiveText:
     for name, given in (("order random", data.order == "random"), ("stride", data.stride), ("weights", data.weights)):
         if given:
             raise UsageError(f"data.{name} needs token shards (pretrain data prepare), not a stream; leave one out")
-    train, val, split = find_sides(data)
+    train, val, split = find_sides(data, say)
     if split == HASH:
         val = train
     elif split == TAIL:
@@ -170,49 +171,56 @@ def prepare_stream(
         )
     say(f"{describe(config.data, text.size)} in {len(text.train):,} pieces, tokenized while training")
     wanted, bos = config.tokenizer, config.data.bos
-    tokenizer = build_tokenizer(kind, wanted.vocab_size, _learning_texts(text), wanted.pattern, wanted.bos)
-    tokenizer = tokenizer.with_bos(bos)
+    read = ReadStats()  # of the text to train on, only its beginning if there is nothing to learn from it
+    texts = _learning_texts(text, read)
+    tokenizer = build_tokenizer(kind, wanted.vocab_size, texts, wanted.pattern, wanted.bos).with_bos(bos)
     check_boundary(tokenizer, config.model.document_mask)
     introduce(tokenizer, bos, say)
+    if not read.records:
+        _measure(text, tokenizer, read)
+    refuse_broken(read, config.data.allow_broken)
     temporary = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        shards, problems = [], Counter[str]()
+        shards, held_out = [], ReadStats()
         if text.val:
             limit = max(VALIDATION_TOKENS, config.eval.tokens)
-            shard = _write_validation(temporary, text, tokenizer, limit, problems)
+            shard = _write_validation(temporary, text, tokenizer, limit, held_out)
+            refuse_broken(held_out, config.data.allow_broken)
             if shard.tokens < 2:
                 raise DataError(NO_VALIDATION)
             say(f"held out  {shard.tokens:,} tokens of {shard.documents:,} documents are kept for validation")
             shards.append(shard)
         tokenizer.save(temporary / TOKENIZER)
-        manifest = Manifest.of(tokenizer, shards, problems)
+        manifest = Manifest.of(tokenizer, shards, held_out)
         manifest.save(temporary)
         shutil.rmtree(folder, ignore_errors=True)  # of an attempt that failed before the run was there
         temporary.rename(folder)
+        for line in dict.fromkeys([*read.lines(), *held_out.lines()]):  # by a hash both are of the same text
+            say(line)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return Prepared(folder, manifest, tokenizer)
 
 
-def _learning_texts(text: LiveText) -> Iterator[str]:
+def _learning_texts(text: LiveText, stats: ReadStats) -> Iterator[str]:
     """Training texts for a tokenizer to learn from: about LEARN_BYTES, from pieces spread evenly over all of them."""
     pieces, limit = text.train, math.inf
     if (size := sum(piece.size for piece in pieces)) > LEARN_BYTES:
         mean = max(1, size // len(pieces))
         pieces = pieces[:: max(1, len(pieces) // max(16, LEARN_BYTES // mean))]
         limit = LEARN_BYTES // len(pieces)
-    return itertools.chain.from_iterable(training_texts(text.training([piece]), limit) for piece in pieces)
+    return itertools.chain.from_iterable(training_texts(text.training([piece], stats), limit) for piece in pieces)
 
 
-def _write_validation(folder: Path, text: LiveText, tokenizer: Tokenizer, limit: int, problems: Counter[str]) -> Shard:
+def _write_validation(folder: Path, text: LiveText, tokenizer: Tokenizer, limit: int, stats: ReadStats) -> Shard:
     """Tokenize what is held out, up to about ``limit`` tokens."""
 
     def parts() -> Iterator[tuple[Part, str]]:
         searched = 0
-        for part in itertools.chain.from_iterable(text.parts(piece, VAL, problems) for piece in text.val):
+        for part in itertools.chain.from_iterable(text.parts(piece, VAL, stats) for piece in text.val):
             if part.split == VAL and part.text:
                 yield part, part.text
             searched += utf8_bytes(part.text)
@@ -228,9 +236,9 @@ def _write_validation(folder: Path, text: LiveText, tokenizer: Tokenizer, limit:
         return writer.close()
 
 
-def _measure(text: LiveText, tokenizer: Tokenizer) -> float:
+def _measure(text: LiveText, tokenizer: Tokenizer, stats: ReadStats | None = None) -> float:
     """UTF-8 bytes that a token of the training text stands for, at its beginning. Raises DataError if it is empty."""
-    texts = [part[:MEASURED_BYTES] for part in training_texts(text.training(text.train), MEASURED_BYTES)]
+    texts = [part[:MEASURED_BYTES] for part in training_texts(text.training(text.train, stats), MEASURED_BYTES)]
     if not texts:
         raise DataError(NO_TEXT)
     return bytes_per_token(texts, tokenizer)

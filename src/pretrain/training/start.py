@@ -98,7 +98,8 @@ def open_run(config: Config, folder: Path, console: Console) -> Run:
         return Run.create(folder, same_configuration(Run.open(folder), config, console.say))
     config = resolve_init(config)
     if config.data.stream:
-        tokenizer, windows = prepare_stream(config, find_text(config.data), folder / "data", console.say).tokenizer, 0
+        text = find_text(config.data, console.say)
+        tokenizer, windows = prepare_stream(config, text, folder / "data", console.say).tokenizer, 0
     elif is_tokens(config.data.paths):
         data, vocabulary = config.data, config.tokenizer
         corpus = open_corpus(data.paths, vocabulary.kind, data.bos, boundary=vocabulary.bos, dtype=data.dtype)
