@@ -40,6 +40,7 @@ PAGES = sorted([*ROOT.glob("README*.md"), *ROOT.glob("docs/*.md"), ROOT / "CONTR
 
 FEW = {
     "train.steps": 2,
+    "train.epochs": 0,
     "model.layers": 1,
     "model.width": 32,
     "model.heads": 2,
@@ -239,6 +240,39 @@ def test_commands(page: Path, finished: Path, reader: Path, monkeypatch):
                             check(words, monkeypatch)
         except BaseException as error:
             error.add_note(f"at {block.place}")
+            raise
+
+
+ELSEWHERE = ("data download", "--nproc", "torchrun", "cuda", "mps", "*.parquet", "core", "micro_batch 32")
+"""Parts of commands that need a network, several processes, a device, files or sizes that are not here."""
+
+
+def sources_commands() -> list[list[str]]:
+    """The words of the commands between backticks of docs/sources.md, and of options alone as of ``pretrain train``."""
+    text = (ROOT / "docs/sources.md").read_text(encoding="utf-8")
+    spans = re.findall(r"`((?:pretrain|torchrun|--)[^`]*? [^`]*)`", text)
+    return [shlex.split(span if not span.startswith("--") else f"pretrain train {span}") for span in spans]
+
+
+def test_the_commands_of_the_sources_page_parse(reader: Path, monkeypatch):
+    commands = sources_commands()
+    assert len(commands) > 100
+    for words in commands:
+        check(words, monkeypatch)
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_sources_page_run(finished: Path, reader: Path):
+    for number, words in enumerate(sources_commands()):
+        line = shlex.join(words)
+        if any(part in line for part in ELSEWHERE) or words == ["pretrain", "train"]:
+            continue
+        if words[1] == "train":  # each for itself
+            words += [*(["--data", "mybook.txt"] if words[2].startswith("--") else []), "--out", f"runs/{number}"]
+        try:
+            run([word.replace("501", "8") if "--step" in words else word for word in words], finished)
+        except BaseException as error:
+            error.add_note(line)
             raise
 
 

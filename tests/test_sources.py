@@ -27,7 +27,9 @@ from pretrain.io import read_jsonl
 from pretrain.model.transformer import meta_model
 from pretrain.optim import learning_rate_factor
 from pretrain.runs import Run
+from pretrain.sizing import resolve
 from pretrain.tokens import DataOrder, TrainingBatches, training_order
+from pretrain.tokens.order import HELD_OUT, key
 
 T, LAYERS, HEADS, WIDTH, HIDDEN, STEPS = 32, 2, 2, 32, 128, 12
 SMALL = {
@@ -82,6 +84,12 @@ def drawn_starts(config: Config, tokens: int) -> DataOrder:
     return DataOrder(tokens, config.model.context_length, config.data.order, config.data.stride, config.train.seed)
 
 
+def held_out_order(run: Run, tokens: int) -> DataOrder:
+    """Where those of a random validation start, for each step."""
+    seed = int(key(run.config.train.seed, 0, HELD_OUT)[0])
+    return DataOrder(tokens, run.config.model.context_length, "random", 0, seed)
+
+
 @pytest.fixture
 def bins(text_file: Path, tmp_path: Path) -> Path:
     """A folder with the token files that storybot and the guide read: train.bin and val.bin, uint16."""
@@ -89,7 +97,7 @@ def bins(text_file: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "bins"
     folder.mkdir()
     tokens[:9000].tofile(folder / "train.bin")
-    tokens[9000 : 9000 + 1000].tofile(folder / "val.bin")
+    tokens[9000 : 9000 + 31 * T + 1].tofile(folder / "val.bin")
     return folder
 
 
@@ -272,26 +280,37 @@ def test_storybots_evaluation(tokens: int, bins: Path, tmp_path: Path):
     assert metrics(run, "val/loss") == {3: pytest.approx(total / (counted + rest), rel=1e-6)}
 
 
-def test_storybots_loop(bins: Path, tmp_path: Path):
+def test_storybots_loop(bins: Path, tmp_path: Path, capsys):
     """Twelve updates with every number of its own, and the weights after i = 5 and i = 10."""
-    options = {"train.batch_tokens": 4 * T, "schedule.warmup_steps": 4, "checkpoint.at": [6, 11]}
+    config = load_config("storybot")
+    assert (config.eval.every, config.eval.offset, config.checkpoint.at) == (500, 1, (501, 5001))
+    options = {"train.batch_tokens": 4 * T, "schedule.warmup_steps": 4, "checkpoint.at": [6, 11], "eval.every": 5}
     run = train(tmp_path / "run", "storybot", bins, **options)
     data = np.memmap(bins / "train.bin", dtype=np.uint16, mode="r")
     model, saved = PlainGPT(initial_weights(run), llama=True), {}
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.001)
-    losses, norms, rates = [], [], []
+    losses, norms, rates, evaluations = [], [], [], {}
     for i in range(STEPS):
         rates.append(storybot_rate(i, 0.001, 4, STEPS))
         starts = drawn_starts(run.config, len(data)).starts(4 * i, 4)
         loss, norm = update(model, optimizer, rates[-1], *batch_at(data, torch.from_numpy(starts)))
         losses.append(loss)
         norms.append(norm)
+        if i % 5 == 0:
+            total, counted = evaluate(model, np.memmap(bins / "val.bin", dtype=np.uint16, mode="r"), batch_size=4)
+            evaluations[i + 1] = total / counted
         if i in (5, 10):
             saved[i] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert_same_training(run, losses, norms, rates, model)
+    measured = metrics(run, "val/loss")
+    assert list(measured) == [1, 6, 11, STEPS], "after i = 0, 5, 10, and the last"
+    assert {step: measured[step] for step in evaluations} == pytest.approx(evaluations, rel=2e-6)
     for i, weights in saved.items():
         ours = trained_weights(run, i + 1)
         assert all(torch.allclose(ours[name], weights[name], rtol=0, atol=1e-5) for name in weights)
+    capsys.readouterr()
+    assert main(["eval", str(run.folder), "--step", "6", "--json", "--device", "cpu"]) == 0  # later, as the page says
+    assert json.loads(capsys.readouterr().out)["val_loss"] == pytest.approx(evaluations[6], rel=2e-6)
 
 
 def test_storybots_autocast(bins: Path, tmp_path: Path):
@@ -400,8 +419,30 @@ def test_the_guides_loop_and_resume(bins: Path, tmp_path: Path):
     assert_same_training(whole, losses, norms, [3e-4] * STEPS, model)
 
 
+def test_the_guides_loss_estimates_in_training(bins: Path, tmp_path: Path):
+    """``estimate_loss`` of both splits every ``eval_interval`` steps, each time on other windows."""
+    tokens = {"eval.tokens": 20 * 4 * T, "eval.train_tokens": 20 * 4 * T}
+    options = {"eval.every": 2, "checkpoint.every": 2, "checkpoint.keep_last": 0, "train.steps": 5, **tokens}
+    run = train(tmp_path / "run", "gpt-6x384", bins, **{"train.batch_tokens": 4 * T}, **options)
+    held_out = {**metrics(run, "val/loss"), **metrics(run, "val/part_loss")}  # the last one takes all, and a part too
+    assert list(held_out) == list(metrics(run, "train/eval_loss")) == [2, 4, 5]
+    drawn = []
+    for step in held_out:
+        model = PlainGPT(trained_weights(run, step))
+        for split, ours in (("train", metrics(run, "train/eval_loss")), ("val", held_out)):
+            data = np.memmap(bins / f"{split}.bin", dtype=np.uint16, mode="r")
+            order = training_order(run.corpus(), run.config) if split == "train" else held_out_order(run, len(data))
+            starts = order.estimate(step).starts(0, 20 * 4)
+            drawn.append(starts.tolist())
+            estimate = estimate_loss(model, (batch_at(data, some) for some in torch.from_numpy(starts).split(4)))
+            assert ours[step] == pytest.approx(estimate, rel=1e-6)
+    assert len(set(map(tuple, drawn))) == 6
+    settings = load_config("gpt-6x384").eval
+    assert (settings.every, settings.tokens, settings.train_tokens) == (500, 100 * 16 * 256, 100 * 16 * 256)
+
+
 def test_the_guides_loss_estimates(bins: Path, tmp_path: Path, capsys):
-    """``estimate_loss``: the mean over random batches of both splits, here of the windows that ours draws."""
+    """The same of a finished run, by ``pretrain eval --batches``."""
     run = train(tmp_path / "run", "gpt-6x384", bins, **{"train.batch_tokens": 4 * T, "train.steps": 3})
     capsys.readouterr()
     assert main(["eval", str(run.folder), "--batches", "20", "--json", "--device", "cpu"]) == 0
@@ -412,3 +453,29 @@ def test_the_guides_loss_estimates(bins: Path, tmp_path: Path, capsys):
         starts = torch.from_numpy(drawn_starts(run.config, len(data)).starts(0, 20 * 4))
         estimate = estimate_loss(model, (batch_at(data, some) for some in starts.split(4)))
         assert numbers[f"{split}_loss_estimate"] == pytest.approx(estimate, rel=1e-6)
+
+
+# nanochat and appendix D: the schedules their documents print -----------------------------------------------------
+
+
+def test_nanochats_multiplier_at_all_steps():
+    """No warmup, constant, linear to 0 over the last 20 %: 21,400 steps for depth 20."""
+    schedule, steps = load_config("nanochat-d20").schedule, 21_400
+    decay = round(0.2 * steps)
+    wanted = [1.0 if it <= steps - decay else (steps - it) / decay for it in range(steps)]
+    assert [learning_rate_factor(schedule, it, steps) for it in range(steps)] == pytest.approx(wanted, rel=1e-14)
+
+
+@pytest.mark.parametrize(("initial_lr", "peak_lr", "min_lr"), [(1e-5, 1e-3, 1e-5), (1e-4, 1e-2, 1e-5)])
+def test_the_books_rates_at_all_steps(initial_lr: float, peak_lr: float, min_lr: float):
+    """Those of the training, and of the examples before it, whose lowest rate is a tenth of the initial one."""
+    options = {"optim.lr": peak_lr, "schedule.warmup_from": initial_lr / peak_lr, "schedule.final": min_lr / peak_lr}
+    config, _ = resolve(load_config("verdict", **options), vocab_size=50257, windows=18)  # from its epochs
+    total, warmup = 9 * 15, 27
+    assert (config.train.steps, config.schedule.warmup_steps) == (total, warmup)
+    increment, wanted = (peak_lr - initial_lr) / warmup, []
+    for step in range(total):
+        cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+        wanted.append(initial_lr + step * increment if step < warmup else min_lr + (peak_lr - min_lr) * cosine)
+    rates = [config.optim.lr * learning_rate_factor(config.schedule, step, total) for step in range(total)]
+    assert rates == pytest.approx(wanted, rel=1e-13)
