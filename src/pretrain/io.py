@@ -19,10 +19,13 @@ from typing import Any
 
 
 def write_atomically(file: Path, text: str, sync: bool = True) -> None:
-    """Write a small file, so that it is there whole or not at all; with ``sync`` safe on the disk on return."""
+    """Write a small file, so that it is there whole or not at all; with ``sync`` safe on the disk on return.
+
+    Names of files that are not UTF-8, which Python holds with surrogates, become the bytes that they are.
+    """
     temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as out:
+        with open(temporary, "w", encoding="utf-8", errors="surrogateescape") as out:
             out.write(text)
             if sync:
                 out.flush()
@@ -83,7 +86,7 @@ def append_jsonl(file: Path, *records: dict[str, Any]) -> None:
     for record in records:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         lines.append(json.dumps(clean, ensure_ascii=False) + "\n")
-    data = memoryview("".join(lines).encode())
+    data = memoryview("".join(lines).encode(errors="surrogateescape"))
     with file.open("ab", buffering=0) as out:
         size = out.tell()
         try:

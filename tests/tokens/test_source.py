@@ -150,3 +150,32 @@ def test_an_older_manifest_keeps_its_meaning(tmp_path: Path, capsys: pytest.Capt
     printed = capsys.readouterr().out
     assert "problem   1 documents with bytes that are not UTF-8" in printed
     assert "problem   2 lines that are not a JSON object; skipped\n" in printed
+
+
+def test_a_stream_counts_what_it_reads_later(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """A problem that is not in what is read before the first step."""
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps({"text": f"{name} story. " * 400}) + "\n") * 200)
+    with (tmp_path / "b.jsonl").open("a") as file:
+        file.write("broken\n")
+    settings = {**TINY, "data.paths": tmp_path, "train.steps": 40, "train.batch_tokens": 65536, "sample.max_tokens": 0}
+    options = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    model = ["--model.layers", "1", "--model.width", "8", "--model.heads", "1", "--eval.every", "0"]
+    stream = ["--data.stream", "--data.val_fraction", "0", "--data.order", "sequential", "--out", str(tmp_path / "run")]
+    assert main(["train", *options, *model, *stream]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("problem ") == 1
+    place = tmp_path / "b.jsonl"
+    assert f"problem   1 of 401 lines that are not a JSON object; skipped (first: {place}, line 201), so far" in printed
+
+
+def test_eval_and_tokenizer_train_say_what_they_leave_out(text_file: Path, tmp_path: Path, capsys):
+    file = mostly_broken(tmp_path)
+    options = [text for name, value in TINY.items() for text in (f"--{name}", str(value))]
+    assert (
+        main(["train", "--data", str(text_file), "--out", str(tmp_path / "run"), *options, "--train.steps", "1"]) == 0
+    )
+    assert main(["eval", str(tmp_path / "run"), "--data", str(file)]) == 0
+    assert SAID.format(file) in capsys.readouterr().err
+    assert main(["tokenizer", "train", str(file), "--out", str(tmp_path / "t.json"), "--vocab-size", "257"]) == 0
+    assert SAID.format(file) in capsys.readouterr().out

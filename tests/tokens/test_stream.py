@@ -257,7 +257,7 @@ def test_what_goes_wrong_in_the_thread_reaches_the_trainer():
     text = made_text(6)
     batches = stream(text, readers=1)
 
-    def broken(piece: Piece) -> Iterator[Part]:
+    def broken(piece: Piece, *_: object) -> Iterator[Part]:
         yield Part("y" * 1000, TRAIN, True)
         raise DataError(f"{piece.file}: damaged")
 

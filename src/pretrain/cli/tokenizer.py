@@ -63,13 +63,13 @@ class Train(Command):
 
         from rich.console import Console
 
-        from pretrain.text import find_pieces, read_piece
+        from pretrain.text import ReadStats, find_pieces, read_piece
         from pretrain.tokenizer import build_tokenizer
         from pretrain.tokens.progress import Progress
 
         console = Console(stderr=self.json, highlight=False, soft_wrap=True)  # --json has standard output for itself
         progress = Progress(lambda line: console.print(line, markup=False), console)
-        pieces = find_pieces(self.sources, self.field, self.separator)
+        pieces, read = find_pieces(self.sources, self.field, self.separator, progress.say), ReadStats()
         limit = self.max_bytes or math.inf
         total = int(min(limit, sum(piece.size for piece in pieces)))
         documents, cut = 0, False
@@ -77,7 +77,7 @@ class Train(Command):
 
         def texts() -> Iterator[str]:
             nonlocal documents, cut
-            for document in (document for piece in pieces for document in read_piece(piece, self.field)):
+            for document in (document for piece in pieces for document in read_piece(piece, self.field, read)):
                 if cut := progress.bytes >= limit:
                     break
                 if progress.bytes >= len(sample) * total / SAMPLES:
@@ -85,6 +85,8 @@ class Train(Command):
                 progress.add(len(document.text.encode()))
                 documents += not document.continues
                 yield document.text
+            for line in read.lines():
+                progress.say(line)
             progress.say(f"{'--max-bytes is reached' if cut else 'all text is read'}; now merging pairs")
 
         with progress.stage("reading", total):

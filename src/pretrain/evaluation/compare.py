@@ -26,7 +26,7 @@ from pretrain.evaluation.huggingface import PREFIX, HFScorer, check_folder, read
 from pretrain.io import append_jsonl, table
 from pretrain.runs import Run
 from pretrain.runs.run import CORE_FILE, weights_id
-from pretrain.text import read_documents
+from pretrain.text import ReadStats, read_documents
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokens import DataOrder, Manifest, TrainingBatches, prepared_dataset, validation_batches
 from pretrain.tokens.shards import write_shard
@@ -91,8 +91,8 @@ def measure(
 ) -> EvalResult:
     """Measure a run directory, or a transformers model as ``hf:DIR``, that :func:`check_places` has no fault with.
 
-    ``device_name`` is as in ``train.device``; ``say`` is told of each task of CORE. Raises a PretrainError when the
-    model or the text cannot be used.
+    ``device_name`` is as in ``train.device``; ``say`` is told of each task of CORE, and of problems of the text. Raises
+    a PretrainError when the model or the text cannot be used.
     """
     device = choose_device(device_name)
     if device.type == "cpu":
@@ -110,7 +110,7 @@ def _measure_run(place: str, request: EvalRequest, device: torch.device, say: Ca
     try:
         if request.data:
             length, rows = run.config.model.context_length, run.config.batch_rows
-            numbers = _on_text(model, tokenizer, request.data, length, rows)
+            numbers = _on_text(model, tokenizer, request.data, length, rows, say)
         elif request.batches:
             numbers = _estimates(model, tokenizer, run, request.batches)
         else:
@@ -141,7 +141,7 @@ def _measure_hf(place: str, request: EvalRequest, device: torch.device, say: Cal
         tokenizer = Tokenizer.adopt(folder / "tokenizer.json") if request.data else None
     numbers = {}
     if request.data and tokenizer:
-        numbers = _on_text(model, tokenizer, request.data, min(length, HF_CONTEXT), rows=4)
+        numbers = _on_text(model, tokenizer, request.data, min(length, HF_CONTEXT), 4, say)
     core = evaluate_core(scorer, request.core, request.max_per_task, _teller(say)) if request.core else None
     return EvalResult(place, None, numbers, core, caution=tokenizer.change_in_words if numbers and tokenizer else "")
 
@@ -165,11 +165,22 @@ def _on_split(model: nn.Module, tokenizer: Tokenizer, run: Run, split: str) -> t
     return _numbers(split, whole), sources
 
 
-def _on_text(model: nn.Module, tokenizer: Tokenizer, paths: Sequence[str], length: int, rows: int) -> Numbers:
+def _on_text(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    paths: Sequence[str],
+    length: int,
+    rows: int,
+    say: Callable[[str], None],
+) -> Numbers:
     """A pass over other text, as it would be held out: each document begins with the BOS token, if there is one."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        shard = write_shard(folder, "val", 0, (document.text for document in read_documents(paths)), tokenizer)
+        read = ReadStats()
+        texts = (document.text for document in read_documents(paths, stats=read))
+        shard = write_shard(folder, "val", 0, texts, tokenizer)
+        for line in read.lines():
+            say(line)
         if shard.tokens < 2:
             raise DataError(f"{', '.join(paths)}: too little text to measure on; give more than one token")
         Manifest.of(tokenizer, [shard]).save(folder)
@@ -267,7 +278,7 @@ def write_csv(file: Path, results: Sequence[EvalResult]) -> None:
 
     The measure of a single data set is named as ``val_loss/DATA``.
     """
-    with open(file, "w", encoding="utf-8", newline="") as out:
+    with open(file, "w", encoding="utf-8", errors="surrogateescape", newline="") as out:
         writer = csv.writer(out)
         writer.writerow(["model", "step", "measure", "value", *CORE_COLUMNS[1:]])
         for result in results:

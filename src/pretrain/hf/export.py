@@ -68,7 +68,7 @@ def export_run(run: Run, format: Literal["hf", "safetensors"], out: Path, checkp
             (folder / "model.safetensors").chmod(0o644)  # safetensors lets only its owner read it
             tokenizer.save(folder / "tokenizer.json")
             for name, text in files.items():
-                (folder / name).write_text(text, encoding="utf-8")
+                (folder / name).write_text(text, encoding="utf-8", errors="surrogateescape")
             os.replace(folder, final)  # an empty folder gives way
     except OSError as error:
         raise UsageError(f"cannot write {out}: {error.strerror}; choose another --out") from None

@@ -93,8 +93,8 @@ class Run:
             what = "is not a run directory (it has no config.toml)" if folder.exists() else "does not exist"
             raise CheckpointError(f"{folder} {what}; 'pretrain train --out {folder}' makes one")
         try:
-            tree = tomllib.loads(file.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            tree = tomllib.loads(file.read_text(encoding="utf-8", errors="surrogateescape"))
+        except tomllib.TOMLDecodeError as error:
             raise CheckpointError(f"{file} is damaged: {error}") from None
         return Run(folder, config_from_dict(tree, source=str(file)))
 

@@ -354,7 +354,7 @@ def _parquet(file: str) -> Any:
         raise DataError(f"{file}: Parquet needs pyarrow; pip install 'pretrain[data]'") from error
     remote = is_url(file)
     return pyarrow.parquet.ParquetFile(
-        open_raw(file) if remote else file,
+        open_raw(file) if remote or _SURROGATE.search(file) else file,  # it takes no name that is not UTF-8
         metadata=_remote_footer(file) if remote else None,
         buffer_size=REMOTE_BUFFER if remote else CHUNK,
         # It would hold all of a row group's bytes, while a buffer holds as many as are being decoded.

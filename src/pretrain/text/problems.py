@@ -75,7 +75,7 @@ class ReadStats:
 def problem_lines(problems: Mapping[str, int], places: Mapping[str, str], records: int) -> list[str]:
     """A line for each problem: how often, of how many records (0: unknown), what, and where first."""
     lines = []
-    for problem, count in sorted(problems.items()):
+    for problem, count in sorted(dict(problems).items()):  # a copy: a thread may be adding to them
         of = f" of {records:,}" if records and problem in _SKIPPED else ""
         what = PROBLEMS.get(problem) or _EARLIER.get(problem, problem)
         where = f" (first: {places[problem]})" if problem in places else ""
@@ -98,7 +98,8 @@ def refuse_broken(read: ReadStats, allowed: bool = False) -> None:
 
 def _place(file: str, offset: int) -> str:
     """A place in a file, in words: its line, or row of Parquet, from 1."""
-    name, kind = without_secrets(file), (format_of(file) or ("", ""))[0]
+    name = without_secrets(file).encode(errors="backslashreplace").decode()  # for a manifest, which is JSON in UTF-8
+    kind = (format_of(file) or ("", ""))[0]
     if offset == WHOLE_FILE:
         return name
     if kind == PARQUET:

@@ -198,7 +198,7 @@ def prepare_stream(
         shutil.rmtree(folder, ignore_errors=True)  # of an attempt that failed before the run was there
         temporary.rename(folder)
         for line in dict.fromkeys([*read.lines(), *held_out.lines()]):  # by a hash both are of the same text
-            say(line)
+            say(f"{line}, so far")
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -315,6 +315,7 @@ class Readers:
     seed: int
     stop: threading.Event = field(default_factory=threading.Event)
     empty: set[int] = field(default_factory=set)  # pieces known to have no training text
+    read: ReadStats = field(default_factory=ReadStats)  # in the first epoch of each reader, counted from its cursor
 
     def batches(self, cursors: Mapping[int, Cursor]) -> Iterator[tuple[np.ndarray, dict[int, Cursor]]]:
         """Batches (rows of this rank, T + 1), each with the cursors of the next one. Endless."""
@@ -351,6 +352,7 @@ class Readers:
         pieces = self.text.train
         idle = 0  # turns without text, one after another
         for epoch in itertools.count(start[0]):
+            stats = self.read if epoch == start[0] else None  # later it is the same text again
             before = None  # the piece of the turn before
             for turn, number in enumerate(self.assignment.pieces(epoch, reader)):
                 previous, before = before, number
@@ -359,7 +361,8 @@ class Readers:
                 # The later part of a large file goes on only if it comes right after the part before.
                 goes_on = previous == number - 1 and pieces[number - 1].file == pieces[number].file
                 found = False
-                for document, part in enumerate(() if number in self.empty else self.text.parts(pieces[number])):
+                parts = () if number in self.empty else self.text.parts(pieces[number], TRAIN, stats)
+                for document, part in enumerate(parts):
                     if self.stop.is_set():
                         raise _Stopped
                     if part.split != TRAIN or not part.text:
@@ -435,6 +438,7 @@ class LiveBatches:
     Attributes:
         readers: R, the number of logical readers.
         bytes_per_token: UTF-8 bytes of text that a token stands for, measured at the beginning of the text.
+        read: what the readers of this process have read since it began, ahead of the steps, each piece once.
     """
 
     def __init__(
@@ -459,12 +463,13 @@ class LiveBatches:
         self.text, self.rows, self.length = text, rows, length
         self.readers = reader_count(text, data.readers, rows)
         self.bytes_per_token = _measure(text, tokenizer)
+        self.read = ReadStats()
         sizes = [piece.size for piece in text.train]
         assignment = Assignment(sizes, self.readers, data.order == "shuffled", seed)
         mine = range(rank, rows, world)
         self._mine = sorted({row % self.readers for row in mine})  # the readers that feed the rows of this rank
         arguments = (text, tokenizer, data.packing, assignment, rows, mine, length, seed)
-        self._new_readers = functools.partial(Readers, *arguments)
+        self._new_readers = functools.partial(Readers, *arguments, read=self.read)
         self._ahead: ReadAhead | None = None
         self._begin(0, dict.fromkeys(range(self.readers), Cursor()))
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.io import append_jsonl, keep_steps, sync_file
 from pretrain.runs import Run
+from pretrain.text import ReadStats
 
 if TYPE_CHECKING:
     from pretrain.training.loop import Trainer
@@ -108,3 +109,23 @@ class RunFiles(Callback):
             if records:
                 append_jsonl(file, *records)
                 records.clear()
+
+
+class TextProblems(Callback):
+    """Says what is wrong with the text of a stream that was read: what is new at validations, all at the end."""
+
+    def __init__(self, read: ReadStats, say: Callable[[str], None]):
+        self.read, self.say = read, say
+        self.said: dict[str, int] = {}
+
+    def on_evaluation(self, record: dict[str, Any]) -> None:
+        """See :class:`Callback`."""
+        if self.read.problems.keys() - self.said.keys():
+            self.on_end(interrupted=False)
+
+    def on_end(self, interrupted: bool) -> None:
+        """See :class:`Callback`."""
+        if self.read.problems != self.said:
+            self.said = dict(self.read.problems)
+            for line in self.read.lines():
+                self.say(f"{line}, so far")

@@ -43,7 +43,7 @@ class Logger(Callback):
         self._full = False
         prompts = dict.fromkeys(config.sample.prompts)
         self._names = {prompt: f"sample/{n}" if len(prompts) > 1 else "sample" for n, prompt in enumerate(prompts, 1)}
-        plain = without_secrets(config_to_dict(config))
+        plain = _printable(without_secrets(config_to_dict(config)))
         self._thread = threading.Thread(target=self._work, args=(folder, plain, done), name="logger", daemon=True)
         self._thread.start()
 
@@ -80,6 +80,11 @@ class Logger(Callback):
         except BaseException as error:  # whatever it raises, SystemExit too; training has nothing to do with it
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             self.say(f"the logger {self.kind} failed ({without_secrets(first)}); training continues without it")
+
+
+def _printable(config: dict[str, Any]) -> dict[str, Any]:
+    """The same values with ? in paths for what is not UTF-8, which the tools refuse."""
+    return json.loads(json.dumps(config, ensure_ascii=False).encode(errors="replace"))
 
 
 def feed_tensorboard(messages: Iterable[Message], folder: Path, config: dict[str, Any], done: int) -> None:

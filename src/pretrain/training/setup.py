@@ -22,7 +22,7 @@ from pretrain.runs.environment import write_environment
 from pretrain.runs.metrics import Smoothed, comparable_loss
 from pretrain.sizing import meta_model, rows_that_fit
 from pretrain.tokens import BatchesAhead, LiveBatches, TrainingBatches, find_text, training_order
-from pretrain.training.callbacks import Callback, RunFiles
+from pretrain.training.callbacks import Callback, RunFiles, TextProblems
 from pretrain.training.console import Console
 from pretrain.training.evaluator import Evaluator
 from pretrain.training.guard import Guard, LossScale
@@ -49,6 +49,7 @@ def set_up(
     ``--resume-from`` has just taken the run back, or 0.
     """
     config, device, say = run.config, world.device, console.say
+    listeners: list[Callback] = [Heartbeat(run.folder, config, world)]
 
     # Data: batches are a function of the step, so nothing is read yet.
     corpus = run.corpus()
@@ -63,6 +64,7 @@ def set_up(
         sizes = {"rows": rows, "length": length, "seed": config.train.seed, "rank": world.rank, "world": world.size}
         batches = LiveBatches(find_text(config.data), tokenizer, config.data, **sizes)
         bytes_per_token = batches.bytes_per_token
+        listeners.append(TextProblems(batches.read, say))
     else:
         training = corpus.stream("train"), training_order(corpus, config)
         batches = TrainingBatches(*training, rows, world.rank, world.size)
@@ -123,7 +125,6 @@ def set_up(
     state.progress.micro_rows = min(micro_rows, world.rows_per_rank(rows))
 
     # Callbacks: on rank 0 all of them, elsewhere only the heartbeat.
-    listeners: list[Callback] = [Heartbeat(run.folder, config, world)]
     losses: dict[int, float] = {}
     smoothed = Smoothed()
     if world.is_rank0:
