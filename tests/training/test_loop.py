@@ -19,6 +19,7 @@ from pretrain.optim.adamw import AdamW
 from pretrain.runs import Run
 from pretrain.runs.checkpoint import Checkpoint, checkpoints
 from pretrain.training import Callback, Console, train
+from pretrain.training.evaluator import Evaluator
 from pretrain.training.setup import set_up
 from pretrain.training.start import open_run
 from pretrain.training.state import TrainState
@@ -278,6 +279,29 @@ def test_clipping_begins_where_it_should(tiny: Config, tmp_path: Path):
     assert norms[1][:7] == norms[2][:7]
     assert norms[1][7:] != norms[2][7:]
     assert norms[0][1:7] != norms[2][1:7]
+
+
+@pytest.mark.parametrize("where", ["validate", "sample"])
+def test_measuring_that_fails_at_the_last_step_loses_no_step(tiny: Config, tmp_path: Path, monkeypatch, where: str):
+    config = change(tiny, checkpoint__every=0, eval__every=0)
+    undisturbed = train(config, tmp_path / "undisturbed")
+
+    def fails(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(Evaluator, where, fails)
+    with pytest.raises(MemoryError):
+        train(config, tmp_path / "run")
+    monkeypatch.undo()
+
+    class NoStep(Callback):
+        def on_phase(self, step, phase, seconds=None):
+            assert seconds is None, "a step was done again"
+
+    assert_same_run(train(config, tmp_path / "run", callbacks=[NoStep()]), undisturbed)
+    longer = train(change(config, train__steps=14), tmp_path / "run")  # measures step 12 no second time
+    assert [r["step"] for r in read_jsonl(longer.metrics) if "val/loss" in r] == [12, 14]
+    assert [r["step"] for r in read_jsonl(longer.samples)] == [12, 14]
 
 
 def test_a_run_killed_before_its_summary_still_gets_it(tiny: Config, tmp_path: Path):

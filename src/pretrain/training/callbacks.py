@@ -46,7 +46,7 @@ class Callback:
         """
 
     def on_save(self, step: int) -> None:
-        """Before a checkpoint is written; an OSError raised here counts as one of writing the checkpoint."""
+        """Before a checkpoint is written, and at the end; an OSError raised here counts as one of writing it."""
 
     def on_checkpoint(self, path: Path) -> None:
         """After a checkpoint was committed; called from the thread that wrote it."""

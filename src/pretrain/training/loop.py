@@ -89,16 +89,17 @@ class Trainer:
                     else:
                         self.finish_step(record)
                 self.wait_for_save(must=True)
+                if failure := self.write_lines():
+                    self.save_failed(failure, must=True)
             except Stopped:
                 raise self.leave() from None
-            except PretrainError:
-                with suppress(OSError):  # a save under way is finished all the same
-                    self.writer.wait()
+            except Exception as error:
+                if self.world.size == 1 or isinstance(error, PretrainError):
+                    with suppress(OSError):  # a save under way is finished all the same
+                        self.writer.wait()
+                elif isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+                    raise self.world.connection_lost(error) from error
                 raise
-            except RuntimeError as error:
-                if self.world.size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
-                    raise
-                raise self.world.connection_lost(error) from error
             finally:
                 self.notify("on_end", self.stop.requested)
         if self.world.is_rank0:
@@ -146,6 +147,10 @@ class Trainer:
         config, progress, evaluator, step = self.config, self.state.progress, self.evaluator, self.step
         last = step == config.train.steps
         progress.pending = record
+        if last and self.saved != step:  # the weights first: what is measured then may fail, or take long
+            (record,) = fetch([record])
+            progress.pending = record
+            self.save(must=True)
         if evaluate := last or _due(step, config.eval.every, config.eval.offset):
             check = functools.partial(self.phase, "validating", may_stop=True)
             record |= evaluator.validate(step, progress.micro_rows, check)
@@ -169,9 +174,9 @@ class Trainer:
         for prompt, text in samples.items():
             self.notify("on_sample", step, prompt, text)
         best = self.is_lowest(record) and config.checkpoint.keep_best
-        due = last or best or step in config.checkpoint.at or _due(step, config.checkpoint.every)
-        if due and self.saved != step:
-            self.save(must=last)
+        due = best or step in config.checkpoint.at or _due(step, config.checkpoint.every)
+        if due and not last and self.saved != step:
+            self.save(must=False)
         # Asking the others waits for the device; on a GPU it is done as often as the numbers are fetched.
         if not last and step % self.fetch_every == 0:
             self.check_stop()
@@ -257,16 +262,20 @@ class Trainer:
             if self.world.is_rank0:
                 prune(self.run.checkpoints, self.config.checkpoint, self.val_losses)
 
-        self.log()
-        failure: OSError | None = None
-        try:
-            self.notify("on_save", step)
-        except OSError as error:
-            failure = error
-        if failure := self.world.broadcast(failure):  # rank 0's, whose callbacks write: without it none may save
+        if failure := self.write_lines():  # no step of a checkpoint may be missing from them
             self.save_failed(failure, must)
         else:
             self.writer.save(step, tensors, values, committed)
+
+    def write_lines(self) -> OSError | None:
+        """Let the callbacks write all lines up to this step; all processes get the error of rank 0, which writes."""
+        self.log()
+        failure: OSError | None = None
+        try:
+            self.notify("on_save", self.step)
+        except OSError as error:
+            failure = error
+        return self.world.broadcast(failure)
 
     def wait_for_save(self, must: bool = False) -> None:
         """Wait for the save under way, and handle its failure."""

@@ -117,6 +117,8 @@ def set_up(
     state.make_moments()
     if checkpoint:
         state.load_state_dict(checkpoint)
+        if progress.pending and world.run_on_rank0(lambda: has_lines(run, progress.step)):
+            state.progress.pending = None  # the last step is saved before its measurements, and they were finished
     state.progress.went_back_to = went_back_to or state.progress.went_back_to
     state.forward = training_forward(model, parallelism, world)
     # Rows of a micro-batch: unchanged on resume, so that sums round alike; at most the rows of this process.
@@ -129,7 +131,7 @@ def set_up(
     smoothed = Smoothed()
     if world.is_rank0:
         # Without a checkpoint everything comes again, what was measured before the first step too.
-        finished = progress.step - bool(progress.pending) if checkpoint else -1
+        finished = progress.step - bool(state.progress.pending) if checkpoint else -1
         records = [record for record in read_jsonl(run.metrics) if record["step"] <= finished]
         measured = {record["step"]: comparable_loss(record) for record in records}
         losses = {step: loss for step, loss in measured.items() if loss is not None}
@@ -154,6 +156,13 @@ def set_up(
         bytes_per_token=bytes_per_token,
         smoothed=smoothed,
     )
+
+
+def has_lines(run: Run, step: int) -> bool:
+    """Whether a step's line of metrics, the last that is written of it, and those of its samples are there."""
+    samples = set(run.config.sample.prompts) if run.config.sample.max_tokens else ()
+    written = sum(record["step"] == step for record in read_jsonl(run.samples))
+    return any(record["step"] == step for record in read_jsonl(run.metrics)) and written >= len(samples)
 
 
 def core_tasks(config: Config, world: World, say: Callable[[str], None]) -> list[Task]:
