@@ -554,7 +554,7 @@ def main() -> None:
     os.environ |= {"TORCHDYNAMO_DISABLE": "1", "NANOCHAT_DTYPE": "float32"}  # its compiled functions, as written
     paths = {name: os.path.abspath(value) for name, value in vars(args).items() if isinstance(value, str) and value}
     options = [f"--{name.replace('_', '-')}={path}" for name, path in paths.items()]
-    print("| recipe | compared | steps | loss | rate | norm | weights | of the way | evaluation |")
+    print("| recipe | size | steps | loss | rates | norm | weights | of the way | evaluation |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for recipe, (_, needed, size) in SOURCES.items():
         if recipe in (args.recipes or SOURCES) and all(name in paths for name in needed):
