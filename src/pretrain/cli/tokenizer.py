@@ -65,6 +65,7 @@ class Train(Command):
 
         from pretrain.text import ReadStats, find_pieces, read_piece
         from pretrain.tokenizer import build_tokenizer
+        from pretrain.tokenizer.build import TOO_MANY_WORDS
         from pretrain.tokens.progress import Progress
 
         console = Console(stderr=self.json, highlight=False, soft_wrap=True)  # --json has standard output for itself
@@ -72,11 +73,11 @@ class Train(Command):
         pieces, read = find_pieces(self.sources, self.field, self.separator, progress.say), ReadStats()
         limit = self.max_bytes or math.inf
         total = int(min(limit, sum(piece.size for piece in pieces)))
-        documents, cut = 0, False
+        documents, cut, ended = 0, False, False
         sample: list[str] = []
 
         def texts() -> Iterator[str]:
-            nonlocal documents, cut
+            nonlocal documents, cut, ended
             for document in (document for piece in pieces for document in read_piece(piece, self.field, read)):
                 if cut := progress.bytes >= limit:
                     break
@@ -88,12 +89,18 @@ class Train(Command):
             for line in read.lines():
                 progress.say(line)
             progress.say(f"{'--max-bytes is reached' if cut else 'all text is read'}; now merging pairs")
+            ended = True
 
         with progress.stage("reading", total):
             try:
                 tokenizer = build_tokenizer("bpe", self.vocab_size, texts(), self.pattern)
             except DataError as error:  # written for the configuration; here the option has another name
                 raise DataError(re.sub(r"(--)?tokenizer\.vocab_size", "--vocab-size", str(error))) from error
+        if not ended:
+            cut = True
+            for line in read.lines():
+                progress.say(line)
+            progress.say(f"trained on {progress.bytes / 1e6:,.1f} MB: {TOO_MANY_WORDS}")
         tokenizer.save(out)
         measured = _measure(tokenizer, lambda: sample)
         numbers = {

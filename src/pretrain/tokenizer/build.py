@@ -22,6 +22,7 @@ _LONG_RUN = re.compile(rf"(?<!\S)\S{{{LONG_RUN},}}|(?<!\s)\s{{{LONG_RUN},}}")
 # The library takes about 120 bytes of memory for each byte of the different words that it learns from. So these are all
 # that it learns from: some two million words of English, or as much of a text without blanks.
 DIFFERENT_BYTES = 12_000_000
+TOO_MANY_WORDS = "its words repeat so seldom that learning from more would take too much memory"
 CHUNKS = 500_000  # stretches between blanks that are remembered, so that each is searched for words only once
 # About the words that the patterns cut, found many times faster; signs in front of a word belong to it in all but gpt2.
 _GPT2_WORD = re.compile(r"[^\W\d_]+|\d+|(?:[^\w\s]|_)+")
@@ -100,24 +101,30 @@ def _training_pieces(documents: Iterable[str], word: re.Pattern[str]) -> Iterato
     end early when the different words in them, as ``word`` finds them, have DIFFERENT_BYTES: memory grows with these.
     """
     chunks, words, size = set[str](), set[str](), 0
-    for piece in chain.from_iterable(map(split_text, documents)):
-        for begin in range(0, len(piece), LONG_PIECE):
-            part, start = piece[begin : begin + LONG_PIECE], 0
-            for run in _LONG_RUN.finditer(part):
-                for end in range(run.start() + LONG_RUN, run.end(), LONG_RUN):
-                    yield part[start:end]
-                    start = end
-            yield part[start:]
+    for piece in chain.from_iterable(map(learning_pieces, documents)):
+        start = 0
+        for run in _LONG_RUN.finditer(piece):
+            for end in range(run.start() + LONG_RUN, run.end(), LONG_RUN):
+                yield piece[start:end]
+                start = end
+        yield piece[start:]
 
-            if len(chunks) > CHUNKS:
-                chunks.clear()
-            new = set(part.split()) - chunks
-            chunks |= new
-            new_words = {*word.findall("\n".join(new)), *_BLANKS.findall(part)} - words
-            words |= new_words
-            size += sum(len(each.encode(errors="replace")) + 1 for each in new_words)  # with the blank in front
-            if size >= DIFFERENT_BYTES:
-                return
+        if len(chunks) > CHUNKS:
+            chunks.clear()
+        new = set(piece.split()) - chunks
+        chunks |= new
+        new_words = {*word.findall("\n".join(new)), *_BLANKS.findall(piece)} - words
+        words |= new_words
+        size += sum(len(each.encode(errors="replace")) + 1 for each in new_words)  # with the blank in front
+        if size >= DIFFERENT_BYTES:
+            return
+
+
+def learning_pieces(text: str) -> Iterator[str]:
+    """Cut a text as a bpe learns from it: between words, or after LONG_PIECE characters without a good place."""
+    for piece in split_text(text):
+        for begin in range(0, len(piece), LONG_PIECE):
+            yield piece[begin : begin + LONG_PIECE]
 
 
 def _char_tokenizer(documents: Iterable[str]) -> Tokenizer:

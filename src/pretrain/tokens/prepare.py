@@ -17,13 +17,12 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from itertools import chain
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from pretrain.text.pieces import EMBEDDED, Piece
 from pretrain.text.split import TRAIN, VAL, Survey, find_tail, join_surveys
 from pretrain.tokenizer import Tokenizer, build_tokenizer
 from pretrain.tokenizer.boundary import BOS_NAMES
+from pretrain.tokenizer.build import TOO_MANY_WORDS
 from pretrain.tokens.datasets import check_length, open_corpus
 from pretrain.tokens.jobs import (
     WORK,
@@ -51,8 +51,8 @@ from pretrain.tokens.jobs import (
 )
 from pretrain.tokens.on_ray import run_on_ray
 from pretrain.tokens.progress import Progress
-from pretrain.tokens.shards import MANIFEST, PLAN, Manifest
-from pretrain.tokens.source import NO_TEXT, NO_VALIDATION, TAIL, Report, describe, find_sides, training_texts
+from pretrain.tokens.shards import MANIFEST, PLAN, Manifest, utf8_bytes
+from pretrain.tokens.source import NO_TEXT, NO_VALIDATION, TAIL, Report, describe, find_sides, learning_texts
 from pretrain.tokens.workers import run_in_processes
 
 PLAN_FORMAT = 2
@@ -201,7 +201,9 @@ def prepare_text(
             if size == LEARN_BYTES:
                 progress.say(f"tokenizer trained on {size / 1e6:,.0f} MB, taken evenly from all of the text")
             # In a process of its own, whose memory is free afterwards; on this machine also for Ray.
-            run("tokenizer", learn_bpe, [(training, tokenizer.vocab_size, tokenizer.pattern)], size, engine="local")
+            task = (training, tokenizer.vocab_size, tokenizer.pattern)
+            for read in filter(None, run("tokenizer", learn_bpe, [task], size, engine="local")):
+                progress.say(f"tokenizer trained on {read / 1e6:,.1f} MB, taken evenly: {TOO_MANY_WORDS}")
 
         side_by_side = cores() if engine == "ray" else min(workers, len(jobs))
         threads = 0 if small else max(1, cores() // side_by_side)
@@ -234,13 +236,24 @@ def introduce(tokenizer: Tokenizer, bos: bool, say: Callable[[str], None]) -> No
         say(f"warning   {caution}")
 
 
-def learn_bpe(folder: Path, jobs: Sequence[Job], vocab_size: int, pattern: str, report: Report) -> None:
-    """Train a bpe on the training text of the jobs, or on LEARN_BYTES of it, and save it in the folder."""
-    size = _size(jobs)
-    limits = [math.inf if size <= LEARN_BYTES else job.size * LEARN_BYTES // size for job in jobs]
-    texts = (training_texts(job.parts(ReadStats()), limit, report) for job, limit in zip(jobs, limits, strict=True))
-    tokenizer = build_tokenizer("bpe", vocab_size, chain.from_iterable(texts), pattern)
+def learn_bpe(folder: Path, jobs: Sequence[Job], vocab_size: int, pattern: str, report: Report) -> int:
+    """Train a bpe on the training text of the jobs, or on LEARN_BYTES of it, and save it in the folder.
+
+    Gives from how many bytes it learned, if their different words were too many to learn from the others; else 0.
+    """
+    read, ended = 0, False
+
+    def texts() -> Iterator[str]:
+        nonlocal read, ended
+        sources = [(partial(job.parts, ReadStats()), job.size) for job in jobs]
+        for text in learning_texts(sources, LEARN_BYTES, report):
+            read += utf8_bytes(text)
+            yield text
+        ended = True
+
+    tokenizer = build_tokenizer("bpe", vocab_size, texts(), pattern)
     write_atomically(folder / TOKENIZER, tokenizer.to_json())
+    return 0 if ended else read
 
 
 def _all_read(parts: Iterable[ReadStats]) -> ReadStats:

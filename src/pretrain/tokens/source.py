@@ -7,10 +7,11 @@ data.paths ──find_sides──> pieces ──read_parts──> Part, Part, ..
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 from pretrain.config import DataConfig
@@ -20,6 +21,7 @@ from pretrain.text import ReadStats, embedded_name
 from pretrain.text.files import Say
 from pretrain.text.pieces import RANGE_BYTES, Piece, find_pieces, read_piece
 from pretrain.text.split import TRAIN, Part, side_by_hash, split_hash
+from pretrain.tokenizer.build import DIFFERENT_BYTES, learning_pieces
 from pretrain.tokens.shards import utf8_bytes
 
 HASH, TAIL = "hash", "tail"  # how to split pieces that hold documents of both sides
@@ -110,6 +112,34 @@ def read_parts(
                 opened = side_by_hash(document.text, val_fraction)
                 break
         yield from split_hash(chain([first], documents), val_fraction, opened)
+
+
+def learning_texts(
+    sources: Sequence[tuple[Callable[[], Iterable[Part]], int]],
+    most: float,
+    report: Report = lambda _size, _tokens: None,
+) -> Iterator[str]:
+    """The texts of the training side for a bpe to learn from: of all sources, or evenly about ``most`` bytes of them.
+
+    A source is a function that reads it, and its size. First comes so little of each that a bpe learns from all of it
+    in any case, then the rest: so what it learns from is even where it does not read all of it.
+    """
+    size = sum(own for _, own in sources)
+    bounds = [0, DIFFERENT_BYTES, most]
+    shares = [bound / size if bound < size else math.inf for bound in sorted({min(bound, most) for bound in bounds})]
+    for begin, end in pairwise(shares):
+        for read, own in sources if begin < math.inf else ():
+            taken = 0
+            for part in read():
+                for text in learning_pieces(part.text):
+                    length = utf8_bytes(text)
+                    if begin * own <= taken < end * own:
+                        report(length, 0)
+                        if part.split == TRAIN:
+                            yield text
+                    taken += length
+                if taken >= end * own:
+                    break
 
 
 def training_texts(parts: Iterable[Part], limit: float, report: Report = lambda _size, _tokens: None) -> Iterator[str]:
