@@ -21,6 +21,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import queue
 import shutil
@@ -46,16 +47,7 @@ from pretrain.tokens.order import PIECES, key, permute
 from pretrain.tokens.packing import OTHER_TEXT, Cursor, Place, best_fit, concatenate
 from pretrain.tokens.prepare import TOKENIZER, Prepared, check_boundary, introduce
 from pretrain.tokens.shards import Manifest, Shard, ShardWriter, bytes_per_token, utf8_bytes
-from pretrain.tokens.source import (
-    HASH,
-    NO_TEXT,
-    NO_VALIDATION,
-    TAIL,
-    describe,
-    find_sides,
-    read_parts,
-    training_texts,
-)
+from pretrain.tokens.source import HASH, NO_TEXT, NO_VALIDATION, TAIL, describe, find_sides, read_parts, training_texts
 
 if TYPE_CHECKING:
     from torch import Tensor
