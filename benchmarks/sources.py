@@ -129,10 +129,6 @@ def compare(source: Source, steps: int) -> dict[str, float]:
     moved = sum((source.parts[name].value - first[name]).double().square().sum().item() for name in ours)
     largest["weights"] = max(each.abs().max().item() for each in apart.values())
     largest["way"] = math.sqrt(sum(each.square().sum().item() for each in apart.values()) / moved)
-    if os.environ.get("EACH"):  # where a difference comes from
-        for name in sorted(ours, key=lambda name: -apart[name].norm().item())[:20]:
-            way = (source.parts[name].value - first[name]).norm().item()
-            print(f"{name:<40} {apart[name].norm().item():.3g} of {way:.3g}", file=sys.stderr)
     return largest
 
 
