@@ -1,11 +1,14 @@
 """Shared by all tests: a tiny text, and a configuration that trains on it in about a second."""
 
 import random
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from pretrain.config import Config, load_config
+from pretrain.tokenizer import Tokenizer
+from pretrain.tokens.shards import Shard, ShardWriter
 
 
 @pytest.fixture(scope="session")
@@ -15,6 +18,14 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("the shared data folder is absent")
     return folder
+
+
+def write_shard(folder: Path, split: str, index: int, texts: Iterable[str], tokenizer: Tokenizer) -> Shard:
+    """A shard of whole documents."""
+    with ShardWriter(folder, f"{split}-{index:05d}.bin", split, tokenizer) as writer:
+        for text, ids in tokenizer.encode_documents((text, text) for text in texts):
+            writer.write(ids, len(text.encode()))
+        return writer.close()
 
 
 @pytest.fixture(scope="session")

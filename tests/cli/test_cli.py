@@ -257,3 +257,23 @@ def test_eval_measures_all_texts_that_are_given(run: Path, tmp_path: Path, capsy
 
     a, b = (str(tmp_path / name) for name in ("a.txt", "b.txt"))
     assert loss("--data", a, "--data", b) == loss("--data", a, b) != loss("--data", b)
+
+
+def test_eval_reads_other_text_as_training_read_it(text_file: Path, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setattr("pretrain.text.pieces.RANGE_BYTES", 1000)  # a text longer than this is read in parts
+    lines = text_file.read_text().splitlines()
+    (tmp_path / "train.txt").write_text("<|end|>".join(lines[:600]))
+    (tmp_path / "val.txt").write_text("<|end|>".join(lines[600:]) + "<|end|>" + " ".join(lines[:100]))
+    out, changes = tmp_path / "run", {"data__separator": "<|end|>", "data__val_paths": tmp_path / "val.txt"}
+    assert main(["train", "--data", str(tmp_path / "train.txt"), "--out", str(out), *options(**changes)]) == 0
+    capsys.readouterr()
+
+    def numbers(*args: str) -> dict:
+        assert main(["eval", str(out), "--json", *args]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    own, other = numbers(), numbers("--data", str(tmp_path / "val.txt"))
+    assert (other["data_loss"], other["data_bpb"]) == (own["val_loss"], own["val_bpb"])
+    assert other["tokens"] == own["tokens"] == len((tmp_path / "val.txt").read_bytes().replace(b"<|end|>", b"")) + 300
+    unmarked = numbers("--data", str(tmp_path / "val.txt"), "--separator", "")
+    assert unmarked["tokens"] == len((tmp_path / "val.txt").read_bytes())  # one document, its BOS token no target

@@ -59,7 +59,7 @@ def test_several_texts_are_told_apart(sample):
 
 
 def test_prompts_from_files_and_standard_input(sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "lines.txt").write_text("Ada\n\nthe fox\n")
+    (tmp_path / "lines.txt").write_text("\ufeffAda\n\nthe fox\n")  # as editors on Windows begin a file
     (tmp_path / "objects.jsonl").write_text('{"prompt": "Ada", "id": 3}\n{"prompt": "the\\nfox", "id": "\u2028"}\n')
     expected = [objects(sample("--prompt", prompt, "--json")[0])[0] for prompt in ("Ada", "the fox", "the\nfox")]
     assert objects(sample("--prompts-file", str(tmp_path / "lines.txt"), "--json")[0]) == expected[:2]

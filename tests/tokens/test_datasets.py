@@ -3,12 +3,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.conftest import write_shard
 
 from pretrain.config import Config, config_from_dict
 from pretrain.errors import DataError, UsageError
 from pretrain.tokenizer import build_tokenizer
 from pretrain.tokens import DataOrder, MixedOrder, TrainingBatches, is_tokens, open_corpus, training_order
-from pretrain.tokens.shards import Manifest, write_shard
+from pretrain.tokens.shards import Manifest
 
 TEXT = "Some text to learn from, and a little more of it. "
 

@@ -3,11 +3,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.conftest import write_shard
 
 from pretrain.errors import DataError
 from pretrain.tokenizer import build_tokenizer
 from pretrain.tokens.datasets import prepared_dataset
-from pretrain.tokens.shards import Manifest, write_shard
+from pretrain.tokens.shards import Manifest
 
 TEXTS = ["hello world", "naïve 王", "a much longer third document " * 3]
 

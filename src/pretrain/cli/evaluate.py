@@ -24,6 +24,10 @@ class Evaluate(Command):
     """Run directories, or hf:DIR for a Hugging Face model (with --data or --core)."""
     data: tuple[str, ...] = ()
     """Measure on this text instead: files, folders or patterns."""
+    field: str | None = None
+    """Name of the text in --data's JSONL objects and Parquet columns. Default: that of the run."""
+    separator: str | None = None
+    """Separator of the documents in --data's plain text files. Default: that of the run."""
     split: Literal["val", "train"] = "val"
     """Which of the run's own text: the held-out part, or what it was trained on."""
     batches: Natural = 0
@@ -54,7 +58,9 @@ class Evaluate(Command):
         from pretrain.evaluation.compare import EvalRequest, check_places, json_line, measure, tables, write_csv
 
         tasks = read_tasks(open_bundle("" if self.core == "default" else self.core)) if self.core else []
-        request = EvalRequest(self.split, self.data, self.batches, tasks, self.max_per_task, self.step)
+        request = EvalRequest(
+            self.split, self.data, self.field, self.separator, self.batches, tasks, self.max_per_task, self.step
+        )
         check_places(self.runs, request)  # before the first of them takes its time
         measured = []
         for run in self.runs:

@@ -37,7 +37,7 @@ def load_config(recipe: str = "quickstart", **overrides: Any) -> Config:
         hint = did_you_mean(recipe, recipe_names(), or_list=False) or "; 'pretrain recipes' lists them"
         raise UsageError(f"no recipe or TOML file named '{recipe}'{hint}")
     try:
-        tree = tomllib.loads(file.read_text(encoding="utf-8"))
+        tree = tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{recipe} is not valid TOML: {error}") from None
     for name, value in overrides.items():

@@ -19,6 +19,7 @@ import msgspec
 import torch
 from torch import nn
 
+from pretrain.config import DataConfig
 from pretrain.device import choose_device, choose_precision, keep_freed_memory
 from pretrain.errors import DataError, UsageError
 from pretrain.evaluation import CoreResult, GPTScorer, LossResult, Task, TaskResult, evaluate_core, evaluate_loss
@@ -26,10 +27,12 @@ from pretrain.evaluation.huggingface import PREFIX, HFScorer, check_folder, read
 from pretrain.io import append_jsonl, table
 from pretrain.runs import Run
 from pretrain.runs.run import CORE_FILE, weights_id
-from pretrain.text import ReadStats, read_documents
+from pretrain.text import ReadStats, find_pieces
+from pretrain.text.split import VAL
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokens import DataOrder, Manifest, TrainingBatches, prepared_dataset, validation_batches
-from pretrain.tokens.shards import write_shard
+from pretrain.tokens.shards import ShardWriter, utf8_bytes
+from pretrain.tokens.source import read_parts
 
 HF_CONTEXT = 2048
 """Tokens in a row where a Hugging Face model sets no limit, or a higher one."""
@@ -46,6 +49,10 @@ class EvalRequest:
     """Which of the run's own splits to measure, whole."""
     data: Sequence[str] = ()
     """Text to measure on instead: files, folders, patterns."""
+    field: str | None = None
+    """Name of the text in its JSONL objects and Parquet columns. None: as the run was trained, or 'text'."""
+    separator: str | None = None
+    """Separator of the documents in its plain text files. None: as the run was trained, or none."""
     batches: int = 0
     """Estimate on this many random batches of both splits instead. 0: no."""
     core: Sequence[Task] = ()
@@ -110,7 +117,7 @@ def _measure_run(place: str, request: EvalRequest, device: torch.device, say: Ca
     try:
         if request.data:
             length, rows = run.config.model.context_length, run.config.batch_rows
-            numbers = _on_text(model, tokenizer, request.data, length, rows, say)
+            numbers = _on_text(model, tokenizer, request, run.config.data, length, rows, say)
         elif request.batches:
             numbers = _estimates(model, tokenizer, run, request.batches)
         else:
@@ -141,7 +148,7 @@ def _measure_hf(place: str, request: EvalRequest, device: torch.device, say: Cal
         tokenizer = Tokenizer.adopt(folder / "tokenizer.json") if request.data else None
     numbers = {}
     if request.data and tokenizer:
-        numbers = _on_text(model, tokenizer, request.data, min(length, HF_CONTEXT), 4, say)
+        numbers = _on_text(model, tokenizer, request, DataConfig(), min(length, HF_CONTEXT), 4, say)
     core = evaluate_core(scorer, request.core, request.max_per_task, _teller(say)) if request.core else None
     return EvalResult(place, None, numbers, core, caution=tokenizer.change_in_words if numbers and tokenizer else "")
 
@@ -168,21 +175,27 @@ def _on_split(model: nn.Module, tokenizer: Tokenizer, run: Run, split: str) -> t
 def _on_text(
     model: nn.Module,
     tokenizer: Tokenizer,
-    paths: Sequence[str],
+    request: EvalRequest,
+    data: DataConfig,
     length: int,
     rows: int,
     say: Callable[[str], None],
 ) -> Numbers:
-    """A pass over other text, as it would be held out: each document begins with the BOS token, if there is one."""
+    """A pass over other text, read as the held-out text of a run with ``data`` would be."""
+    field = data.field if request.field is None else request.field
+    separator = data.separator if request.separator is None else request.separator
+    pieces, read = find_pieces(request.data, field, separator, say), ReadStats()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        read = ReadStats()
-        texts = (document.text for document in read_documents(paths, stats=read))
-        shard = write_shard(folder, "val", 0, texts, tokenizer)
+        with ShardWriter(folder, "val-00000.bin", VAL, tokenizer) as writer:
+            parts = read_parts(pieces, field, VAL, 0.0, read)
+            for part, ids in tokenizer.encode_documents((part, part.text) for part in parts):
+                writer.write(ids, utf8_bytes(part.text), part.begins)
+            shard = writer.close()
         for line in read.lines():
             say(line)
         if shard.tokens < 2:
-            raise DataError(f"{', '.join(paths)}: too little text to measure on; give more than one token")
+            raise DataError(f"{', '.join(request.data)}: too little text to measure on; give more than one token")
         Manifest.of(tokenizer, [shard]).save(folder)
         batches = validation_batches(prepared_dataset(folder).stream("val"), length, rows)
         return _numbers("data", evaluate_loss(model, batches, tokenizer.token_bytes()))

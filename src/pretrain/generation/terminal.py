@@ -55,7 +55,7 @@ def read_prompts(file: str) -> list[str]:
     Raises DataError if it cannot be read, holds no prompt, or a line is not an object with a 'prompt'.
     """
     try:
-        lines = Path(file).read_text(encoding="utf-8").split("\n")  # not splitlines: JSON may have U+2028 in a text
+        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut at U+2028, form feeds
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise DataError(f"{file}: cannot be read ({why}); give a text file with one prompt a line") from None

@@ -178,14 +178,6 @@ class ShardWriter:
         self._temporary.unlink(missing_ok=True)
 
 
-def write_shard(folder: Path, split: str, index: int, texts: Iterable[str], tokenizer: Tokenizer) -> Shard:
-    """Tokenize documents into one shard; each begins with the BOS token, if the vocabulary has one."""
-    with ShardWriter(folder, f"{split}-{index:05d}.bin", split, tokenizer) as writer:
-        for text, ids in tokenizer.encode_documents((text, text) for text in texts):
-            writer.write(ids, utf8_bytes(text))
-        return writer.close()
-
-
 def utf8_bytes(text: str) -> int:
     """The length of a text in UTF-8."""
     return len(text) if text.isascii() else len(text.encode())
