@@ -1,5 +1,6 @@
 import json
 import os
+import shlex
 import stat
 import subprocess
 import sys
@@ -277,3 +278,20 @@ def test_eval_reads_other_text_as_training_read_it(text_file: Path, tmp_path: Pa
     assert other["tokens"] == own["tokens"] == len((tmp_path / "val.txt").read_bytes().replace(b"<|end|>", b"")) + 300
     unmarked = numbers("--data", str(tmp_path / "val.txt"), "--separator", "")
     assert unmarked["tokens"] == len((tmp_path / "val.txt").read_bytes())  # one document, its BOS token no target
+
+
+def test_the_prompt_to_try_is_of_the_held_out_text(tmp_path: Path, capsys):
+    text = tmp_path / "letters.txt"
+    text.write_text("ACGT" * 2000)  # no "A" of "And" would help: the vocabulary is these four letters
+    assert main(["train", "--data", str(text), "--out", str(tmp_path / "run"), *options(tokenizer__kind="char")]) == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    command = shlex.split(last.removeprefix("Next, let it write:  pretrain "))
+    assert command[-2] == "--prompt"
+    assert set(command[-1]) == set("ACGT")
+    assert main(command) == 0
+
+
+def test_a_warmup_as_long_as_the_run_is_told(text_file: Path, tmp_path: Path, capsys):
+    long = options(schedule__warmup_steps=12)
+    assert main(["train", "--data", str(text_file), "--out", str(tmp_path / "run"), *long]) == 0
+    assert "the warmup lasts 12 steps, so the rate only rises" in capsys.readouterr().out

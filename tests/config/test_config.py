@@ -1,6 +1,7 @@
 import dataclasses
 import re
 import tomllib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -116,6 +117,8 @@ def test_python_gets_the_same_checks(values: dict[str, Any], expected: str):
 
 def test_integers_become_floats_and_lists_tuples():
     assert type(load_config(**{"optim.lr": np.float64(0.5)}).optim.lr) is float  # as numpy.logspace gives them
+    assert load_config(**{"optim.betas": [np.float64(0.5), 0.9]}).optim.betas == (0.5, 0.9)
+    assert load_config(**{"data.paths": [Path("a"), "b"], "tokenizer.kind": Path("c")}).data.paths == ("a", "b")
     config = load_config("quickstart", **{"optim.weight_decay": 1, "optim.betas": [0, 0.5], "checkpoint.at": [3]})
     assert repr(config.optim.weight_decay) == "1.0"
     assert repr(config.optim.betas) == "(0.0, 0.5)"

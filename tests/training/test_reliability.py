@@ -22,7 +22,7 @@ from tests.training.test_loop import assert_same_run, change, learned, weights
 
 import pretrain.runs.checkpoint as checkpoint_module
 from pretrain.config import Config, GuardConfig, ParallelConfig
-from pretrain.errors import CheckpointError, DataError, Interrupted, TrainingError
+from pretrain.errors import CheckpointError, DataError, Interrupted, TrainingError, UsageError
 from pretrain.evaluation import GPTScorer
 from pretrain.io import read_jsonl
 from pretrain.model import GPT
@@ -30,7 +30,7 @@ from pretrain.optim import Optimizer
 from pretrain.runs import Run
 from pretrain.runs.checkpoint import checkpoints
 from pretrain.tokens import TrainingBatches
-from pretrain.training import Console, callbacks, evaluator, state, train
+from pretrain.training import Callback, Console, callbacks, evaluator, state, train
 from pretrain.training.guard import Guard, LossScale
 from pretrain.training.heartbeat import Heartbeat
 from pretrain.training.state import TrainState
@@ -235,12 +235,35 @@ def test_a_finished_run_can_be_made_longer(tiny: Config, tmp_path: Path):
     console, said = heard()
     longer = change(config, train__steps=20)
     run = train(longer, tmp_path / "run", console)
-    assert any("12 steps are done; continuing to 20" in line for line in said)
+    assert any("20 steps instead of 12" in line for line in said)
     assert [r["step"] for r in read_jsonl(run.metrics)] == list(range(1, 21))
     assert run.summary is not None
     assert run.summary["steps"] == 20
     a, b = weights(run.newest_checkpoint()), weights(train(longer, tmp_path / "at once").newest_checkpoint())
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_an_unfinished_run_can_be_made_longer(tiny: Config, tmp_path: Path):
+    config = change(tiny, schedule__kind="constant")
+    with pytest.raises(ZeroDivisionError):
+        train(config, tmp_path / "run", callbacks=[StopAt(6)])
+    longer = change(config, train__steps=20)
+    run = train(longer, tmp_path / "run")
+    assert [r["step"] for r in read_jsonl(run.metrics)] == list(range(1, 21))
+    a, b = weights(run.newest_checkpoint()), weights(train(longer, tmp_path / "at once").newest_checkpoint())
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    with pytest.raises(UsageError, match=r"train\.steps 20 → 12"):
+        train(config, tmp_path / "run")
+
+
+class StopAt(Callback):
+    """Ends a run after a step, as a fault would."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step(self, record):
+        _ = 1 / (self.step - record["step"])
 
 
 def test_going_back_to_an_earlier_checkpoint(tiny: Config, tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import typing
 from collections.abc import Mapping
@@ -37,9 +38,9 @@ def checked(name: str, value: Any, hint: Any) -> Any:
         if not isinstance(value, Mapping):
             raise ValueError(f"{name} must be a table of tables, not {value!r}")
         return {key: _checked_table(f"{name}.{key}", item, typing.get_args(hint)[1]) for key, item in value.items()}
-    for plain in (float, str):  # msgspec refuses subclasses such as numpy.float64
-        if isinstance(value, plain):
-            value = plain(value)
+    if isinstance(value, (list, tuple)):
+        value = [_plain(item) for item in value]
+    value = _plain(value)
     try:
         return msgspec.convert(value, hint)
     except msgspec.ValidationError as error:
@@ -57,6 +58,13 @@ def checked(name: str, value: Any, hint: Any) -> Any:
     ):  # fmt: skip
         wanted = wanted.replace(symbol, word)
     raise ValueError(f"{name} must be {wanted}, not {value!r}")
+
+
+def _plain(value: Any) -> Any:
+    """A path as text, and a float or text of a subclass such as numpy.float64, which msgspec refuses, as it is."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return next((plain(value) for plain in (float, str) if isinstance(value, plain)), value)
 
 
 def _checked_table(name: str, value: Any, kind: Any) -> Any:

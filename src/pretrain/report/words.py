@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 import shlex
+from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
+
+from pretrain.errors import PretrainError
 from pretrain.io import duration
 from pretrain.runs import Run
 
@@ -31,8 +35,19 @@ def held_out_in_words(loss: float, bits_per_byte: float | None) -> list[str]:
 
 
 def suggested_prompt(run: Run) -> str:
-    """Something to try the model with: the run's own first prompt, if it has one."""
-    return next(filter(None, map(str.strip, run.config.sample.prompts)), "And")
+    """Something to try the model with: the run's own first prompt, or how a held-out text begins."""
+    if prompt := next(filter(None, map(str.strip, run.config.sample.prompts)), ""):
+        return prompt
+    with suppress(PretrainError):  # its tokens may be gone
+        corpus = run.corpus()
+        stream = corpus.stream("val" if corpus.tokens("val") else "train")
+        (ids,) = stream.windows(np.zeros(1, np.int64), min(len(stream), 100)).tolist()
+        text = corpus.tokenizer.decode(ids)
+        words = "".join(each if each.isprintable() and each != "\ufffd" else " " for each in text).split()
+        if ids[0] != corpus.tokenizer.bos_id and len(words) > 3:  # the first may be the end of a word
+            words = words[1:]
+        return " ".join(words[:3])[:24]
+    return ""
 
 
 def explain(run: Run, page: Path | None = None) -> str:
@@ -48,6 +63,6 @@ def explain(run: Run, page: Path | None = None) -> str:
         f" {summary['tokens'] / 1e6:.2f} million tokens in {duration(summary['seconds'])}.",
         *(f"  {sentence}" for sentence in meaning),
         f"  Numbers of every step: {run.metrics}" + (f"   All of it on a page: {page}" if page else ""),
-        f'Next, let it write:  pretrain sample {shlex.quote(str(run.folder))} --prompt "{prompt}"',
+        f"Next, let it write:  pretrain sample {shlex.quote(str(run.folder))} --prompt {shlex.quote(prompt)}",
     ]
     return "\n".join(lines)

@@ -57,6 +57,9 @@ class Console(Callback):
             f"training  {train.steps:,} steps of {train.batch_tokens:,} tokens = {state.batches.epoch(train.steps):.1f}"
             f" epochs ({device.type}, {precision.name}) → {trainer.run.folder}"
         )
+        if config.schedule.warmup_steps >= train.steps > 1:
+            warmup = f"the warmup lasts {config.schedule.warmup_steps:,} steps, so the rate only rises"
+            self.say(f"warning   {warmup}; try --schedule.warmup_steps {train.steps // 10}")
         if trainer.step:
             self.say(f"resuming  after step {trainer.step:,}")
         if world.size > 1:

@@ -127,9 +127,8 @@ def same_configuration(run: Run, config: Config, say: Callable[[str], None]) -> 
         config, _ = resolve(resolve_init(given), vocab_size, windows)
     changed = differences(before, config)
     longer = [f"train.steps {before.train.steps} → {config.train.steps}"]
-    if run.summary and config.train.steps > before.train.steps and changed == longer:
-        steps = f"{before.train.steps:,} steps are done; continuing to {config.train.steps:,}"
-        say(f"longer    {steps}, with the longer schedule")
+    if config.train.steps > before.train.steps and changed == longer:
+        say(f"longer    {config.train.steps:,} steps instead of {before.train.steps:,}, with the longer schedule")
         run.reopen()
     elif changed:
         different = "; ".join(changed)
