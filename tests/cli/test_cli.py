@@ -75,7 +75,7 @@ def test_where_a_run_goes_by_default(args: list[str], monkeypatch, tmp_path: Pat
 
     seen = []
 
-    def train(config, out, console, started, resume_from):
+    def train(config, out, console, started, resume_from, named):
         seen.append((config, out, console.command))
         return Run(Path(out), config)
 

@@ -70,7 +70,7 @@ def test_the_card_of_a_mixture(two_folders: list[str], tmp_path: Path):  # noqa:
         assert (train, weight) == (f"{manifest.tokens('train'):,}", share)
         assert (documents, held_out) == (f"{manifest.documents('train'):,}", f"{manifest.documents('val'):,}")
     Path(two_folders[1]).rename(tmp_path / "moved")
-    assert f"{', '.join(two_folders)}; its tokens were no longer there" in card_of(run)
+    assert f"{', '.join(two_folders)}; its tokens were no longer there, or others" in card_of(run)
 
 
 def test_the_card_of_a_stream(tmp_path: Path):

@@ -541,12 +541,6 @@ def test_last_file_of_one(tmp_path: Path):
         find_text(settings(folder, val_paths=(str(folder / "00.txt"),)))
 
 
-def test_tokens_are_not_streamed(tmp_path: Path):
-    np.arange(100, dtype=np.uint16).tofile(tmp_path / "train.bin")
-    with pytest.raises(UsageError, match="holds tokens already"):
-        find_text(settings(tmp_path / "train.bin"))
-
-
 def test_preparing_a_stream_refuses(tmp_path: Path):
     folder = write_texts(tmp_path / "text", count=3)
     config = load_config(**{"data.paths": [str(folder)], "data.split": "last_file", "tokenizer.kind": "char"})

@@ -153,6 +153,24 @@ def test_a_checkpoint_goes_on_in_another_number_of_processes(base: Config, tmp_p
     assert_near(train(base, tmp_path / "one"), alone)
 
 
+def test_moved_text_is_found_by_all(base: Config, tmp_path: Path):
+    """Rank 0 finds that it is the same; all read the stream at its new place, or stop if it is another."""
+    moves = {"data__stream": True, "data__split": "hash", "parallel__kind": "ddp", "train__steps": 6}
+    documents = several_documents(tmp_path, Path(base.data.paths[0]))
+    run = run_together(change(base, data__paths=(str(documents),), **moves), tmp_path / "run", 2)
+    moved, other = tmp_path / "moved", tmp_path / "other"
+    documents.rename(moved)
+    shutil.copytree(moved, other)
+    (other / "0.jsonl").write_text((other / "1.jsonl").read_text())
+    process = start(change(base, data__paths=(str(other),), **moves), run.folder, 2)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert errors.count("another configuration (data.paths") == 1
+    longer = run_together(change(base, data__paths=(str(moved),), **{**moves, "train__steps": 8}), run.folder, 2)
+    assert longer.config.data.paths == (str(moved),)
+    assert [record["step"] for record in learned(longer)] == list(range(1, 9))
+
+
 def test_a_killed_process_and_torchrun_starts_them_all_again(base: Config, tmp_path: Path):
     config = change(base, parallel__kind="ddp", checkpoint__keep_last=0)
     die_once = f"""

@@ -59,7 +59,7 @@ class Train(Command):
         console = Console(command=command)
         if unused:
             console.say(f"gpus      1 of {unused + 1} will train; all of them with: --nproc gpu")
-        run = train(self.config, out, console, STARTED, self.resume_from)
+        run = train(self.config, out, console, STARTED, self.resume_from, named=self._names_data())
         if os.environ.get("RANK", "0") == "0":
             plot_run(run)
             try:
@@ -69,3 +69,9 @@ class Train(Command):
                 page = None
             console.say("\n" + explain(run, page))
         return 0
+
+    def _names_data(self) -> bool:
+        """Whether the arguments say which text to train on, by a recipe or an option, rather than a run alone."""
+        options = {word.partition("=")[0].replace("-", "_") for word in self.typed}
+        recipe = self.typed[:1] and not self.typed[0].startswith("-")
+        return bool(recipe or options & {"__data", "__data.paths", "__data.val_paths"})

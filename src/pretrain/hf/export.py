@@ -28,7 +28,7 @@ from pretrain.runs.metrics import Smoothed
 from pretrain.runs.run import stored_core
 from pretrain.text import embedded_name
 from pretrain.tokenizer import Tokenizer
-from pretrain.tokens import Dataset, Manifest, is_tokens
+from pretrain.tokens import Dataset, Manifest
 from pretrain.tokens.shards import PLAN
 
 CODE = ("hf.configuration_pretrain", "hf.modeling_pretrain", "model.transformer", "model.cache", "model.loss")
@@ -161,13 +161,13 @@ def _data(run: Run) -> list[list[str]] | str:
     try:
         corpus = run.corpus()
     except DataError:
-        return f"{names}; its tokens were no longer there when this was written."
+        return f"{names}; its tokens were no longer there, or others, when this was written."
     rows = [["data", "training tokens", "documents", "bytes", "held-out tokens", "documents", "bytes", "share of rows"]]
     weights = data.weights or [each.tokens("train") for each in corpus.datasets]
     for dataset, weight in zip(corpus.datasets, weights, strict=True):
         train = ["tokenized while training", "", ""] if data.stream else _sizes(dataset, "train")
         name = without_secrets(dataset.name) + _made_from(expand(dataset.name))
-        name = name if is_tokens(data.paths) else names
+        name = names if run.own_tokens else name
         rows.append([name, *train, *_sizes(dataset, "val"), f"{weight / max(1, sum(weights)):.1%}"])
     return rows if len(corpus.datasets) > 1 else [row[:-1] for row in rows]
 

@@ -24,11 +24,11 @@ from pretrain.model import GPT, meta_model
 from pretrain.runs.checkpoint import COMMIT, Checkpoint, checkpoints, newest
 from pretrain.runs.metrics import Smoothed
 from pretrain.tokenizer import Tokenizer
-from pretrain.tokens import Corpus, is_tokens, open_corpus
+from pretrain.tokens import ORIGIN, Corpus, Origin, is_tokens, open_corpus
 
 LOCK = "lock"
 HEARTBEAT = "heartbeat.json"
-BEFORE_RUN = {"data", "data.tmp", "tokenizer.json", LOCK}
+BEFORE_RUN = {"data", "data.tmp", "tokenizer.json", ORIGIN, LOCK}
 """What a run that was stopped while preparing leaves behind; it is overwritten."""
 CORE_FILE = "core.jsonl"
 """Results of ``pretrain eval --core``, one per line."""
@@ -160,18 +160,29 @@ class Run:
         """The run's tokenizer."""
         return Tokenizer.load(self.folder / "tokenizer.json").with_bos(self.config.data.bos)
 
-    def corpus(self) -> Corpus:
-        """The tokens of the run: the shards that its configuration names, or those made of its text.
+    @property
+    def own_tokens(self) -> bool:
+        """Whether the tokens of the run are in ``data``, made of its text, rather than shards at ``data.paths``."""
+        return self.data.is_dir()
 
-        Of a stream they are only the held-out ones. Raises DataError if they are no longer there, or cut short.
+    def corpus(self) -> Corpus:
+        """The tokens of the run: those made of its text, or the shards that its configuration names.
+
+        Of a stream they are only the held-out ones. Raises DataError if they are no longer there, cut short, or others.
         """
-        paths = self.config.data.paths
-        if not self.data.is_dir():  # it was trained on token shards
-            for path in paths:
-                if not Path(path).exists() and not glob.glob(path):
-                    raise DataError(f"{path}, on which {self.folder} was trained, is no longer there; put it back")
-        shards = paths if is_tokens(paths) else [str(self.data)]
-        return open_corpus(shards, self.tokenizer(), self.config.data.bos, dtype=self.config.data.dtype)
+        data = self.config.data
+        shards = [str(self.data)] if self.own_tokens else data.paths
+        lost = [path for path in shards if not Path(path).exists() and not glob.glob(path)]
+        if not lost and not self.own_tokens and not is_tokens(shards):  # it is the text, and the tokens were deleted
+            lost = [str(self.data)]
+        if lost:
+            raise DataError(f"{lost[0]}, on which {self.folder} was trained, is no longer there; put it back")
+        corpus = open_corpus(shards, self.tokenizer(), data.bos, dtype=data.dtype)
+        if (known := Origin.load(self.folder).tokens) and known != corpus.fingerprint:
+            raise DataError(
+                f"{', '.join(shards)} is not what {self.folder} was trained on; restore it, or start again with --out"
+            )
+        return corpus
 
     def newest_checkpoint(self) -> Checkpoint:
         """The newest intact checkpoint. A CheckpointError when there is none."""

@@ -42,7 +42,6 @@ from pretrain.text.opening import unreadable
 from pretrain.text.pieces import EMBEDDED, Piece
 from pretrain.text.split import TRAIN, VAL, Part
 from pretrain.tokenizer import Tokenizer, build_tokenizer
-from pretrain.tokens.datasets import is_tokens
 from pretrain.tokens.order import PIECES, key, permute
 from pretrain.tokens.packing import OTHER_TEXT, Cursor, Place, best_fit, concatenate
 from pretrain.tokens.prepare import TOKENIZER, Prepared, check_boundary, introduce
@@ -102,12 +101,12 @@ class LiveText:
         for piece in pieces:
             digest.update(json.dumps([Path(piece.file).name, piece.size, piece.begin, piece.end]).encode())
         for file in dict.fromkeys(piece.file for piece in pieces):
-            digest.update(_sample(file))
+            digest.update(hash_of_ends(file))
         return digest.hexdigest()
 
 
-def _sample(file: str) -> bytes:
-    """A hash of both ends of a file on this machine; empty for others, which are known by their pieces only."""
+def hash_of_ends(file: str) -> bytes:
+    """A hash of the size and both ends of a file on this machine; empty for others, known by their pieces only."""
     if file == EMBEDDED or "://" in file:
         return b""
     try:
@@ -130,8 +129,6 @@ def find_text(data: DataConfig, say: Say = lambda _: None) -> LiveText:
         UsageError: the configuration asks for what a stream cannot do.
         DataError: the text is missing or cannot be read, or a side of the split would be empty.
     """
-    if data.paths and is_tokens(data.paths):
-        raise UsageError(f"{data.paths[0]} holds tokens already, which need no data.stream; use --data.no-stream")
     for name, given in (("order random", data.order == "random"), ("stride", data.stride), ("weights", data.weights)):
         if given:
             raise UsageError(f"data.{name} needs token shards (pretrain data prepare), not a stream; leave one out")

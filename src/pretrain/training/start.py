@@ -14,8 +14,8 @@ from pathlib import Path
 
 from pretrain.config import Config, differences
 from pretrain.device import keep_freed_memory
-from pretrain.errors import Interrupted, UsageError
-from pretrain.io import append_jsonl, read_jsonl
+from pretrain.errors import DataError, Interrupted, PretrainError, UsageError
+from pretrain.io import append_jsonl, read_jsonl, without_secrets
 from pretrain.model import meta_model
 from pretrain.optim import build_optimizers, find_optimizer
 from pretrain.runs import Run, checkpoints
@@ -23,14 +23,18 @@ from pretrain.runs.checkpoint import remove
 from pretrain.runs.run import lock_run
 from pretrain.sizing import resolve
 from pretrain.tokens import (
+    Origin,
     check_boundary,
+    difference,
     find_text,
     introduce,
     is_tokens,
     open_corpus,
     prepare,
     prepare_stream,
+    text_now,
     training_order,
+    with_hashes,
 )
 from pretrain.training.callbacks import Callback
 from pretrain.training.console import Console
@@ -46,6 +50,7 @@ def train(
     started: float | None = None,
     resume_from: int = 0,
     callbacks: Sequence[Callback] = (),
+    named: bool = True,
 ) -> Run:
     """Train as ``config`` says into the run directory ``out``, or resume the run in it, to its end.
 
@@ -56,6 +61,8 @@ def train(
         started: ``time.monotonic()`` when the whole job began, from which its seconds are counted; now by default.
         resume_from: go back to the checkpoint of this step first; 0: resume from the newest.
         callbacks: code of your own, see :class:`pretrain.Callback`.
+        named: whether ``config.data`` names the text anew. False: it is what the run in ``out`` says, so that text that
+            changed since is no error if the run has tokens made of it before; it goes on with them, and says so.
 
     Raises:
         UsageError: the configuration cannot run here, or differs from that of the run in ``out``.
@@ -76,7 +83,7 @@ def train(
             find_optimizer(config.optim)  # refuses an unknown name before any work
             until_the_end.enter_context(lock_run(out))
             try:
-                run = open_run(config, out, console)
+                run = open_run(config, out, console, named)
                 if resume_from:
                     go_back(run, resume_from, console.say)
             except KeyboardInterrupt:
@@ -91,31 +98,102 @@ def train(
     return run
 
 
-def open_run(config: Config, folder: Path, console: Console) -> Run:
+def open_run(config: Config, folder: Path, console: Console, named: bool = True) -> Run:
     """The run in ``folder``, or a new one with its text prepared; nothing is left behind when that fails."""
     config = with_absolute_paths(config)
     if Run.exists(folder):
-        return Run.create(folder, same_configuration(Run.open(folder), config, console.say))
+        run = same_data(Run.open(folder), config, named, console.say)
+        return Run.create(folder, same_configuration(run, config, console.say))
     config = resolve_init(config)
-    if config.data.stream:
-        text = find_text(config.data, console.say)
-        tokenizer, windows = prepare_stream(config, text, folder / "data", console.say).tokenizer, 0
-    elif is_tokens(config.data.paths):
-        data, vocabulary = config.data, config.tokenizer
+    data, vocabulary, origin, windows = config.data, config.tokenizer, Origin(), 0
+    if is_tokens(data.paths):
+        if data.stream:
+            raise UsageError(f"{data.paths[0]} holds tokens already, which need no data.stream; use --data.no-stream")
         corpus = open_corpus(data.paths, vocabulary.kind, data.bos, boundary=vocabulary.bos, dtype=data.dtype)
         windows = training_order(corpus, config).windows  # refuses what is too short, before the run exists
-        tokenizer = corpus.tokenizer
+        tokenizer, fingerprint = corpus.tokenizer, corpus.fingerprint
         check_boundary(tokenizer, config.model.document_mask)
         introduce(tokenizer, data.bos, console.say)
     else:
-        tokenizer = prepare(config, folder / "data", console.say).tokenizer
-        windows = training_order(open_corpus([str(folder / "data")]), config).windows
+        files = text_now(data)
+        if data.stream:
+            text = find_text(data, console.say)
+            prepared = prepare_stream(config, text, folder / "data", console.say)
+            origin = Origin(stream=text.fingerprint)
+        else:
+            prepared = prepare(config, folder / "data", console.say)
+            windows = training_order(open_corpus([str(folder / "data")]), config).windows
+        tokenizer, fingerprint = prepared.tokenizer, prepared.manifest.fingerprint
+        files = with_hashes(files, data.stream)
+        origin = dataclasses.replace(origin, text=files.text, validation=files.validation)
     tokenizer.save(folder / "tokenizer.json")
     config, derived = resolve(config, tokenizer.vocab_size, windows)
     for line in derived:
         console.say(f"derived   {line}")
     build_optimizers(meta_model(config.model, tokenizer.vocab_size), config.optim)  # refuses groups of no parameter
+    dataclasses.replace(origin, tokens=fingerprint).save(folder)
     return Run.create(folder, config)
+
+
+def same_data(run: Run, config: Config, named: bool, say: Callable[[str], None]) -> Run:
+    """The run with its data at the place that ``config`` names, if what is there is what the run was made with.
+
+    Other data at another place leaves the run as it is, which :func:`same_configuration` then refuses. Data that has
+    changed is a DataError; where it is neither ``named`` nor needed, a line says it. No URL is asked.
+    """
+    data, ours = config.data, run.config.data
+    places = {"paths": data.paths, "val_paths": data.val_paths}
+    if data.weights != ours.weights or any(_urls(places[name]) != _urls(getattr(ours, name)) for name in places):
+        return run
+    there = dataclasses.replace(run.config, data=dataclasses.replace(ours, **places))
+    moved, there = there.data != ours, Run(run.folder, there)
+    before = Origin.load(run.folder)
+    if moved and not before.tokens:  # a run made before this was recorded
+        return run
+    try:
+        problem, now = what_changed(there, before, moved, say)
+    except PretrainError as error:  # it is not found, or the tokens are others
+        problem, now = str(error), before
+    if not problem:
+        if now != before and before.tokens:
+            now.save(run.folder)
+        if moved:
+            say(f"moved     the data is as it was, now at {', '.join(without_secrets(path) for path in data.paths)}")
+        return there
+    if moved:
+        return run
+    reads_it = ours.stream or not run.own_tokens
+    goes_on = run.summary is None or config.train.steps != run.config.train.steps
+    if not named and not (reads_it and goes_on):
+        say(f"changed   {problem}; the run keeps the tokens that it has")
+        return run
+    if not run.own_tokens:
+        raise DataError(problem)
+    if reads_it:
+        raise DataError(f"{problem}; restore it, or choose another --out")
+    alone = f"go on with the tokens that the run has: pretrain train --out {run.folder}"
+    raise DataError(f"{problem}; restore it, choose another --out, or {alone}")
+
+
+def what_changed(run: Run, before: Origin, moved: bool, say: Callable[[str], None]) -> tuple[str, Origin]:
+    """What of a run's data is not as it was ``before``, at the place that its configuration names; empty: nothing.
+
+    Also gives what to record of it now. Raises PretrainError if it is not found, or tokens are others.
+    """
+    data = run.config.data
+    if not run.own_tokens:
+        run.corpus()
+        return "", before
+    problem, unknown, now = difference(before, text_now(data), data.stream)
+    for file in unknown:
+        say(f"text      {file} has another time than when it was prepared; whether it changed is not known")
+    if not problem and moved and data.stream and find_text(data).fingerprint != before.stream:
+        problem = f"the text at {', '.join(data.paths)} is in other pieces"
+    return problem and f"{problem} since {run.folder} was made", now
+
+
+def _urls(paths: Sequence[str]) -> list[str]:
+    return [path for path in paths if "://" in path]
 
 
 def same_configuration(run: Run, config: Config, say: Callable[[str], None]) -> Config:
