@@ -183,6 +183,21 @@ def test_a_run_whose_tokens_were_deleted_takes_no_others(books: Path, tmp_path: 
         assert ("is not what" if beside else f"{tmp_path / 'run' / 'data'}, on which") in error
 
 
+def test_another_tokenizer_under_the_same_name_is_noticed(books: Path, tmp_path: Path, capsys):
+    learn = ["tokenizer", "train", str(books), "--out", str(tmp_path / "tokenizer.json"), "--vocab-size"]
+    assert main([*learn, "270"]) == 0
+    command = ["--data", books, "--out", tmp_path / "run", *tiny(**{"tokenizer.kind": tmp_path / "tokenizer.json"})]
+    assert train(*command) == 0
+    assert train(*command) == 0
+    (tmp_path / "tokenizer.json").unlink()
+    assert train(*command) == 0  # the run has its own
+    assert main([*learn, "280"]) == 0
+    capsys.readouterr()
+    assert train(*command) == 1
+    assert f"{tmp_path / 'tokenizer.json'} is another tokenizer than when" in capsys.readouterr().err
+    assert train("--out", tmp_path / "run") == 0
+
+
 @pytest.fixture
 def tokens(books: Path, tmp_path: Path) -> Path:
     """Token shards of the books."""
@@ -247,6 +262,22 @@ def test_moved_data_is_found_at_its_new_place(books: Path, tmp_path: Path, kind:
         moved.rename(data)
         assert train("--out", tmp_path / "run", "--data", data) == 0  # a finished run too
     assert_same_run(Run.open(tmp_path / "run"), Run.open(tmp_path / "undisturbed"))
+
+
+@pytest.mark.parametrize("kind", ["text", "stream", "tokens"])
+def test_a_run_of_before_goes_on_where_it_is(books: Path, tmp_path: Path, kind: str, monkeypatch, capsys, request):
+    data = request.getfixturevalue("tokens") if kind == "tokens" else books
+    command = ["--data", data, "--out", tmp_path / "run", *tiny(), "--checkpoint.every", 1]
+    command += ["--data.stream", "--data.split", "last_file"] if kind == "stream" else []
+    stop_at(2, monkeypatch, *command)
+    (tmp_path / "run" / "origin.json").unlink()
+    assert train(*command) == 0
+    assert train(*command) == 0
+    assert main(["eval", str(tmp_path / "run")]) == 0
+    data.rename(tmp_path / "moved")
+    capsys.readouterr()
+    assert train("--out", tmp_path / "run", "--data", tmp_path / "moved") == 2
+    assert "another configuration (data.paths" in capsys.readouterr().err
 
 
 def test_files_change_no_sides_by_moving(books: Path, tmp_path: Path, capsys):

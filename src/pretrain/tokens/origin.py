@@ -22,10 +22,11 @@ from pretrain.errors import DataError
 from pretrain.io import cores, read_bounded, sha256_of, write_atomically
 from pretrain.text.files import find_files
 from pretrain.text.opening import is_url, unreadable
-from pretrain.tokens.shards import MANIFEST_BYTES, PLAN
+from pretrain.tokens.shards import PLAN
 from pretrain.tokens.stream import hash_of_ends
 
 ORIGIN = "origin.json"
+ORIGIN_BYTES = 2**31  # the largest that is read: of about ten million files
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,14 @@ class Origin:
 
     def save(self, folder: Path) -> None:
         """Write ``origin.json`` atomically."""
-        write_atomically(folder / ORIGIN, json.dumps(asdict(self), indent=1) + "\n")
+        write_atomically(folder / ORIGIN, json.dumps(asdict(self)) + "\n")
 
     @staticmethod
     def load(folder: Path) -> Origin:
         """That of a run directory. Raises DataError if it is damaged."""
         file = folder / ORIGIN
         try:
-            return msgspec.convert(json.loads(read_bounded(file, MANIFEST_BYTES)), Origin)
+            return msgspec.convert(json.loads(read_bounded(file, ORIGIN_BYTES)), Origin)
         except FileNotFoundError:
             return _of_plan(folder / "data" / PLAN)
         except (ValueError, msgspec.MsgspecError) as error:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pretrain.config import Config, differences
+from pretrain.config import Config, TokenizerConfig, differences
 from pretrain.device import keep_freed_memory
 from pretrain.errors import DataError, Interrupted, PretrainError, UsageError
 from pretrain.io import append_jsonl, read_jsonl, without_secrets
@@ -22,6 +22,8 @@ from pretrain.runs import Run, checkpoints
 from pretrain.runs.checkpoint import remove
 from pretrain.runs.run import lock_run
 from pretrain.sizing import resolve
+from pretrain.tokenizer import build_tokenizer
+from pretrain.tokenizer.build import KINDS
 from pretrain.tokens import (
     Origin,
     check_boundary,
@@ -103,6 +105,8 @@ def open_run(config: Config, folder: Path, console: Console, named: bool = True)
     config = with_absolute_paths(config)
     if Run.exists(folder):
         run = same_data(Run.open(folder), config, named, console.say)
+        if named:
+            same_tokenizer(run, config.tokenizer)
         return Run.create(folder, same_configuration(run, config, console.say))
     config = resolve_init(config)
     data, vocabulary, origin, windows = config.data, config.tokenizer, Origin(), 0
@@ -165,7 +169,7 @@ def same_data(run: Run, config: Config, named: bool, say: Callable[[str], None])
     reads_it = ours.stream or not run.own_tokens
     goes_on = run.summary is None or config.train.steps != run.config.train.steps
     if not named and not (reads_it and goes_on):
-        say(f"changed   {problem}; the run keeps the tokens that it has")
+        say(f"changed   {problem}" + "; the run keeps the tokens that it has" * (not reads_it))
         return run
     if not run.own_tokens:
         raise DataError(problem)
@@ -190,6 +194,17 @@ def what_changed(run: Run, before: Origin, moved: bool, say: Callable[[str], Non
     if not problem and moved and data.stream and find_text(data).fingerprint != before.stream:
         problem = f"the text at {', '.join(data.paths)} is in other pieces"
     return problem and f"{problem} since {run.folder} was made", now
+
+
+def same_tokenizer(run: Run, config: TokenizerConfig) -> None:
+    """A DataError if ``config`` names a file that is not the tokenizer of the run, which has its own copy, any more."""
+    if config != run.config.tokenizer or config.kind in KINDS or not Path(config.kind).is_file():
+        return
+    if build_tokenizer(config.kind, 0, [], bos=config.bos).fingerprint != run.tokenizer().fingerprint:
+        raise DataError(
+            f"{config.kind} is another tokenizer than when {run.folder} was made; restore it, choose another --out, or"
+            f" go on with the one that the run has: pretrain train --out {run.folder}"
+        )
 
 
 def _urls(paths: Sequence[str]) -> list[str]:
