@@ -22,7 +22,7 @@ from pretrain.runs import Run, checkpoints
 from pretrain.runs.checkpoint import remove
 from pretrain.runs.run import lock_run
 from pretrain.sizing import resolve
-from pretrain.tokenizer import build_tokenizer
+from pretrain.tokenizer import Tokenizer
 from pretrain.tokenizer.build import KINDS
 from pretrain.tokens import (
     Origin,
@@ -200,7 +200,8 @@ def same_tokenizer(run: Run, config: TokenizerConfig) -> None:
     """A DataError if ``config`` names a file that is not the tokenizer of the run, which has its own copy, any more."""
     if config != run.config.tokenizer or config.kind in KINDS or not Path(config.kind).is_file():
         return
-    if build_tokenizer(config.kind, 0, [], bos=config.bos).fingerprint != run.tokenizer().fingerprint:
+    as_read = Tokenizer.load(config.kind), Tokenizer.adopt(config.kind, config.bos)  # older runs have the former
+    if run.tokenizer().fingerprint not in {tokenizer.fingerprint for tokenizer in as_read}:
         raise DataError(
             f"{config.kind} is another tokenizer than when {run.folder} was made; restore it, choose another --out, or"
             f" go on with the one that the run has: pretrain train --out {run.folder}"
