@@ -102,6 +102,15 @@ def test_piped_output_at_an_interval(tiny: Config, tmp_path):
     assert shown[9] != f"{records[9]['train/loss']:.3f}"
 
 
+@pytest.mark.parametrize("every", [1, 5])
+def test_nothing_held_out_prints_each_line_once(tiny: Config, tmp_path, every: int):
+    changes = {"data": {"val_fraction": 0.0}, "log": {"every": every}}
+    config = dataclasses.replace(tiny, **{n: dataclasses.replace(getattr(tiny, n), **c) for n, c in changes.items()})
+    text = run_on(Console(), config, tmp_path / "run", terminal=False)
+    shown = [int(line.split()[1]) for line in text.splitlines() if line.startswith("step ")]
+    assert shown == (list(range(1, 13)) if every == 1 else [5, 10, 12])
+
+
 def test_a_terminal_has_a_panel_and_events_above_it(tiny: Config, tmp_path, monkeypatch):
     monkeypatch.setattr("pretrain.training.console.peak_flops", lambda device, dtype: 1e12)
     text = run_on(Console(), tiny, tmp_path / "run", terminal=True)

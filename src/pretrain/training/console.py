@@ -23,6 +23,8 @@ from pretrain.training.callbacks import Callback
 if TYPE_CHECKING:
     from pretrain.training.loop import Trainer
 
+MEASURED = {"val/loss", "train/eval_loss"}  # of a validation, with which the line of its step is printed
+
 
 class Console(Callback):
     """Shows the course of a run.
@@ -77,11 +79,13 @@ class Console(Callback):
             return
         if self._panel is not None:
             self._panel.record = record
-        elif record["step"] % self._every == 0 and "val/loss" not in record:
+        elif record["step"] % self._every == 0 and not MEASURED & record.keys():
             self._show(record)
 
     def on_evaluation(self, record: dict[str, Any]) -> None:
-        """Print the numbers of a validation."""
+        """Print the numbers of a validation; where nothing was held out, the line of its step, once."""
+        if not MEASURED & record.keys() and self._shown == record["step"]:
+            return
         if self._panel is not None and record.get("val/loss") is not None:
             self._panel.validation = record
         self._show(record)
