@@ -222,6 +222,8 @@ def test_groups_of_the_optimizer_on_the_command_line():
     assert groups == {"head": GroupConfig(lr=0.5), "value_embeddings": GroupConfig(betas=(0.5, 0.6))}
     with pytest.raises(UsageError, match=r"optim\.groups\.head\.lr must be at least 0.0, not -1"):
         parse(Train, ["--optim.groups.head.lr", "-1"], "train")
+    with pytest.raises(UsageError, match=r"lr 0.2 and lr_factor 0.01 of a group in optim.groups both set its rate"):
+        parse(Train, ["nanochat", "--optim.groups.stream-scale.lr", "0.2"], "train")
 
 
 def test_a_group_of_no_parameter_leaves_no_run(capsys, tmp_path: Path, text_file: Path):
@@ -244,6 +246,7 @@ def test_a_list_option_given_again_adds_to_it():
     assert config.data.paths == ("a", "b", "c")
     assert config.data.val_paths == ("v", "w=1")
     assert (config.train.steps, config.log.backends) == (3, ("none",))
+    assert parse(Train, ["--sample.prompt=--Ada"], "train").config.sample.prompts == ("--Ada",)
     command = parse(Evaluate, ["RUN", "--data", "a", "--json", "--data", "b"], "eval")
     assert (command.runs, command.data, command.json) == (("RUN",), ("a", "b"), True)
 

@@ -84,7 +84,7 @@ def test_a_single_prompt_by_its_older_name(tmp_path):
         ("model.window_pattern", "LXS", "model.window_pattern must be of the form '^[LS]+$', not 'LXS'"),
         ("data.field", "", "data.field must be a text that is not empty, not ''"),
         ("optim.groups", 3, "optim.groups must be a table of tables, not 3"),
-        ("optim.groups.head", 3, "optim.groups.head must be a table of fields, not 3"),
+        ("optim.groups.head", 3, "[optim.groups.head] must be a table of fields, not 3"),
         ("optim.groups.head.beta", [0.8, 0.9], "'optim.groups.head.beta'; did you mean 'optim.groups.head.betas'?"),
         ("optim.groups.head.lr", -1, "optim.groups.head.lr must be at least 0.0, not -1"),
         ("optim.groups.head.betas", [0.8], "optim.groups.head.betas must be a list of length 2, not [0.8]"),

@@ -96,7 +96,9 @@ def _gathered(args: list[str], lists: dict[str, str]) -> list[str]:
         else:
             taking = rest if word.startswith("--") or word == "-h" else taking
             taking.append(word)
-    return [*rest, *(word for name, given in values.items() for word in (name, *given))]
+    for name, given in values.items():  # with = a value may begin with a -
+        rest += [f"{name}={given[0]}"] if len(given) == 1 else [name, *given]
+    return rest
 
 
 def _base_config(args: list[str]) -> Config:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config.schema import Config
+from pretrain.config.validate import refuse_unknown
 from pretrain.errors import UsageError, did_you_mean
 
 # Fields that do not change what is learned: a run may be resumed with other values of these.
@@ -79,11 +80,7 @@ def config_from_dict(tree: Mapping[str, Any], source: str) -> Config:
         for name, values in tree.items():
             if name not in sections:
                 raise ValueError(f"unknown field '{name}'{did_you_mean(name, sections)}")
-            if not isinstance(values, Mapping):
-                raise ValueError(f"[{name}] must be a table of fields, not {values!r}")
-            known = [f"{name}.{field.name}" for field in dataclasses.fields(sections[name])]
-            for unknown in sorted({f"{name}.{key}" for key in values} - set(known)):
-                raise ValueError(f"unknown field '{unknown}'{did_you_mean(unknown, known)}")
+            refuse_unknown(name, values, sections[name])
         return Config(**{name: sections[name](**values) for name, values in tree.items()})
     except ValueError as error:
         raise UsageError(f"{source}: {error}") from None

@@ -201,6 +201,11 @@ class GroupConfig:
     weight_decay: NonNegative | None = None
     """Decoupled weight decay. None: as for the rest."""
 
+    def __post_init__(self):
+        if self.lr and self.lr_factor != 1:
+            both = f"lr {self.lr:g} and lr_factor {self.lr_factor:g}"
+            raise ValueError(f"{both} of a group in optim.groups both set its rate; give one of them")
+
 
 @dataclass(frozen=True)
 class OptimConfig(Section):

@@ -67,14 +67,19 @@ def _plain(value: Any) -> Any:
     return next((plain(value) for plain in (float, str) if isinstance(value, plain)), value)
 
 
+def refuse_unknown(name: str, values: Any, kind: Any) -> None:
+    """A ValueError unless the values of the table ``name`` are fields of the dataclass ``kind``."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"[{name}] must be a table of fields, not {values!r}")
+    known = [f"{name}.{field.name}" for field in dataclasses.fields(kind)]
+    for unknown in sorted({f"{name}.{key}" for key in values} - set(known)):
+        raise ValueError(f"unknown field '{unknown}'{did_you_mean(unknown, known)}")
+
+
 def _checked_table(name: str, value: Any, kind: Any) -> Any:
     """One of the tables, as the dataclass ``kind``."""
     if isinstance(value, kind):
         value = vars(value)
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{name} must be a table of fields, not {value!r}")
-    known = [f"{name}.{field.name}" for field in dataclasses.fields(kind)]
-    for unknown in sorted({f"{name}.{key}" for key in value} - set(known)):
-        raise ValueError(f"unknown field '{unknown}'{did_you_mean(unknown, known)}")
+    refuse_unknown(name, value, kind)
     hints = _hints(kind, include_extras=True)
     return kind(**{key: checked(f"{name}.{key}", item, hints[key]) for key, item in value.items()})
