@@ -34,6 +34,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path):
 
 def test_durations():
     seconds = (3.14, 42, 90, 130, 5400, 9000, 200_000)
+    assert duration(9.7) == "10 s"
     assert [duration(each) for each in seconds] == ["3 s", "42 s", "90 s", "2.2 min", "90.0 min", "2.5 h", "2.3 days"]
 
 

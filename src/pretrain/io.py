@@ -166,7 +166,7 @@ def signals_to_handle(*names: str) -> list[int]:
 def duration(seconds: float) -> str:
     """A length of time for people: ``8 s``, ``90 s``, ``3.8 min``, ``2.3 h``, ``4.0 days``."""
     if seconds < 120:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1g} s"
+        return f"{seconds:.0f} s" if seconds >= 9.5 else f"{seconds:.1g} s"
     if seconds < 7200:
         return f"{seconds / 60:.1f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:,.1f} days"
