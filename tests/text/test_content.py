@@ -79,11 +79,23 @@ def test_a_large_file_compressed_under_a_plain_name_is_one_piece(tmp_path: Path,
         (TEXT.encode("utf-16"), "this is UTF-16, not UTF-8; convert it: iconv -f utf-16 -t utf-8"),
         (TEXT.encode("utf-16-le"), "this is UTF-16, not UTF-8; convert it: iconv -f utf-16le -t utf-8"),
         (TEXT.encode("utf-16-be"), "this is UTF-16, not UTF-8; convert it: iconv -f utf-16be -t utf-8"),
-        ("Wróćże, bądź — żółć".encode("cp1250") * 20, "perhaps windows-1251, gb18030"),
-        ("Die Störche kommen im März wieder.\n".encode("latin1") * 20, "perhaps windows-1252: iconv -f ENCODING"),
+        (
+            "Wróćże, bądź — żółć".encode("cp1250") * 20,
+            "(its beginning fits windows-1251, koi8-r, windows-1250); convert it: iconv -f ENCODING",
+        ),
+        (
+            "Die Störche kommen im März.\n".encode("latin1") * 20,
+            "fits windows-1252, macintosh, windows-1250); convert it",
+        ),
+        (
+            "Die Störche kommen im März.\n".encode("mac_roman") * 20,
+            "which is not known (its beginning fits windows-1252, mac",
+        ),
+        ("私は本を読むのが好きです。\n".encode("euc_jp") * 20, "(its beginning fits gb18030, big5, euc-jp, cp949,"),
+        ("私は本を読むのが好きです。\n".encode("shift_jis") * 20, "(its beginning fits gb18030, cp932, windows-1251,"),
         (
             "春眠不觉晓，处处闻啼鸟。\n".encode("gb18030") * 20,
-            "perhaps windows-1251, gb18030, shift_jis or cp949: iconv",
+            "which is not known (its beginning fits gb18030, big5, cp949, windows-1251, koi8-r, windows-1250)",
         ),
     ],
 )

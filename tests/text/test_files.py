@@ -141,7 +141,7 @@ def test_text_of_another_encoding_is_refused_at_its_first_wrong_byte(tmp_path: P
     file = write(tmp_path / "latin.txt", before + "é and more".encode("latin1"))
     line = refusal(file)
     assert f"byte 0xe9 at offset {offset})" in line
-    assert f"perhaps windows-1252: iconv -f ENCODING -t utf-8 {file} > OUT" in line
+    assert f"macintosh, windows-1250); convert it: iconv -f ENCODING -t utf-8 {file} > OUT" in line
 
 
 @pytest.mark.parametrize("size", [4_000, 64 * 1024 - 1, 64 * 1024, 3_000_000])

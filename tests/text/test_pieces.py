@@ -409,7 +409,7 @@ def test_every_pathological_row_is_fixed_or_left_out_and_counted(tmp_path: Path)
         "no field": 1,
         "not JSON": 5,
     }
-    assert {*stats.problems, "no separator"} == set(PROBLEMS)
+    assert {*stats.problems, "no separator", "cut"} == set(PROBLEMS)
     assert stats.records == 50 + len(lines)
     assert stats.places() == {
         "half surrogate": f"{file}, line 52",
@@ -444,11 +444,18 @@ def test_the_wrong_field_is_said_with_those_there_are(tmp_path: Path):
     assert "it has no 'contnet' (it has id, content); did you mean content ? Say so with --data.field" in refusal(
         table, field="contnet"
     )
-    assert "'contents' holds no text there" in refusal(lines, field="contents")
-    assert "'id' holds no text there (it has id, content); did you mean" in refusal(table, field="id")
+    assert "'contents' is a list, not text (it has id, content, contents); did you mean content ?" in refusal(
+        lines, field="contents"
+    )
+    assert "'id' is int64, not text (it has id, content); did you mean" in refusal(table, field="id")
     nested = tmp_path / "b.parquet"
     pq.write_table(pa.table({"text": [{"en": "x"}], "turns": [["x"]]}), nested)
-    assert "'text' holds no text there (it has text, turns); none of them holds text" in refusal(nested)
+    assert "'text' is struct<en: string>, not text (it has text, turns); none of them holds text" in refusal(nested)
+    lists = "'turns' is list<element: string>, not text (it has text, turns); none of them holds text; join each list"
+    assert f"{lists} into one text and write the file again" in refusal(nested, field="turns")
+    assert "'text' is a list, not text (it has text); none of them" in refusal(
+        lines_file(tmp_path / "b.jsonl", [{"text": ["x", "y"]}])
+    )
 
 
 def test_a_first_row_without_text_is_not_the_wrong_field(tmp_path: Path):
@@ -458,7 +465,14 @@ def test_a_first_row_without_text_is_not_the_wrong_field(tmp_path: Path):
     assert stats.problems == {"null": 1, "not text": 1}
 
 
-@pytest.mark.parametrize("data", ['[{"text": "x"}]', '[\n{"text": "x"}\n]', '{\n"text": "x"}', "once upon a time"])
+@pytest.mark.parametrize("data", ['{\n"text": "x"}', '{"text": "x"}{"text": "y"}', '{"text": "x"} {"text": "y"}\n'])
+def test_objects_that_are_no_lines_are_refused(tmp_path: Path, data: str):
+    (tmp_path / "a.jsonl").write_text(data)
+    fix = f"write each object on a line of its own: jq -c . {tmp_path}/a.jsonl > OUT.jsonl"
+    assert refusal(tmp_path / "a.jsonl").endswith(f"its first line is not one whole JSON object; {fix}")
+
+
+@pytest.mark.parametrize("data", ['[{"text": "x"}]', '[\n{"text": "x"}\n]', "once upon a time"])
 def test_what_is_no_json_lines_is_refused(tmp_path: Path, data: str):
     (tmp_path / "a.jsonl").write_text(data)
     assert "its first line is not a JSON object; give one such as" in refusal(tmp_path / "a.jsonl")

@@ -169,13 +169,21 @@ def test_a_stream_counts_what_it_reads_later(tmp_path: Path, capsys: pytest.Capt
     assert f"problem   1 of 401 lines that are not a JSON object; skipped (first: {place}, line 201), so far" in printed
 
 
-def test_eval_and_tokenizer_train_say_what_they_leave_out(text_file: Path, tmp_path: Path, capsys):
+def test_eval_and_tokenizers_refuse_mostly_broken_text_and_say_the_rest(text_file: Path, tmp_path: Path, capsys):
     file = mostly_broken(tmp_path)
     options = [text for name, value in TINY.items() for text in (f"--{name}", str(value))]
     assert (
         main(["train", "--data", str(text_file), "--out", str(tmp_path / "run"), *options, "--train.steps", "1"]) == 0
     )
-    assert main(["eval", str(tmp_path / "run"), "--data", str(file)]) == 0
-    assert SAID.format(file) in capsys.readouterr().err
-    assert main(["tokenizer", "train", str(file), "--out", str(tmp_path / "t.json"), "--vocab-size", "257"]) == 0
-    assert SAID.format(file) in capsys.readouterr().out
+    capsys.readouterr()
+    made = tmp_path / "t.json"
+    for command in (
+        ["eval", str(tmp_path / "run"), "--data", str(file)],
+        ["tokenizer", "train", str(file), "--out", str(made), "--vocab-size", "257"],
+        ["tokenizer", "show", "byte", "--file", str(file)],
+    ):
+        assert main(command) == 1
+        assert REFUSED in capsys.readouterr().err
+        assert made.exists() == (command[1] == "show")  # the one before made it when that was allowed
+        assert main([*command, "--allow-broken"]) == 0
+        assert "".join(capsys.readouterr()).count(SAID.format(file)) == 1

@@ -28,6 +28,8 @@ class Evaluate(Command):
     """Name of the text in --data's JSONL objects and Parquet columns. Default: that of the run."""
     separator: str | None = None
     """Separator of the documents in --data's plain text files. Default: that of the run."""
+    allow_broken: bool = False
+    """Measure what is left of --data where more than half of the records have no text that can be used."""
     split: Literal["val", "train"] = "val"
     """Which of the run's own text: the held-out part, or what it was trained on."""
     batches: Natural = 0
@@ -59,7 +61,15 @@ class Evaluate(Command):
 
         tasks = read_tasks(open_bundle("" if self.core == "default" else self.core)) if self.core else []
         request = EvalRequest(
-            self.split, self.data, self.field, self.separator, self.batches, tasks, self.max_per_task, self.step
+            split=self.split,
+            data=self.data,
+            field=self.field,
+            separator=self.separator,
+            allow_broken=self.allow_broken,
+            batches=self.batches,
+            core=tasks,
+            max_per_task=self.max_per_task,
+            step=self.step,
         )
         check_places(self.runs, request)  # before the first of them takes its time
         measured = []

@@ -47,6 +47,8 @@ class Train(Command):
     """Name of the text in JSONL objects and of the text column of Parquet files."""
     separator: str = ""
     """What separates the documents of plain text files, such as <|endoftext|>. Empty: each file is a document."""
+    allow_broken: bool = False
+    """Use what is left where more than half of the records have no text that can be used, rather than refusing it."""
     max_bytes: Natural = 1_000_000_000
     """Train on at most this many bytes of text, from the start. 0: all."""
     force: bool = False
@@ -63,7 +65,7 @@ class Train(Command):
 
         from rich.console import Console
 
-        from pretrain.text import ReadStats, find_pieces, read_piece
+        from pretrain.text import ReadStats, find_pieces, read_piece, refuse_broken
         from pretrain.tokenizer import build_tokenizer
         from pretrain.tokenizer.build import TOO_MANY_WORDS
         from pretrain.tokens.progress import Progress
@@ -76,6 +78,11 @@ class Train(Command):
         documents, cut, ended = 0, False, False
         sample: list[str] = []
 
+        def say_problems() -> None:
+            for line in read.lines():
+                progress.say(line)
+            refuse_broken(read, self.allow_broken)
+
         def texts() -> Iterator[str]:
             nonlocal documents, cut, ended
             for document in (document for piece in pieces for document in read_piece(piece, self.field, read)):
@@ -86,8 +93,7 @@ class Train(Command):
                 progress.add(len(document.text.encode()))
                 documents += not document.continues
                 yield document.text
-            for line in read.lines():
-                progress.say(line)
+            say_problems()
             progress.say(f"{'--max-bytes is reached' if cut else 'all text is read'}; now merging pairs")
             ended = True
 
@@ -98,8 +104,7 @@ class Train(Command):
                 raise DataError(re.sub(r"(--)?tokenizer\.vocab_size", "--vocab-size", str(error))) from error
         if not ended:
             cut = True
-            for line in read.lines():
-                progress.say(line)
+            say_problems()
             progress.say(f"trained on {progress.bytes / 1e6:,.1f} MB: {TOO_MANY_WORDS}")
         tokenizer.save(out)
         measured = _measure(tokenizer, lambda: sample)
@@ -133,6 +138,8 @@ class Show(Command):
     """Take the text from this file (or folder, pattern, URL) instead."""
     field: str = "text"
     """Name of the text in JSONL objects and of the text column of Parquet files."""
+    allow_broken: bool = False
+    """Use what is left of --file where more than half of the records have no text that can be used."""
     tokens: Natural = 200
     """How many tokens to show, from the start; all are counted. 0: show all."""
     json: bool = False
@@ -143,7 +150,7 @@ class Show(Command):
             raise ValueError("give the text: TEXT, - for standard input, or --file FILE, and only one of them")
 
     def __call__(self) -> int:
-        from pretrain.text import read_documents
+        from pretrain.text import ReadStats, read_documents, refuse_broken
 
         tokenizer, given = open_tokenizer(self.tokenizer), self.text
         if given == "-":
@@ -152,8 +159,17 @@ class Show(Command):
             except UnicodeDecodeError as error:
                 raise DataError(f"standard input is not UTF-8 (byte {error.start}); convert it with iconv") from None
 
-        def texts() -> Iterable[str]:
-            return (each.text for each in read_documents((self.file,), self.field)) if self.file else [given]
+        read = ReadStats()
+
+        def texts() -> Iterator[str]:
+            nonlocal read
+            if not self.file:
+                yield given
+                return
+            now = ReadStats(cuts=tokenizer.cuts)
+            yield from (each.text for each in read_documents((self.file,), self.field, now))
+            read = now  # the same in each pass
+            refuse_broken(read, self.allow_broken)
 
         numbers = _measure(tokenizer, texts)
         if not numbers["tokens"]:
@@ -168,8 +184,8 @@ class Show(Command):
             if len(shown) < numbers["tokens"]:
                 print(f"... {numbers['tokens'] - len(shown):,} more tokens (--tokens 0 shows all)")
         _print({**numbers, "bos": tokenizer.bos}, self.json)
-        for caution in tokenizer.cautions():
-            print(f"pretrain: warning: {caution}", file=sys.stderr)
+        for line in [*read.lines(), *(f"warning: {caution}" for caution in tokenizer.cautions())]:
+            print(f"pretrain: {line}", file=sys.stderr)
         return 0
 
 

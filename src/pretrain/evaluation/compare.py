@@ -27,7 +27,7 @@ from pretrain.evaluation.huggingface import PREFIX, HFScorer, check_folder, read
 from pretrain.io import append_jsonl, table
 from pretrain.runs import Run
 from pretrain.runs.run import CORE_FILE, weights_id
-from pretrain.text import ReadStats, find_pieces
+from pretrain.text import ReadStats, find_pieces, refuse_broken
 from pretrain.text.split import VAL
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokens import DataOrder, Manifest, TrainingBatches, prepared_dataset, validation_batches
@@ -53,6 +53,8 @@ class EvalRequest:
     """Name of the text in its JSONL objects and Parquet columns. None: as the run was trained, or 'text'."""
     separator: str | None = None
     """Separator of the documents in its plain text files. None: as the run was trained, or none."""
+    allow_broken: bool = False
+    """Whether to measure what is left of text that is mostly broken; otherwise only as the run was trained."""
     batches: int = 0
     """Estimate on this many random batches of both splits instead. 0: no."""
     core: Sequence[Task] = ()
@@ -184,7 +186,7 @@ def _on_text(
     """A pass over other text, read as the held-out text of a run with ``data`` would be."""
     field = data.field if request.field is None else request.field
     separator = data.separator if request.separator is None else request.separator
-    pieces, read = find_pieces(request.data, field, separator, say), ReadStats()
+    pieces, read = find_pieces(request.data, field, separator, say), ReadStats(cuts=tokenizer.cuts)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         with ShardWriter(folder, "val-00000.bin", VAL, tokenizer) as writer:
@@ -194,6 +196,7 @@ def _on_text(
             shard = writer.close()
         for line in read.lines():
             say(line)
+        refuse_broken(read, request.allow_broken or data.allow_broken)
         if shard.tokens < 2:
             raise DataError(f"{', '.join(request.data)}: too little text to measure on; give more than one token")
         Manifest.of(tokenizer, [shard]).save(folder)

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 from pretrain.config import Config
 from pretrain.errors import DataError
-from pretrain.text import ReadStats, embedded_name, read_piece, refuse_broken
-from pretrain.text.pieces import Piece
+from pretrain.text import ReadStats, embedded_name, problem_lines, read_piece, refuse_broken
+from pretrain.text.pieces import Piece, continues
 from pretrain.text.split import TRAIN
 from pretrain.tokenizer import build_tokenizer
 from pretrain.tokens import check_boundary
-from pretrain.tokens.datasets import is_tokens, open_corpus
+from pretrain.tokens.datasets import check_marked, is_tokens, open_corpus
 from pretrain.tokens.order import DataOrder
 from pretrain.tokens.shards import bytes_per_token, utf8_bytes
 from pretrain.tokens.source import find_sides
@@ -51,6 +51,8 @@ def look_at_data(config: Config) -> DataFacts:
         corpus = open_corpus(data.paths, kind, data.bos, boundary=config.tokenizer.bos, dtype=data.dtype)
         train, val = corpus.tokens("train"), corpus.tokens("val")
         check_boundary(corpus.tokenizer, config.model.document_mask)
+        if config.model.document_mask:
+            check_marked(corpus)
         cautions = tuple(corpus.tokenizer.cautions(data.bos))
         sizes = [dataset.tokens("train") for dataset in corpus.datasets] if data.weights else [train]
         windows = sum(_windows(config, tokens) for tokens in sizes)
@@ -83,6 +85,8 @@ def look_at_data(config: Config) -> DataFacts:
             cautions = tuple(tokenizer.cautions(data.bos))
         per_token = bytes_per_token(sample, tokenizer)
         source = f"{name}, at {per_token:.2f} bytes per token in a sample"
+        cuts = sum(continues(piece) for piece in [*pieces, *held_out]) if tokenizer.cuts == "all" else 0
+        left_out += [f"{line}, or more" for line in problem_lines({"cut": cuts} if cuts else {}, {}, 0)]
     except DataError as error:
         if kind != "bpe":
             raise

@@ -34,9 +34,10 @@ Pairs = list[tuple[str, str]]
 
 def facts(run: Run) -> dict[str, Any]:
     """What does not change with every step. Numbers that are not known yet are 0, texts empty."""
-    manifest, vocabulary, parameters, flops = None, 0, 0, 0
+    manifest, vocabulary, parameters, flops, caution = None, 0, 0, 0, ""
     with suppress(PretrainError, OSError):
-        vocabulary = run.tokenizer().vocab_size
+        tokenizer = run.tokenizer()
+        vocabulary, caution = tokenizer.vocab_size, tokenizer.change_in_words
         parameters = sum(count_parameters(run.config.model, vocabulary).values())
         flops = flops_per_token(run.config.model, vocabulary)
     with suppress(PretrainError, OSError):
@@ -47,6 +48,7 @@ def facts(run: Run) -> dict[str, Any]:
         "vocabulary": vocabulary,
         "parameters": parameters,
         "flops_per_token": flops,
+        "caution": caution,
         "manifest": manifest,
         "baselines": baselines(run),
         "data": data(run, manifest),
@@ -61,7 +63,7 @@ def progress(run: Run, curves: Curves, known: dict[str, Any]) -> dict[str, Any]:
     """What changes with every step; ``known`` are the :func:`facts`."""
     return {
         "results": results(run, curves, known["vocabulary"], known["parameters"], known["flops_per_token"]),
-        "remarks": remarks(run, curves, known["baselines"], known["manifest"]),
+        "remarks": remarks(run, curves, known["baselines"], known["manifest"], known["caution"]),
         "losses": losses(run, curves, known["baselines"], known["manifest"]),
     }
 
@@ -150,9 +152,11 @@ def losses(run: Run, curves: Curves, counted: Baselines | None, manifest: Manife
     return rows
 
 
-def remarks(run: Run, curves: Curves, counted: Baselines | None, manifest: Manifest | None) -> list[str]:
-    """What the numbers say, in sentences."""
-    said: list[str] = []
+def remarks(
+    run: Run, curves: Curves, counted: Baselines | None, manifest: Manifest | None, caution: str = ""
+) -> list[str]:
+    """What the numbers say, in sentences; ``caution``: what bits per byte are of, if not of the text as it stands."""
+    said: list[str] = [f"{caution[:1].upper()}{caution[1:]}."] if caution else []
     if measured := held_out(curves):
         loss = measured[-1][1]
         _, of_all, bits = newest_held_out(curves) or measured[-1]

@@ -6,6 +6,7 @@ import codecs
 import os
 import re
 import shlex
+import unicodedata
 
 from pretrain.errors import DataError
 
@@ -37,6 +38,11 @@ _WIDE: dict[
     (False, True, False, True): "utf-16le",
     (True, False, True, False): "utf-16be",
 }
+# Encodings that are tried on what is not UTF-8, by names that Python and iconv share: where most letters are ASCII, and
+# where nearly every byte is none.
+_WESTERN = ("windows-1252", "macintosh", "windows-1250")
+_OTHER_SCRIPTS = ("gb18030", "big5", "cp932", "euc-jp", "cp949", "windows-1251", "koi8-r", "windows-1250")
+_BLANKS = "\t\n\x0b\x0c\r\x1b"
 _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")  # not tab, line ends, form feed and escape
 
 
@@ -79,12 +85,21 @@ def refuse_other_encoding(file: str, start: bytes, wrong: int, offset: int, kind
         raise DataError(
             f"{file}: this file is binary (byte 0x{start[offset]:02x} at offset {offset}); give plain {kind}"
         )
-    # Where most letters are ASCII it is a Western language; elsewhere nearly every byte is wrong.
-    names = "windows-1252" if 5 * wrong < len(start) else "windows-1251, gb18030, shift_jis or cp949"
+    fitting = [name for name in (_WESTERN if 5 * wrong < len(start) else _OTHER_SCRIPTS) if _fits(start, name)]
+    which = f" (its beginning fits {', '.join(fitting)})" if fitting else ""
     raise DataError(
-        f"{file}: not UTF-8 (byte 0x{start[offset]:02x} at offset {offset}); convert it from its encoding, perhaps"
-        f" {names}: iconv -f ENCODING -t utf-8 {shlex.quote(file)} > OUT"
+        f"{file}: not UTF-8 (byte 0x{start[offset]:02x} at offset {offset}) but another encoding, which is not known"
+        f"{which}; convert it: iconv -f ENCODING -t utf-8 {shlex.quote(file)} > OUT"
     )
+
+
+def _fits(start: bytes, codec: str) -> bool:
+    """Whether bytes are text in this encoding, without control characters; they may end inside a character."""
+    try:
+        text = codecs.getincrementaldecoder(codec)().decode(start)
+    except UnicodeDecodeError:
+        return False
+    return all(unicodedata.category(character) not in ("Cc", "Cn", "Co") for character in set(text) - set(_BLANKS))
 
 
 def _wide_encoding(start: bytes) -> str:

@@ -38,6 +38,7 @@ ROWS, ROWS_BYTES = 1024, 8 * 1024 * 1024  # rows of Parquet decoded at once, at 
 # Where a text may be cut without changing its tokens: between a letter or digit and a blank or line end (as
 # tokenizer.split_text does), or after a single line end. The pre-tokenizers in use end a word in both places.
 _GOOD_CUT = re.compile(r"(?<=[^\W_])(?=[ \n])|(?<=\S\n)(?=[^\s/])")
+GOOD, IN_WORD = "at a good place", "in a word"  # how a part of a text is cut off
 _LINE_ENDS = (b"\r\n", b"\n")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # Of Arrow. A column of nothing but nulls may have the type null, as one of many files of a text.
@@ -86,30 +87,36 @@ def read_text(file: str, begin: int, end: int, stats: ReadStats) -> Iterator[Doc
         start, length = 0, None
         if end:
             with open_raw(file) as beyond:
-                stop = _text_cut(beyond, end)
-            start = _text_cut(stream, begin)
+                stop, _ = _text_cut(beyond, end)
+            start, in_word = _text_cut(stream, begin)
             stream.seek(start)
             length = stop - start
+            if begin and length:
+                stats.note_cut(file, start, in_word)
         continues = begin > 0
         stats.records += not continues
-        for part, last in _parts(_decoded(stream, file, start, length, stats)):
-            if last and not continues and not end and not part.strip():
+        for part, cut in _parts(_decoded(stream, file, start, length, stats)):
+            if not cut and not continues and not end and not part.strip():
                 stats.note("empty", file, WHOLE_FILE)
                 return
-            stats.size += len(part) if part.isascii() else len(part.encode())
+            size = len(part) if part.isascii() else len(part.encode())
+            stats.size += size
+            start += size
+            if cut:
+                stats.note_cut(file, start, cut == IN_WORD)
             if part:
                 yield Document(part, file, continues)
             continues = True
 
 
-def _text_cut(stream: BinaryIO, position: int) -> int:
-    """The offset at which to cut a plain text: the first good place from ``position`` on.
+def _text_cut(stream: BinaryIO, position: int) -> tuple[int, bool]:
+    """The offset at which to cut a plain text, the first good place from ``position`` on, and whether it is none.
 
     Where there is none within CUT_WINDOW it is the next character. It depends on the bytes of the file alone, so that
     the reader of a range and the reader of the next agree on it.
     """
     if position == 0:
-        return 0
+        return 0, False
     before = max(0, position - 8)  # a good place looks back at up to two characters
     stream.seek(before)
     window = stream.read(position - before + CUT_WINDOW)
@@ -118,8 +125,8 @@ def _text_cut(stream: BinaryIO, position: int) -> int:
     for cut in _GOOD_CUT.finditer(text):
         offset = before + start + len(text[: cut.start()].encode("utf-8", "surrogateescape"))
         if offset >= position:
-            return offset
-    return before + _next_character(window, position - before)
+            return offset, False
+    return before + _next_character(window, position - before), True
 
 
 def _next_character(data: bytes, offset: int) -> int:
@@ -161,20 +168,20 @@ def _utf8(data: bytes, final: bool) -> tuple[str, int, int, int]:
         return *codecs.utf_8_decode(data, "replace", final), wrong, error.start
 
 
-def _parts(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Join texts and cut them at good places into long parts. Gives each part and whether it is the last."""
+def _parts(texts: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Join texts and cut them at good places into long parts. Gives each part and how it is cut off: the last, not."""
     held = ""
     for text in texts:
         held += text
         start = 0
         while len(held) - start > PART_CHARACTERS + CUT_WINDOW:
-            end = start + PART_CHARACTERS
+            end, cut = start + PART_CHARACTERS, IN_WORD
             if good := _GOOD_CUT.search(held, end, end + CUT_WINDOW):
-                end = good.start()
-            yield held[start:end], False
+                end, cut = good.start(), GOOD
+            yield held[start:end], cut
             start = end
         held = held[start:]
-    yield held, True
+    yield held, ""
 
 
 def _documents(text: Any, file: str, place: int, stats: ReadStats) -> Iterator[Document]:
@@ -186,8 +193,10 @@ def _documents(text: Any, file: str, place: int, stats: ReadStats) -> Iterator[D
     else:
         if nuls := text.count("\0"):
             stats.note("NUL character", file, place, nuls)
-        parts = _parts([text]) if len(text) > PART_CHARACTERS else [(text, True)]  # most are short
-        for number, (part, _) in enumerate(parts):
+        parts = _parts([text]) if len(text) > PART_CHARACTERS else [(text, "")]  # most are short
+        for number, (part, cut) in enumerate(parts):
+            if cut:
+                stats.note_cut(file, place, cut == IN_WORD)
             yield Document(part, file, number > 0)
 
 
@@ -223,6 +232,7 @@ def read_lines(file: str, field: str, begin: int, end: int, stats: ReadStats, bu
     the file is not a JSON object with a text in ``field``: then it is the wrong file or the wrong field.
     """
     fix = f'give one such as {{"text": "..."}} a line; from a JSON array: jq -c .[] {shlex.quote(file)} > OUT.jsonl'
+    object_fix = f"write each object on a line of its own: jq -c . {shlex.quote(file)} > OUT.jsonl"
     first = begin == 0
     for position, line, _ in _records(file, b"\n", begin, end, stats, fix, buffer):
         if position == 0:
@@ -236,12 +246,17 @@ def read_lines(file: str, field: str, begin: int, end: int, stats: ReadStats, bu
         except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
+            if first and decoded.lstrip().startswith("{"):
+                raise DataError(f"{file}: its first line is not one whole JSON object; {object_fix}")
             if first:
                 raise DataError(f"{file}: its first line is not a JSON object; {fix}")
             stats.note("not JSON", file, position)
             continue
         if first and not isinstance(row.get(field, 0), str | None):
-            raise _no_text(file, field, list(row), [name for name, value in row.items() if isinstance(value, str)])
+            texts = [name for name, value in row.items() if isinstance(value, str)]
+            raise _no_text(
+                file, field, list(row), texts, {list: "a list", dict: "an object"}.get(type(row.get(field)), "")
+            )
         first = False
         if field not in row:
             stats.note("no field", file, position)
@@ -287,11 +302,16 @@ def _records(
             yield position, held, False
 
 
-def _no_text(file: str, field: str, names: Sequence[str], texts: Sequence[str]) -> DataError:
-    """Say that rows have no text under ``field``. ``names``: what they have; ``texts``: those that hold text."""
+def _no_text(file: str, field: str, names: Sequence[str], texts: Sequence[str], kind: str = "") -> DataError:
+    """Say that rows have no text under ``field``, but what ``kind`` says.
+
+    ``names``: what they have; ``texts``: those that hold text.
+    """
     listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-    what = f"'{field}' holds no text there" if field in names else f"it has no '{field}'"
+    what = f"'{field}' is {kind or 'of another type'}, not text" if field in names else f"it has no '{field}'"
     fix = "none of them holds text; give another file"
+    if kind.startswith(("a list", "list", "large_list")):
+        fix = "none of them holds text; join each list into one text and write the file again"
     if near := difflib.get_close_matches(field, texts, n=1, cutoff=0.4) or list(texts)[:1]:
         fix = f"did you mean {near[0]} ? Say so with --data.field or --field"
     return DataError(f"{file}: {what} (it has {listed or 'nothing'}); {fix}")
@@ -341,7 +361,7 @@ def _column_sizes(parquet: Any, file: str, field: str) -> list[int]:
     schema, metadata = parquet.schema_arrow, parquet.metadata
     texts = [column.name for column in schema if _TEXT_TYPE.match(str(column.type))]
     if field not in texts:
-        raise _no_text(file, field, schema.names, texts)
+        raise _no_text(file, field, schema.names, texts, str(schema.field(field).type) if field in schema.names else "")
     column = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == field)
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     return [max(1, group.column(column).total_uncompressed_size) if group.num_rows else 0 for group in groups]

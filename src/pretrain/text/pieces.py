@@ -85,6 +85,12 @@ def read_piece(piece: Piece, field: str = "text", stats: ReadStats | None = None
         yield from formats.read_text(piece.file, piece.begin, piece.end, stats)
 
 
+def continues(piece: Piece) -> bool:
+    """Whether a piece begins inside a document: a plain text that is one, cut in ranges."""
+    kind, _ = format_of(piece.file) or (TEXT, "")
+    return piece.begin > 0 and kind == TEXT and not piece.separator
+
+
 def read_documents(paths: Sequence[str], field: str = "text", stats: ReadStats | None = None) -> Iterator[Document]:
     """Give the documents of these paths in order. Raises DataError as ``find_pieces`` and ``read_piece`` do."""
     for piece in find_pieces(paths, field):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from pretrain.errors import DataError, PretrainError
 from pretrain.io import without_secrets
@@ -25,8 +25,12 @@ PROBLEMS = {
     "null": "rows whose text is null; skipped",
     "not text": "JSON objects whose field is a number, list or object; skipped",
     "no separator": "text files in which the separator never occurs; each is one document",
+    "cut": "places where a long document is cut; tokens beside them may differ from those of the whole document",
 }
 """What can be wrong with text. Nothing else is changed or skipped."""
+
+Cuts = Literal["none", "inside words", "all"]
+"""At which cuts of a long document tokens may change (``Tokenizer.cuts``)."""
 
 # Of manifests made before bytes and characters were counted.
 _EARLIER = {
@@ -49,11 +53,17 @@ class ReadStats:
     size: float = 0  # bytes of the files that these records took, decompressed, about
     problems: dict[str, int] = field(default_factory=dict)  # how often each of PROBLEMS was met
     first: dict[str, tuple[str, int]] = field(default_factory=dict)  # of each, the file and the byte or row of Parquet
+    cuts: Cuts = "none"  # which of them are a problem
 
     def note(self, problem: str, file: str, offset: int, count: int = 1) -> None:
         """Count a problem that is at an offset of a file."""
         self.problems[problem] = self.problems.get(problem, 0) + count
         self.first.setdefault(problem, (file, offset))
+
+    def note_cut(self, file: str, offset: int, in_word: bool) -> None:
+        """Count a cut of a long document, ``in_word`` where no good place for it was found."""
+        if self.cuts == "all" or (self.cuts == "inside words" and in_word):
+            self.note("cut", file, offset)
 
     def add(self, later: ReadStats) -> None:
         """Add what was read after this."""
@@ -92,7 +102,7 @@ def refuse_broken(read: ReadStats, allowed: bool = False) -> None:
     raise DataError(
         f"{_place(*read.first[worst])}: the first of {broken[worst]:,} {PROBLEMS[worst].partition(';')[0]}, of"
         f" {read.records:,} in all; mend the text, or use only the rest of it with --data.allow_broken"
-        f" (data prepare: --allow-broken)"
+        f" (train, plan) or --allow-broken"
     )
 
 

@@ -19,6 +19,7 @@ import tokenizers
 
 from pretrain.errors import DataError, PretrainError
 from pretrain.io import write_atomically
+from pretrain.text.problems import Cuts
 from pretrain.tokenizer.boundary import BOS_NAMES, find_boundary, mark_boundary, marked_boundary
 from pretrain.tokenizer.fast import EncoderName, FastEncoder, make_encoder
 from pretrain.tokenizer.patterns import byte_alphabet, bytes_of_token, pattern_of
@@ -186,6 +187,11 @@ class Tokenizer:
         lengths = np.array([len(token) for token in self._bytes], dtype=np.int32)
         lengths[list(self.special_ids)] = 0
         return lengths
+
+    @property
+    def cuts(self) -> Cuts:
+        """At which cuts of a document its tokens may differ from those of the whole document."""
+        return "none" if self._look_up else "inside words" if self._can_cut else "all"
 
     @property
     def bos(self) -> str:

@@ -5,7 +5,15 @@ documents  →  prepare  →  shards + manifest  →  order (a function of the s
 Nothing here imports torch before a batch is made, since the processes that tokenize do without it.
 """
 
-from pretrain.tokens.datasets import Corpus, Dataset, is_tokens, open_corpus, prepared_dataset, training_order
+from pretrain.tokens.datasets import (
+    Corpus,
+    Dataset,
+    check_marked,
+    is_tokens,
+    open_corpus,
+    prepared_dataset,
+    training_order,
+)
 from pretrain.tokens.loader import Batches, BatchesAhead, TrainingBatches, validation_batches, window_batches
 from pretrain.tokens.order import DataOrder, MixedOrder
 from pretrain.tokens.origin import ORIGIN, Origin, difference, text_now, with_hashes

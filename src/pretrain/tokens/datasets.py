@@ -191,6 +191,20 @@ def foreign_dataset(path: str, tokenizer: Tokenizer, dtype: str = "auto") -> Dat
     return Dataset(path, files, "", 0.0, digest.hexdigest())
 
 
+def check_marked(corpus: Corpus) -> None:
+    """A UsageError if the token that begins documents is in no training file of a data set of another tool.
+
+    For runs with ``model.document_mask``, which would mask nothing. Files are read up to the first such token.
+    """
+    for dataset in corpus.datasets:
+        files = [] if dataset.tokenizer else dataset.files["train"]
+        if files and not any(file.holds(corpus.tokenizer.bos_id) for file in files):
+            raise UsageError(
+                f"model.document_mask finds documents by the token that begins them, and {dataset.name} never has"
+                f" {corpus.tokenizer.bos}; name the one it has with --tokenizer.bos, or leave out model.document_mask"
+            )
+
+
 def training_order(corpus: Corpus, config: Config) -> DataOrder | MixedOrder:
     """The order of the training windows of ``corpus.stream("train")``, by ``config.data`` and the seed.
 

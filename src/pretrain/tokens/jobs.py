@@ -133,7 +133,7 @@ def tokenize_job(
     """
     commits = read_commits(folder, job.number)
     encoder = load_tokenizer(tokenizer, tokenizer.stat().st_mtime_ns).with_bos(bos)
-    stats = ReadStats()
+    stats = ReadStats(cuts=encoder.cuts)
     done = commits[-1].parts if commits else 0
     writers: dict[str, ShardWriter] = {}
 

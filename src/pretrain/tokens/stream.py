@@ -180,7 +180,7 @@ def prepare_stream(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        shards, held_out = [], ReadStats()
+        shards, held_out = [], ReadStats(cuts=tokenizer.cuts)
         if text.val:
             limit = max(VALIDATION_TOKENS, config.eval.tokens)
             shard = _write_validation(temporary, text, tokenizer, limit, held_out)
@@ -460,7 +460,7 @@ class LiveBatches:
         self.text, self.rows, self.length = text, rows, length
         self.readers = reader_count(text, data.readers, rows)
         self.bytes_per_token = _measure(text, tokenizer)
-        self.read = ReadStats()
+        self.read = ReadStats(cuts=tokenizer.cuts)
         sizes = [piece.size for piece in text.train]
         assignment = Assignment(sizes, self.readers, data.order == "shuffled", seed)
         mine = range(rank, rows, world)

@@ -34,6 +34,15 @@ class TokenFile:
         """Bytes of a token."""
         return np.dtype(self.dtype).itemsize
 
+    def holds(self, id: int | None) -> bool:
+        """Whether a token is among them; read up to the first one."""
+        with open(self.path, "rb") as source:
+            source.seek(self.offset)
+            while len(ids := np.fromfile(source, np.dtype(self.dtype).newbyteorder("<"), count=2**20)):
+                if (ids == id).any():
+                    return True
+        return False
+
     def check(self) -> None:
         """Raise DataError unless the file exists and ends with its tokens."""
         wanted = self.offset + self.tokens * self.itemsize

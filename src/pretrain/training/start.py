@@ -27,6 +27,7 @@ from pretrain.tokenizer.build import KINDS
 from pretrain.tokens import (
     Origin,
     check_boundary,
+    check_marked,
     difference,
     find_text,
     introduce,
@@ -117,6 +118,8 @@ def open_run(config: Config, folder: Path, console: Console, named: bool = True)
         windows = training_order(corpus, config).windows  # refuses what is too short, before the run exists
         tokenizer, fingerprint = corpus.tokenizer, corpus.fingerprint
         check_boundary(tokenizer, config.model.document_mask)
+        if config.model.document_mask:
+            check_marked(corpus)
         introduce(tokenizer, data.bos, console.say)
     else:
         files = text_now(data)
