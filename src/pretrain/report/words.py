@@ -41,6 +41,8 @@ def suggested_prompt(run: Run) -> str:
     with suppress(PretrainError):  # its tokens may be gone
         corpus = run.corpus()
         stream = corpus.stream("val" if corpus.tokens("val") else "train")
+        if not len(stream):  # of a stream that holds nothing out
+            return ""
         (ids,) = stream.windows(np.zeros(1, np.int64), min(len(stream), 100)).tolist()
         text = corpus.tokenizer.decode(ids)
         words = "".join(each if each.isprintable() and each != "\ufffd" else " " for each in text).split()
