@@ -45,6 +45,17 @@ def test_wrong_use_is_one_line_and_leaves_nothing(name: str, capsys, tmp_path: P
     assert [path.name for path in tmp_path.iterdir()] == ["IN"]
 
 
+def test_the_next_command_after_prepare_without_bos_is_not_refused(tmp_path: Path, capsys):
+    text = tmp_path / "a.txt"
+    text.write_text("some text, some text, and some more text. " * 20)
+    out = str(tmp_path / "tokens")
+    assert main(["data", "prepare", str(text), "--out", out, "--tokenizer", "byte", "--no-bos"]) == 0
+    following = capsys.readouterr().out.splitlines()[-1].partition("pretrain ")[2].split()
+    run = ["--train.steps", "1", "--train.device", "cpu", "--out", str(tmp_path / "run")]
+    sizes = ["--model.layers", "1", "--model.width", "32", "--model.context_length", "32", "--train.batch_tokens", "64"]
+    assert main([*following, *sizes, *run]) == 0
+
+
 def test_the_embedded_corpus_from_text_to_training(tmp_path: Path, capsys):
     out = str(tmp_path / "tokens")
     assert main(["data", "prepare", "--out", out, "--tokenizer", "byte", "--val-fraction", "0.1"]) == 0

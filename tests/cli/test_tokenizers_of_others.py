@@ -83,6 +83,8 @@ def test_a_tokenizer_without_a_boundary_is_said_and_refuses_the_mask(tmp_path: P
     assert "no token '<zero>' for tokenizer.bos; its special tokens are: <one>, <two>" in capsys.readouterr().err
     assert train(tmp_path, documents, tokenizer) == 0
     assert "no token that begins a document, so documents run into one another" in capsys.readouterr().out
+    assert main(["data", "prepare", documents, "--out", str(tmp_path / "t"), "--tokenizer", tokenizer]) == 0
+    assert "name one of its tokens with --bos-token" in capsys.readouterr().out  # as the option is called there
     shutil.rmtree(tmp_path / "run")
     assert train(tmp_path, documents, tokenizer, "--tokenizer.bos", "<two>", "--model.document_mask") == 0
     assert Run.open(tmp_path / "run").load_model().bos_id == 257

@@ -19,6 +19,7 @@ def test_each_whole_line_is_taken_in_once(tmp_path: Path):
     file = tmp_path / "m.jsonl"
     curves = Curves(file)
     assert losses(curves) == []
+    append_jsonl(file, {"time": 1.0})  # no step: left out
     append_jsonl(file, {"step": 1, "train/loss": 4}, {"step": 2, "train/loss": 3})
     assert losses(curves) == [4, 3]
     with file.open("a") as out:

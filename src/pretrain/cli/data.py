@@ -81,7 +81,11 @@ class Prepare(Command):
         from pretrain.tokens.progress import Progress
 
         console = Console(highlight=False, soft_wrap=True)
-        progress = Progress(lambda line: console.print(line, markup=False), console)
+
+        def say(line: str) -> None:  # some lines name the option of training
+            console.print(line.replace("--tokenizer.bos", "--bos-token"), markup=False)
+
+        progress = Progress(say, console)
         try:
             manifest = prepare_text(
                 self.text,
@@ -100,7 +104,7 @@ class Prepare(Command):
         if progress.bytes:
             rate = progress.bytes / 1e6 / max(progress.seconds, 1e-9)
             progress.say(f"speed     {progress.bytes / 1e6:,.1f} MB in {progress.seconds:,.1f} s, {rate:,.0f} MB/s")
-        progress.say(f"next      pretrain train --data {shlex.quote(self.out)}")
+        progress.say(f"next      pretrain train --data {shlex.quote(self.out)}{'' if self.bos else ' --data.no-bos'}")
         return 0
 
 

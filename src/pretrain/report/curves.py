@@ -90,7 +90,7 @@ class Curves:
 
     def _add(self, record: dict[str, Any]) -> None:
         row = {name: value for name, value in record.items() if type(value) in (int, float)}  # not bool
-        if row.get("step", 0) <= self._step:  # written twice
+        if row.get("step", -1) <= self._step:  # written twice
             return
         self._step = row["step"]
         names = [name for name in row if name.startswith(("val/", "core/")) or name == EVALUATED]
