@@ -402,6 +402,16 @@ def nanochat_config(recipe: str, vocabulary: int) -> Config:
     return resolve(load_config(recipe, **fields, **sizes), vocabulary)[0]
 
 
+def backward(model: Any, batches: list[Batch]) -> float:
+    """Add up the gradients of the mean loss over batches; returns it."""
+    total = 0.0
+    for inputs, targets in batches:
+        loss = model(inputs, targets) / len(batches)
+        loss.backward()
+        total += loss.item()
+    return total
+
+
 def embedded_batches(number: int) -> list[Batch]:
     """Micro-batches of the bytes of the embedded corpus, for a step."""
     import torch
@@ -444,11 +454,8 @@ def nanochat_2025(args: argparse.Namespace, recipe: str) -> Source:
     assert config.train.steps == its.num_iterations, (config.train.steps, its.num_iterations)
 
     def step(number: int) -> Step:
-        batches, total = embedded_batches(number), 0.0
-        for inputs, targets in batches:
-            loss = its.model(inputs, targets) / len(batches)
-            loss.backward()
-            total += loss.item()
+        batches = embedded_batches(number)
+        total = backward(its.model, batches)
         norm = torch.nn.utils.clip_grad_norm_(its.orig_model.parameters(), its.grad_clip).item()
         for optimizer in its.optimizers:
             for group in optimizer.param_groups:
@@ -496,11 +503,8 @@ def nanochat_2026(args: argparse.Namespace, recipe: str) -> Source:
     assert config.train.steps == its.num_iterations, (config.train.steps, its.num_iterations)
 
     def step(number: int) -> Step:
-        batches, total = embedded_batches(number), 0.0
-        for inputs, targets in batches:
-            loss = its.model(inputs, targets) / len(batches)
-            loss.backward()
-            total += loss.item()
+        batches = embedded_batches(number)
+        total = backward(its.model, batches)
         norm = torch.nn.utils.clip_grad_norm_(its.orig_model.parameters(), math.inf).item()  # it does not clip
         for group in its.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * its.get_lr_multiplier(number)
