@@ -127,7 +127,7 @@ def test_unused_gpus_are_told(nproc: str, launched: int, monkeypatch: pytest.Mon
     monkeypatch.setattr(
         pretrain.cli.train, "launch", lambda arguments, count, grace, command: started.append(count) or 0
     )
-    monkeypatch.setattr(pretrain.training, "train", lambda *_: None)
+    monkeypatch.setattr(pretrain.training, "train", lambda *_, **_named: None)
     monkeypatch.setattr(pretrain.report, "plot_run", lambda _run: None)
     monkeypatch.setattr(pretrain.report, "explain", lambda *_: "")
     assert main(["train", "--out", str(tmp_path / "run"), *(["--nproc", nproc] if nproc else [])]) == 0
