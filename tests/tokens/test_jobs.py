@@ -569,7 +569,7 @@ def test_memory_is_bounded(tmp_path: Path):
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "Path(sys.argv[2], WORK).mkdir(parents=True)\n"
         "job = Job(0, tuple(find_pieces([sys.argv[1]])), 'train')\n"
-        "tokenize_job(Path(sys.argv[2]), job, 10**9, Path(sys.argv[2] + '.json'), 1, lambda *_: None)\n"
+        "tokenize_job(Path(sys.argv[2]), job, 10**9, Path(sys.argv[2] + '.json'), True, 1, lambda *_: None)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, 'torch' in sys.modules)\n"
     )
     arguments = [sys.executable, "-c", code, str(file), str(tmp_path / "out")]
