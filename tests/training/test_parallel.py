@@ -1,11 +1,16 @@
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
 
 from pretrain.config import load_config
 from pretrain.device import Precision
 from pretrain.errors import UsageError
-from pretrain.model import GPT
-from pretrain.training.parallel import parallelize, use_fp8
+from pretrain.model import GPT, meta_model
+from pretrain.training.parallel import init_parameters, parallelize, use_fp8
 from pretrain.training.world import World
 
 
@@ -46,3 +51,52 @@ def test_fp8_without_the_hardware_is_refused():
     cpu = torch.device("cpu")
     with pytest.raises(UsageError, match=r"train.fp8 needs a GPU of compute capability 8\.9"):
         parallelize(small_model(), "none", config, World(cpu), Precision("bf16", cpu), print)
+
+
+@pytest.fixture
+def graphs(monkeypatch) -> Iterator[list[torch.fx.GraphModule]]:
+    """The graphs that torch.compile finds in modules; they run as they are."""
+    found: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: Any) -> torch.fx.GraphModule:
+        found.append(graph)
+        return graph
+
+    compile = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **how: compile(module, backend=keep, **how))
+    torch.compiler.reset()
+    yield found
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A group of this process alone, for FSDP."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("parallelism", ["none", "ddp", "fsdp"])
+def test_activation_checkpointing_is_compiled_too(
+    parallelism: str, graphs: list[torch.fx.GraphModule], one_process: None
+):
+    """As many graphs with it as without, each with what is computed again in it, and the same gradients."""
+    cpu, found, norms = torch.device("cpu"), [], []
+    tokens, targets = torch.randint(0, 64, (2, 4, 32)).unbind()
+    for checkpointing in (False, True):
+        fields = {"model.layers": 3, "model.context_length": 32, "train.compile": "on"}
+        config = load_config("quickstart", **fields, **{"train.activation_checkpointing": checkpointing})
+        model = meta_model(config.model, 64)
+        parallelize(model, parallelism, config, World(cpu), Precision("fp32", cpu), print)
+        init_parameters(model, World(cpu), lambda whole: whole.init_weights(torch.Generator().manual_seed(0)))
+        model(tokens, targets).backward()
+        norms.append(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item())
+        again = sum("checkpoint" in str(node.target) for graph in graphs for node in graph.graph.nodes)
+        found.append((len(graphs), again))
+        graphs.clear()
+        torch.compiler.reset()
+    (plain, none), (compiled, again) = found
+    assert plain == compiled > 0
+    assert (none, again) == (0, 3 if parallelism == "none" else compiled)
+    assert norms[0] == norms[1]

@@ -56,7 +56,7 @@ def parallelize(
         use_fp8(model)
     if train.activation_checkpointing:
         for block in model.blocks:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = recomputed(block.forward)
     if train.compile == "on" or (train.compile == "auto" and device.type == "cuda"):  # a CPU takes a minute for it
         if problem := compiler_problem(device):
             say(f"torch.compile does not work here ({problem}); continuing without it")
@@ -74,6 +74,16 @@ def parallelize(
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     model.to_empty(device=device)
+
+
+def recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same function, computed again in the backward pass instead of keeping what that needs."""
+
+    # A function of ours: torch.compile skips a frame of torch.utils.checkpoint, and all that it calls with it.
+    def computed_again(*inputs: Any) -> Tensor:
+        return checkpoint(forward, *inputs, use_reentrant=False)
+
+    return computed_again
 
 
 def init_parameters(model: GPT, world: World, fill: Callable[[GPT], None]) -> None:
