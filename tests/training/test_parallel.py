@@ -10,6 +10,7 @@ from pretrain.config import load_config
 from pretrain.device import Precision
 from pretrain.errors import UsageError
 from pretrain.model import GPT, meta_model
+from pretrain.model.packed import for_inference
 from pretrain.training.parallel import init_parameters, parallelize, use_fp8
 from pretrain.training.world import World
 
@@ -100,3 +101,21 @@ def test_activation_checkpointing_is_compiled_too(
     assert plain == compiled > 0
     assert (none, again) == (0, 3 if parallelism == "none" else compiled)
     assert norms[0] == norms[1]
+
+
+def test_a_copy_of_a_model_with_activation_checkpointing_is_its_own():
+    """What samples and measures: with its own weights, without the dropout of the model in training."""
+    cpu, found = torch.device("cpu"), []
+    fields = {"model.layers": 2, "model.dropout": 0.5, "train.compile": "off"}
+    for checkpointing in (False, True):
+        config = load_config("quickstart", **fields, **{"train.activation_checkpointing": checkpointing})
+        model = meta_model(config.model, 64)
+        parallelize(model, "none", config, World(cpu), Precision("fp32", cpu), print)
+        model.init_weights(torch.Generator().manual_seed(0))
+        for block in model.blocks:  # which adds nothing at first
+            block.mlp.down.weight.data.normal_(generator=torch.Generator().manual_seed(1))
+        copy = for_inference(model)
+        for parameter in model.parameters():
+            parameter.data.zero_()
+        found.append(copy.blocks[0](torch.ones(1, 4, model.config.width), None, None, None, None))
+    assert torch.equal(*found)

@@ -9,6 +9,7 @@ their gradients. None of it changes a name or what is learned.
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -26,6 +27,7 @@ from pretrain.config import Config
 from pretrain.device import Precision, free_memory
 from pretrain.errors import UsageError
 from pretrain.model import GPT, meta_model
+from pretrain.model.transformer import Block
 from pretrain.optim import Optimizer, alone, replicated, row_sharded
 from pretrain.sizing import count_parameters, parallelism_that_fits
 from pretrain.training.world import World
@@ -56,7 +58,7 @@ def parallelize(
         use_fp8(model)
     if train.activation_checkpointing:
         for block in model.blocks:
-            block.forward = recomputed(block.forward)
+            block.forward = types.MethodType(recomputed, block)
     if train.compile == "on" or (train.compile == "auto" and device.type == "cuda"):  # a CPU takes a minute for it
         if problem := compiler_problem(device):
             say(f"torch.compile does not work here ({problem}); continuing without it")
@@ -76,14 +78,13 @@ def parallelize(
     model.to_empty(device=device)
 
 
-def recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The same function, computed again in the backward pass instead of keeping what that needs."""
+def recomputed(block: Block, *inputs: Any) -> Tensor:
+    """A block's forward pass, computed again in the backward pass instead of keeping what that needs.
 
-    # A function of ours: torch.compile skips a frame of torch.utils.checkpoint, and all that it calls with it.
-    def computed_again(*inputs: Any) -> Tensor:
-        return checkpoint(forward, *inputs, use_reentrant=False)
-
-    return computed_again
+    A function of ours, since torch.compile skips a frame of torch.utils.checkpoint with all that it calls; and a
+    method, since a copy of the block must compute with its own weights.
+    """
+    return checkpoint(Block.forward, block, *inputs, use_reentrant=False)
 
 
 def init_parameters(model: GPT, world: World, fill: Callable[[GPT], None]) -> None:
