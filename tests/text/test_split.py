@@ -7,7 +7,20 @@ import pytest
 
 from pretrain.errors import DataError
 from pretrain.text import Document, read_documents
-from pretrain.text.split import TRAIN, VAL, Part, find_tail, join_surveys, side_by_hash, split_hash, split_tail, survey
+from pretrain.text.split import (
+    SIDES,
+    TEST,
+    TRAIN,
+    VAL,
+    Part,
+    Shares,
+    find_tail,
+    join_surveys,
+    side_by_hash,
+    split_hash,
+    split_tail,
+    survey,
+)
 
 
 def documents(*texts: str) -> list[Document]:
@@ -15,17 +28,24 @@ def documents(*texts: str) -> list[Document]:
 
 
 def split_all(parts: Sequence[Document], val_fraction: float) -> list[Part]:
-    return list(split_tail(parts, find_tail(survey(parts), val_fraction)))
+    return list(split_tail(parts, find_tail(survey(parts), Shares(val_fraction))))
 
 
-def sides(parts: Sequence[Part]) -> tuple[list[str], list[str]]:
+def by_side(parts: Sequence[Part]) -> dict[str, list[str]]:
     """The documents of each side."""
-    found: dict[str, list[str]] = {TRAIN: [], VAL: []}
+    found: dict[str, list[str]] = {side: [] for side in SIDES}
     for part in parts:
         if part.begins:
             found[part.split].append(part.text)
         else:
             found[part.split][-1] += part.text
+    return found
+
+
+def sides(parts: Sequence[Part]) -> tuple[list[str], list[str]]:
+    """The documents of each side, where there is no test."""
+    found = by_side(parts)
+    assert not found[TEST]
     return found[TRAIN], found[VAL]
 
 
@@ -119,7 +139,7 @@ def test_runs_of_documents_are_split_by_themselves_as_they_are_together():
         assert whole == survey(parts, alphabet=True)
         if not whole.characters:
             continue
-        tail = find_tail(whole, 0.1) if whole.characters > 1 else None
+        tail = find_tail(whole, Shares(0.1, 0.2)) if whole.characters > 1 else None
         for kind in ("tail", "hash"):
             if kind == "tail" and tail is None:
                 continue
@@ -130,7 +150,7 @@ def test_runs_of_documents_are_split_by_themselves_as_they_are_together():
                 if kind == "tail":
                     done = list(split_tail(run, tail, position, opened))
                 else:
-                    done = list(split_hash(run, 0.4, side))
+                    done = list(split_hash(run, Shares(0.3, 0.2), side))
                 if found is None:
                     together = done
                     continue
@@ -143,10 +163,59 @@ def test_runs_of_documents_are_split_by_themselves_as_they_are_together():
 
 def test_the_hash_chooses_by_the_text_alone():
     texts = [f"document {number}" for number in range(4000)]
-    first = {part.text: part.split for part in split_hash(documents(*texts), 0.1)}
-    again = {part.text: part.split for part in split_hash(documents(*reversed(texts[:100])), 0.1)}
+    first = {part.text: part.split for part in split_hash(documents(*texts), Shares(0.1))}
+    again = {part.text: part.split for part in split_hash(documents(*reversed(texts[:100])), Shares(0.1))}
     assert again == {text: first[text] for text in texts[:100]}
     assert 300 < sum(split == VAL for split in first.values()) < 500
-    assert {part.split for part in split_hash(documents(*texts), 0.0)} == {TRAIN}
+    assert {part.split for part in split_hash(documents(*texts), Shares())} == {TRAIN}
     # sha256sum of "document 0" begins with 19e6bd2cd5bf6096, which is 0.10118 of all 64-bit numbers
-    assert (side_by_hash("document 0", 0.101), side_by_hash("document 0", 0.102)) == (TRAIN, VAL)
+    assert [side_by_hash("document 0", Shares(share)) for share in (0.101, 0.102)] == [TRAIN, VAL]
+    assert [side_by_hash("document 0", Shares(0.0, share)) for share in (0.898, 0.899)] == [TRAIN, TEST]
+
+
+# The test -----------------------------------------------------------------------------------------------------------
+
+
+def split_three(val: float, test: float, *texts: str) -> tuple[list[str], ...]:
+    parts = documents(*texts)
+    return tuple(by_side(split_tail(parts, find_tail(survey(parts), Shares(val, test)))).values())
+
+
+def test_the_test_is_the_last_of_the_text():
+    assert split_three(0.25, 0.25, "aa", "bb", "cc", "dd") == (["aa", "bb"], ["cc"], ["dd"])
+    assert split_three(0.25, 0.25, "abcdefgh") == (["abcd"], ["ef"], ["gh"])
+    assert split_three(0.3, 0.2, "aa", "bbbb", "cccc") == (["aa", "bbbb"], ["cc"], ["cc"])
+    assert split_three(0.3, 0.3, "aa", "bbbb", "cccc") == (["aa", "bbbb"], ["c"], ["ccc"])
+    assert split_three(0.0, 0.25, "aaaa", "bbbb") == (["aaaa", "bb"], [], ["bb"])
+    # Of another document than the last each cut leaves it whole, on the side before.
+    assert split_three(0.2, 0.4, "aaa", "bbbbbb", "c") == (["aaa", "bbbbbb"], [], ["c"])
+    with pytest.raises(DataError, match=r"data\.val_fraction 0\.4 and data\.test_fraction 0\.5\); give more"):
+        split_three(0.4, 0.5, "x")
+
+
+def test_parts_of_documents_are_split_in_three_as_if_they_were_whole():
+    draw = random.Random(3)
+    for _ in range(500):
+        parts = made_up(draw)
+        whole = [""] * (int(parts[-1].source) + 1)
+        for part in parts:
+            whole[int(part.source)] += part.text
+        for val, test in ((0.1, 0.1), (0.3, 0.4), (0.0, 0.5)):
+            try:
+                expected = split_three(val, test, *whole)
+            except DataError:
+                continue
+            found = by_side(split_tail(parts, find_tail(survey(parts), Shares(val, test))))
+            assert tuple(found.values()) == expected
+            assert "".join(itertools.chain(*expected)) == "".join(whole)
+
+
+def test_the_share_of_the_test_and_that_of_validation_do_not_touch_each_other():
+    texts = [f"document {number}" for number in range(4000)]
+
+    def chosen(side: str, shares: Shares) -> set[str]:
+        return {part.text for part in split_hash(documents(*texts), shares) if part.split == side}
+
+    assert chosen(VAL, Shares(0.1)) == chosen(VAL, Shares(0.1, 0.2)) == chosen(VAL, Shares(0.1, 0.85))
+    assert chosen(TEST, Shares(0.0, 0.2)) == chosen(TEST, Shares(0.7, 0.2))
+    assert 700 < len(chosen(TEST, Shares(0.1, 0.2))) < 900

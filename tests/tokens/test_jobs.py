@@ -18,7 +18,7 @@ from filelock import FileLock
 from pretrain.config import DataConfig, TokenizerConfig
 from pretrain.errors import DataError, Interrupted, UsageError
 from pretrain.text import Document, Piece, ReadStats, find_pieces, formats, read_documents
-from pretrain.text.split import TRAIN, VAL, Tail, side_by_hash
+from pretrain.text.split import SIDES, TEST, TRAIN, VAL, Shares, Tail, side_by_hash
 from pretrain.tokenizer import Tokenizer, build_tokenizer
 from pretrain.tokens import Manifest, jobs, prepared_dataset, source
 from pretrain.tokens.jobs import Job, plan_jobs, read_commits, tokenize_job
@@ -117,9 +117,53 @@ def test_documents_held_out_by_hash(library: Path, tmp_path: Path):
     texts = texts_of(library)
     made = prepare_text(data_of(library, split="hash"), BYTE, tmp_path / "out", shard_tokens=5000, workers=2)
     for split in (TRAIN, VAL):
-        expected = [text for text in texts if side_by_hash(text, 0.2) == split]
+        expected = [text for text in texts if side_by_hash(text, Shares(0.2)) == split]
         assert documents_of(tmp_path / "out", split) == expected
         assert made.manifest.documents(split) == len(expected)
+
+
+@pytest.mark.parametrize("split", ["tail", "hash", "last_file"])
+def test_a_test_of_many_jobs_is_that_of_one(library: Path, tmp_path: Path, split: str):
+    texts = texts_of(library)
+    data = data_of(library, split=split, test_fraction=0.1)
+    many = prepare_text(data, BYTE, tmp_path / "many", shard_tokens=5000, workers=2)
+    one = prepare_text(data, BYTE, tmp_path / "one").manifest
+    found = {side: documents_of(many.folder, side) for side in SIDES}
+    assert found == {side: documents_of(tmp_path / "one", side) for side in SIDES}
+    if split == "hash":
+        assert found == {side: [t for t in texts if side_by_hash(t, Shares(0.2, 0.1)) == side] for side in SIDES}
+    else:
+        assert [*found[TRAIN], *found[VAL], *found[TEST]] == texts
+    if split == "last_file":
+        assert (found[VAL], found[TEST]) == (texts[59:60], texts[60:])
+    else:
+        assert 0.05 < sum(map(len, found[TEST])) / sum(map(len, texts)) < 0.15
+    assert all(one.documents(side) == len(found[side]) for side in SIDES)
+    assert verify(many.folder) == []
+    with pytest.raises(UsageError, match="another test_fraction"):
+        prepare_text(data_of(library, split=split), BYTE, tmp_path / "one")
+
+
+@pytest.mark.parametrize("kind", ["byte", "char"])
+def test_files_to_validate_on_and_a_test_of_the_rest(library: Path, tmp_path: Path, kind: str):
+    texts = texts_of(library)
+    data = data_of(library, val_paths=(str(library / "07.txt"),), test_fraction=0.1)
+    prepare_text(data, TokenizerConfig(kind), tmp_path / "out")
+    assert documents_of(tmp_path / "out", VAL) == texts[7:8]
+    rest = texts[:7] + texts[8:]
+    train, test = (documents_of(tmp_path / "out", side) for side in (TRAIN, TEST))
+    assert "".join(train + test) == "".join(rest)
+    assert sum(map(len, train)) >= int(0.9 * sum(map(len, rest))) > sum(map(len, train[:-1]))
+
+
+def test_a_folder_made_before_there_were_tests_is_complete(library: Path, tmp_path: Path):
+    made = prepare_text(data_of(library), BYTE, tmp_path / "out").manifest
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert plan.pop("test_fraction") == 0
+    (tmp_path / "out" / "plan.json").write_text(json.dumps(plan))
+    assert prepare_text(data_of(library), BYTE, tmp_path / "out").manifest == made
+    with pytest.raises(UsageError, match="another test_fraction"):
+        prepare_text(data_of(library, test_fraction=0.1), BYTE, tmp_path / "out")
 
 
 def test_the_last_file_held_out(library: Path, tmp_path: Path):
@@ -159,8 +203,8 @@ def parts_of(texts: list[list[str]]) -> list[Document]:
 def test_a_document_over_several_jobs_is_on_one_side(monkeypatch: pytest.MonkeyPatch):
     """Only a plain text is longer than a piece: its pieces are parts of one document."""
     pieces = [Piece("big", 10, begin=i, end=i + 1) for i in range(4)] + [Piece("small", 10)]
-    held_out = next(f"text {i}" for i in range(100) if side_by_hash(f"text {i}", 0.5) == VAL)
-    trained = next(f"text {i}" for i in range(100) if side_by_hash(f"text {i}", 0.5) == TRAIN)
+    held_out = next(f"text {i}" for i in range(100) if side_by_hash(f"text {i}", Shares(0.5)) == VAL)
+    trained = next(f"text {i}" for i in range(100) if side_by_hash(f"text {i}", Shares(0.5)) == TRAIN)
     for first, last in ((held_out, trained), (trained, held_out)):
         texts = {("big", 0): first, ("big", 1): " and", ("big", 2): " so", ("big", 3): " on", ("small", 0): last}
 
@@ -168,10 +212,11 @@ def test_a_document_over_several_jobs_is_on_one_side(monkeypatch: pytest.MonkeyP
             yield Document(texts[piece.file, piece.begin], piece.file, continues=piece.begin > 0)
 
         monkeypatch.setattr(source, "read_piece", read)
-        planned = plan_jobs(pieces, "hash", shard_tokens=5, val_fraction=0.5)
+        planned = plan_jobs(pieces, "hash", shard_tokens=5, shares=Shares(0.5))
         assert [len(job.pieces) for job in planned] == [2, 2, 1]
         parts = [part for job in planned for part in job.parts(ReadStats())]
-        assert "".join(part.text for part in parts if part.split == side_by_hash(first, 0.5)) == first + " and so on"
+        side = side_by_hash(first, Shares(0.5))
+        assert "".join(part.text for part in parts if part.split == side) == first + " and so on"
         assert [part.begins for part in parts] == [True, False, False, False, True]
 
 
@@ -208,7 +253,7 @@ def test_a_job_goes_on_from_its_last_commit(tmp_path: Path, monkeypatch: pytest.
     texts = [f"document number {number}" for number in range(100)]
     tokenizer = build_tokenizer("byte", 0, [])
     piece = Piece("x", 2000)
-    job = Job(0, (piece,), "tail", tail=Tail(10**9, 0))
+    job = Job(0, (piece,), "tail", tail=Tail(10**9, 0, 10**9))
     given: list[int] = []
 
     def reader(stop: int):
@@ -262,7 +307,7 @@ def test_parquet_files_are_done_side_by_side(library: Path, tmp_path: Path):
         table = pa.table({"body": texts[number * 90 : (number + 1) * 90]})
         pq.write_table(table, source / f"{number}.parquet", row_group_size=30)
     made = prepare_text(data_of(source, split="hash"), BYTE, tmp_path / "out", shard_tokens=5000, workers=2)
-    assert documents_of(tmp_path / "out", "val") == [text for text in texts if side_by_hash(text, 0.2) == VAL]
+    assert documents_of(tmp_path / "out", "val") == [text for text in texts if side_by_hash(text, Shares(0.2)) == VAL]
     assert made.manifest.documents("train") + made.manifest.documents("val") == len(texts)
     assert {shard.file[-13:-8] for shard in made.manifest.shards} == {"00000", "00001", "00002", "00003"}
 

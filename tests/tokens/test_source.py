@@ -1,7 +1,7 @@
 """The text of a run and its sides: which files are held out, and what of the text cannot be used."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,6 +12,7 @@ from tests.conftest import TINY
 from pretrain.cli import main
 from pretrain.config import DataConfig, TokenizerConfig
 from pretrain.errors import DataError
+from pretrain.text.pieces import Piece
 from pretrain.tokens import Manifest, find_text
 from pretrain.tokens.prepare import prepare_text
 from pretrain.tokens.source import find_sides
@@ -33,12 +34,12 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("find", [find_sides, lambda data, say: (find_text(data, say).train, find_text(data).val, "")])
+@pytest.mark.parametrize("find", [find_sides, find_text])
 def test_no_copy_of_validation_text_is_trained_on(folder: Path, find: Callable):
     said: list[str] = []
-    train, val, _ = find(DataConfig(paths=(str(folder),), val_paths=(str(folder / "val.txt"),)), said.append)
-    assert [Path(piece.file).name for piece in train] == ["a.txt", "b.txt", "same size.txt", "z.txt"]
-    assert [piece.file for piece in val] == [str(folder / "val.txt")]
+    found = find(DataConfig(paths=(str(folder),), val_paths=(str(folder / "val.txt"),)), said.append)
+    assert [Path(piece.file).name for piece in found.train] == ["a.txt", "b.txt", "same size.txt", "z.txt"]
+    assert [piece.file for piece in found.val] == [str(folder / "val.txt")]
     assert said == [
         f"held out  {folder / name} too: it is the same file as {folder / 'val.txt'}"
         for name in ("copy.txt", "deep/also.md", "link.txt")
@@ -47,9 +48,31 @@ def test_no_copy_of_validation_text_is_trained_on(folder: Path, find: Callable):
 
 def test_no_copy_of_the_last_file_is_trained_on(folder: Path):
     (folder / "zz.txt").write_text((folder / "a.txt").read_text())
-    train, val, _ = find_sides(DataConfig(paths=(str(folder),), split="last_file"))
-    assert [Path(piece.file).name for piece in val] == ["zz.txt"]
-    assert "a.txt" not in [Path(piece.file).name for piece in train]
+    found = find_sides(DataConfig(paths=(str(folder),), split="last_file"))
+    assert [Path(piece.file).name for piece in found.val] == ["zz.txt"]
+    assert "a.txt" not in [Path(piece.file).name for piece in found.train]
+
+
+def names(pieces: Iterable[Piece]) -> list[str]:
+    return [Path(piece.file).name for piece in pieces]
+
+
+@pytest.mark.parametrize("find", [find_sides, find_text])
+def test_the_test_is_a_file_of_its_own_and_its_copies_are_in_no_side(folder: Path, find: Callable):
+    (folder / "link.txt").unlink()
+    (folder / "zz.txt").write_text((folder / "z.txt").read_text())
+    said: list[str] = []
+    found = find(DataConfig(paths=(str(folder),), split="last_file", test_fraction=0.1), said.append)
+    assert (names(found.test), names(found.val)) == (["zz.txt"], ["val.txt"])
+    assert names(found.train) == ["a.txt", "b.txt", "same size.txt"]
+    assert said[0] == f"held out  {folder / 'z.txt'} too: it is the same file as {folder / 'zz.txt'}"
+    of_its_own = DataConfig(
+        paths=(str(folder),), split="last_file", val_paths=(str(folder / "zz.txt"),), test_fraction=0.1
+    )
+    found = find(of_its_own)
+    assert (names(found.val), names(found.test)) == (["zz.txt"], ["val.txt"])  # z.txt is a copy of what validates
+    with pytest.raises(DataError, match="last_file needs three files or more"):
+        find(DataConfig(paths=(str(folder / "a.txt"), str(folder / "b.txt")), split="last_file", test_fraction=0.1))
 
 
 @pytest.mark.parametrize("find", [find_sides, find_text])

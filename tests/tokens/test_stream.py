@@ -22,7 +22,7 @@ from pretrain.config import DataConfig, load_config
 from pretrain.errors import DataError, UsageError
 from pretrain.text import ReadStats
 from pretrain.text.pieces import Piece
-from pretrain.text.split import TRAIN, VAL, Part, side_by_hash
+from pretrain.text.split import SIDES, TEST, TRAIN, VAL, Part, Shares, side_by_hash
 from pretrain.tokenizer import Tokenizer, build_tokenizer
 from pretrain.tokens import TokenStream, prepare, prepared_dataset, validation_batches
 from pretrain.tokens import stream as stream_module
@@ -45,7 +45,7 @@ class MadeText(LiveText):
 
     def __init__(self, pieces: list[list[Part]]):
         train = [Piece(f"{n}.txt", sum(len(part.text) for part in parts)) for n, parts in enumerate(pieces)]
-        super().__init__(tuple(train), (), "text", 0.0)
+        super().__init__(tuple(train), (), "text")
         self.__dict__["made"] = dict(zip(self.train, pieces, strict=True))
         self.__dict__["fingerprint"] = "made"
 
@@ -227,7 +227,7 @@ def test_readers_get_equally_much_over_the_epochs():
     ],
 )
 def test_number_of_readers(sizes: list[int], most: int, rows: int, readers: int):
-    text = LiveText(tuple(Piece(f"{n}.txt", size) for n, size in enumerate(sizes)), (), "text", 0.0)
+    text = LiveText(tuple(Piece(f"{n}.txt", size) for n, size in enumerate(sizes)), (), "text")
     assert reader_count(text, most, rows) == readers
 
 
@@ -461,7 +461,7 @@ def test_validation_by_hash_is_what_training_leaves_out(tmp_path: Path):
     text = find_text(data)
     prepared = prepare_stream(config, text, tmp_path / "data")
     texts = {file.name: file.read_text(encoding="utf-8") for file in folder.iterdir()}
-    held_out = [texts[name] for name in sorted(texts) if side_by_hash(texts[name], 0.3) == VAL]
+    held_out = [texts[name] for name in sorted(texts) if side_by_hash(texts[name], Shares(0.3)) == VAL]
     assert 5 < len(held_out) < 40
     val = prepared_dataset(prepared.folder).stream("val")
     tokens = val.windows(np.array([0]), len(val))[0]
@@ -473,6 +473,47 @@ def test_validation_by_hash_is_what_training_leaves_out(tmp_path: Path):
     assert not any(text.startswith(f"{begin}") for begin in beginnings for text in held_out)
     assert len(beginnings) > 15
     batches.close()
+
+
+def test_the_test_of_a_stream(tmp_path: Path):
+    folder = write_texts(tmp_path / "text")
+    for how, test, val in (
+        ({"split": "last_file", "test_fraction": 0.1}, ["11.txt"], ["10.txt"]),
+        ({"split": "tail", "val_fraction": 0.2, "test_fraction": 0.1}, ["11.txt"], ["09.txt", "10.txt"]),
+        ({"split": "tail", "val_fraction": 0.0, "test_fraction": 0.1}, ["11.txt"], []),
+        ({"split": "tail", "val_paths": (str(folder / "11.txt"),), "test_fraction": 0.1}, ["10.txt"], ["11.txt"]),
+    ):
+        text = find_text(settings(folder, **how))
+        assert [Path(piece.file).name for piece in text.test] == test
+        assert [Path(piece.file).name for piece in text.val] == val
+        assert len(text.train) == 12 - len(test) - len(val)
+    plain, tested = (find_text(settings(folder, split="hash", val_fraction=0.3, test_fraction=t)) for t in (0.0, 0.2))
+    assert plain.fingerprint != tested.fingerprint
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_the_test_of_a_stream_by_hash(tmp_path: Path, by_name: bool):
+    folder = write_texts(tmp_path / "text", count=60, size=100)
+    fields = {"data.paths": [str(folder)], "data.split": "hash", "data.val_fraction": 0.3, "data.test_fraction": 0.2}
+    texts = {file.name: file.read_text(encoding="utf-8") for file in folder.iterdir()}
+    shares = Shares(0.3, 0.2)
+    expected = {side: [t for _, t in sorted(texts.items()) if side_by_hash(t, shares) == side] for side in SIDES}
+    if by_name:  # a file that the hash would put elsewhere
+        named = next(name for name, text in sorted(texts.items()) if text in expected[TEST])
+        fields["data.val_paths"] = [str(folder / named)]
+        rest = {name: text for name, text in texts.items() if name != named}
+        expected = {
+            TRAIN: [t for _, t in sorted(rest.items()) if side_by_hash(t, Shares(0.0, 0.2)) == TRAIN],
+            VAL: [texts[named]],
+            TEST: [t for _, t in sorted(rest.items()) if side_by_hash(t, Shares(0.0, 0.2)) == TEST],
+        }
+    config = load_config(**fields, **{"tokenizer.kind": "byte"})
+    text = find_text(config.data)
+    prepared = prepare_stream(config, text, tmp_path / "data")
+    for side in (VAL, TEST):
+        tokens = (found := prepared_dataset(prepared.folder).stream(side)).windows(np.array([0]), len(found))[0]
+        assert BYTES.decode(tokens, show_special=True) == "".join(f"<|endoftext|>{text}" for text in expected[side])
+    assert [part.text for part in text.training(text.train)] == expected[TRAIN]
 
 
 def test_prepared_stream_validates_as_shards_do(tmp_path: Path):
@@ -595,7 +636,7 @@ def test_streams_of_real_files(tmp_path: Path, packing: str, kind: str):
             lines = "".join(json.dumps({"text": text}) + "\n" for text in documents).encode()
             file.write_bytes(gzip.compress(lines) if kind.endswith("gz") else lines)
     text = find_text(DataConfig(paths=(str(tmp_path),), stream=True, split="hash", val_fraction=0.1))
-    training = {text for documents in texts for text in documents if side_by_hash(text, 0.1) == TRAIN}
+    training = {text for documents in texts for text in documents if side_by_hash(text, Shares(0.1)) == TRAIN}
     batches = stream(text, packing, length=256)
     taken = take(batches, 0, 30)
     state = batches.state(30)

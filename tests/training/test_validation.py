@@ -221,6 +221,88 @@ def test_the_last_validation_says_both(tiny: Config, text_file: Path, tmp_path: 
     assert curves.val.column("val/loss of all")[-1] == whole
 
 
+def test_the_test_is_measured_once_at_the_end(text_file: Path, tmp_path: Path, capsys):
+    settings = {**TINY, "data.paths": str(text_file), "data.test_fraction": 0.1}
+    options = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    assert main(["train", "--out", str(tmp_path / "run"), *options, "--checkpoint.keep-best"]) == 0
+    run, printed = Run.open(tmp_path / "run"), capsys.readouterr().out
+    text = text_file.read_text(encoding="utf-8")
+    corpus, characters = run.corpus(), len(text)
+    sides = {side: corpus.stream(side) for side in ("train", "val", "test")}
+    decoded = {side: corpus.tokenizer.decode(s.windows([0], len(s))[0].tolist()) for side, s in sides.items()}
+    assert "".join(decoded.values()) == text
+    assert len(decoded["test"]) == characters - int(0.9 * characters)
+    assert len(decoded["train"]) == int(0.85 * characters)
+
+    records = {record["step"]: record for record in learned(run)}
+    assert [step for step, record in records.items() if "test/loss" in record] == [12]
+    last, whole = records[12], (len(sides["test"]) - 1) // 32
+    starts = np.arange(whole) * 32
+    rest = sides["test"].windows(np.array([whole * 32]), len(sides["test"]) - whole * 32)
+    parts = [(loss_of(run, sides["test"].windows(starts, 33), 12), whole * 32), (loss_of(run, rest, 12), rest.size - 1)]
+    loss = sum(mean * count for mean, count in parts) / sum(count for _, count in parts)
+    assert last["test/loss"] == pytest.approx(loss, rel=1e-5)
+    assert run.summary is not None
+    assert (run.summary["test_loss"], run.summary["test_bpb"]) == (last["test/loss"], last["test/bpb"])
+
+    assert f"{len(sides['test']):,} for the test" in printed
+    assert f"test loss {loss:.3f}   {last['test/bpb']:.3f} bits per byte" in printed
+    said = f"On the test text, by which nothing was chosen, it is {loss:.3f}, {last['test/bpb']:.3f} bits per byte; the"
+    assert f"{said} best step was chosen on the held-out text." in printed
+    page = (run.folder / "report.html").read_text(encoding="utf-8")
+    assert said in page
+    assert "on text that nothing was chosen by" in page
+    assert main(["eval", str(run.folder), "--split", "test", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["test_loss"] == last["test/loss"]
+
+
+def test_without_a_test_nothing_is_said_of_one(tiny: Config, tmp_path: Path, capsys):
+    run = train(tiny, tmp_path / "run")
+    assert not [name for record in learned(run) for name in record if name.startswith("test")]
+    assert run.summary is not None
+    assert "test_loss" not in run.summary
+    assert main(["report", str(run.folder)]) == 0
+    assert "test text" not in (run.folder / "report.html").read_text(encoding="utf-8")
+    assert main(["eval", str(run.folder), "--split", "test"]) == 2
+    assert "holds no text out for a test; measure on other text with --data" in capsys.readouterr().err
+
+
+def test_tokens_bring_their_own_test(text_file: Path, tmp_path: Path, capsys):
+    shards, options = (
+        str(tmp_path / "shards"),
+        [text for name, value in TINY.items() for text in (f"--{name}", str(value))],
+    )
+    assert (
+        main(["data", "prepare", str(text_file), "--out", shards, "--tokenizer", "byte", "--test-fraction", ".1"]) == 0
+    )
+    assert re.search(r"^test      1 documents, \d", capsys.readouterr().out, re.M)
+    assert main(["data", "inspect", shards]) == 0
+    assert re.search(r"^test: [\d,]+ tokens", capsys.readouterr().out, re.M)
+    options = options[2:]  # the tokenizer is that of the shards
+    refused = ["train", "--data", shards, *options, "--data.test_fraction", "0.1", "--out", str(tmp_path / "run")]
+    assert main(refused) == 2
+    assert "hold a test out when they are made: pretrain data prepare --test-fraction 0.1" in capsys.readouterr().err
+    assert main(["plan", "--data", shards, "--data.test_fraction", "0.1", "--no-measure"]) == 2
+    assert main(["train", "--data", shards, *options, "--out", str(tmp_path / "run")]) == 0
+    summary = Run.open(tmp_path / "run").summary
+    assert summary is not None
+    assert 0 < summary["test_loss"] < 6
+    capsys.readouterr()
+    assert main(["plan", "--data", shards, "--no-measure", "--json"]) == 0
+    exact = json.loads(capsys.readouterr().out)["data"]
+    command = ["plan", "--data", str(text_file), "--tokenizer.kind", "byte", "--no-measure", "--json"]
+    assert main([*command, "--data.test_fraction", "0.1"]) == 0
+    estimated = json.loads(capsys.readouterr().out)["data"]
+    for side in ("train_tokens", "val_tokens", "test_tokens"):
+        assert estimated[side] == pytest.approx(exact[side], rel=0.01)
+
+
+def test_shares_that_leave_nothing_are_refused(text_file: Path, tmp_path: Path, capsys):
+    fractions = ["--data.val_fraction", "0.5", "--data.test_fraction", "0.5"]
+    assert main(["train", "--data", str(text_file), *fractions, "--out", str(tmp_path / "run")]) == 2
+    assert "data.val_fraction 0.5 and data.test_fraction 0.5 leave nothing to train on" in capsys.readouterr().err
+
+
 def test_a_validation_of_everything_says_one_number(tiny: Config, tmp_path: Path):
     for tokens in (0, 10**6):
         last = validations(train(change(tiny, eval__tokens=tokens), tmp_path / f"run{tokens}"))[12]

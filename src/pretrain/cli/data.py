@@ -50,6 +50,9 @@ class Prepare(Command):
     of their text; last_file: the last file."""
     val_fraction: float = 0.05
     """Share of the text held out by tail and hash. 0: nothing."""
+    test_fraction: float = 0.0
+    """Share of the text held out besides, for runs to measure once at their end; with last_file any above 0 makes the
+    last file that text, and the one before it what validation has."""
     val: tuple[str, ...] = ()
     """Files to validate on, instead of splitting the text."""
     allow_broken: bool = False
@@ -69,6 +72,7 @@ class Prepare(Command):
             bos=self.bos,
             split=self.split,
             val_fraction=self.val_fraction,
+            test_fraction=self.test_fraction,
             val_paths=self.val,
             allow_broken=self.allow_broken,
         )
@@ -109,7 +113,7 @@ class Prepare(Command):
 
 
 def _contents(manifest: Manifest) -> Iterator[str]:
-    for split, name in (("train", "training"), ("val", "held out")):
+    for split, name in (("train", "training"), ("val", "held out"), ("test", "test")):
         shards = [shard for shard in manifest.shards if shard.split == split]
         if shards:
             size = sum(shard.text_bytes for shard in shards) / 1e6
@@ -164,6 +168,7 @@ class Inspect(Command):
 
     def __call__(self) -> int:
         from pretrain.io import expand
+        from pretrain.text.split import SIDES
         from pretrain.tokens import Manifest, open_corpus
         from pretrain.tokens.inspection import inspect_split
         from pretrain.tokens.shards import MANIFEST
@@ -177,7 +182,7 @@ class Inspect(Command):
         corpus = open_corpus([self.folder], self.tokenizer, dtype=self.dtype)
         for line in _contents(Manifest.load(folder)) if ours else ():
             print(line)
-        for split in ("train", "val"):
+        for split in SIDES:
             for line in inspect_split(corpus, split, self.samples, self.seed):
                 print(line)
         return 0

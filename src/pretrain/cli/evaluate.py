@@ -30,8 +30,9 @@ class Evaluate(Command):
     """Separator of the documents in --data's plain text files. Default: that of the run."""
     allow_broken: bool = False
     """Measure what is left of --data where more than half of the records have no text that can be used."""
-    split: Literal["val", "train"] = "val"
-    """Which of the run's own text: the held-out part, or what it was trained on."""
+    split: Literal["val", "test", "train"] = "val"
+    """Which of the run's own text: what validation measures, what data.test_fraction holds out besides, or what it was
+    trained on."""
     batches: Natural = 0
     """Only estimate: the mean over this many random batches of both splits. 0: measure on all."""
     core: Annotated[str, tyro.conf.arg(metavar="[BUNDLE]")] = ""

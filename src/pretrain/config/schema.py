@@ -43,6 +43,10 @@ class DataConfig(Section):
     of their text, val_fraction of them; last_file: the last file."""
     val_fraction: BelowOne = 0.05
     """Share of the text held out for validation."""
+    test_fraction: BelowOne = 0.0
+    """Share held out besides, which nothing is trained on or chosen by: measured once, at the end. tail: what comes
+    last, after that for validation; hash: other documents; last_file: any share above 0 is the last file, and
+    validation the one before it. 0: none."""
     val_paths: tuple[str, ...] = ()
     """Text files to validate on, instead of a split of the others."""
     allow_broken: bool = False
@@ -72,6 +76,9 @@ class DataConfig(Section):
             raise ValueError(f"data.separator {self.separator!r} ends as it begins and may overlap itself; use another")
         if self.weights and len(self.weights) != len(self.paths):
             raise ValueError(f"data.weights has {len(self.weights)} values; give one for each of data.paths")
+        if self.split != "last_file" and not self.val_paths and self.val_fraction + self.test_fraction >= 1:
+            shares = f"data.val_fraction {self.val_fraction:g} and data.test_fraction {self.test_fraction:g}"
+            raise ValueError(f"{shares} leave nothing to train on; together they must be below 1")
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from pretrain.io import append_jsonl, table
 from pretrain.runs import Run
 from pretrain.runs.run import CORE_FILE, weights_id
 from pretrain.text import ReadStats, find_pieces, refuse_broken
-from pretrain.text.split import VAL
+from pretrain.text.split import NOTHING, VAL
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokens import DataOrder, Manifest, TrainingBatches, prepared_dataset, validation_batches
 from pretrain.tokens.shards import ShardWriter, utf8_bytes
@@ -163,7 +163,8 @@ def _on_split(model: nn.Module, tokenizer: Tokenizer, run: Run, split: str) -> t
     """A pass over a split of the run's own text: its numbers, and those of each data set where there are several."""
     datasets = [dataset for dataset in run.corpus().datasets if dataset.tokens(split) > 1]
     if not datasets:
-        why = "holds no text out" if split == "val" else "was trained on a stream, which keeps no tokens"
+        why = "was trained on a stream, which keeps no tokens" if split == "train" else "holds no text out"
+        why += " for a test" if split == "test" else ""
         raise UsageError(f"{run.folder} {why}; measure on other text with --data")
     results = {}
     for dataset in datasets:
@@ -190,7 +191,7 @@ def _on_text(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         with ShardWriter(folder, "val-00000.bin", VAL, tokenizer) as writer:
-            parts = read_parts(pieces, field, VAL, 0.0, read)
+            parts = read_parts(pieces, field, VAL, NOTHING, read)
             for part, ids in tokenizer.encode_documents((part, part.text) for part in parts):
                 writer.write(ids, utf8_bytes(part.text), part.begins)
             shard = writer.close()

@@ -145,6 +145,9 @@ def _facts(run: Run, checkpoint: Checkpoint) -> list[str]:
     for last in [record for record in records if record.get("val/loss") is not None][-1:]:
         bpb = f", {last['val/bpb']:.4f} bits per byte" if last.get("val/bpb") is not None else ""
         facts.append(f"Held-out loss: {last['val/loss']:.4f} nats per token{bpb} (after step {last['step']:,})")
+    for last in [record for record in records if record.get("test/loss") is not None][-1:]:
+        bpb = f", {last['test/bpb']:.4f} bits per byte" if last.get("test/bpb") is not None else ""
+        facts.append(f"Test loss: {last['test/loss']:.4f} nats per token{bpb}, on text that nothing was chosen by")
     if caution := run.tokenizer().change_in_words:
         facts.append(f"{caution[:1].upper()}{caution[1:]}")
     for last in [record for record in records if record.get("val/core") is not None][-1:]:

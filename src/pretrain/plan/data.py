@@ -9,10 +9,10 @@ from pretrain.config import Config
 from pretrain.errors import DataError
 from pretrain.text import ReadStats, embedded_name, problem_lines, read_piece, refuse_broken
 from pretrain.text.pieces import Piece, continues
-from pretrain.text.split import TRAIN
+from pretrain.text.split import SIDES
 from pretrain.tokenizer import build_tokenizer
 from pretrain.tokens import check_boundary
-from pretrain.tokens.datasets import check_marked, is_tokens, open_corpus
+from pretrain.tokens.datasets import check_marked, check_undivided, is_tokens, open_corpus
 from pretrain.tokens.order import DataOrder
 from pretrain.tokens.shards import bytes_per_token, utf8_bytes
 from pretrain.tokens.source import find_sides
@@ -23,11 +23,12 @@ SAMPLE_BYTES = 2_000_000
 
 @dataclass(frozen=True)
 class DataFacts:
-    """The vocabulary, and the tokens of both splits."""
+    """The vocabulary, and the tokens of each side of the split."""
 
     vocab_size: int
     train_tokens: int
     val_tokens: int
+    test_tokens: int
     text_bytes: int
     """Bytes of text; 0 where the shards do not tell."""
     windows: int
@@ -48,8 +49,9 @@ def look_at_data(config: Config) -> DataFacts:
     data, kind, vocab_size = config.data, config.tokenizer.kind, config.tokenizer.vocab_size
     name = ", ".join(data.paths) or embedded_name()
     if data.paths and is_tokens(data.paths):
+        check_undivided(data)
         corpus = open_corpus(data.paths, kind, data.bos, boundary=config.tokenizer.bos, dtype=data.dtype)
-        train, val = corpus.tokens("train"), corpus.tokens("val")
+        train, val, test = (corpus.tokens(side) for side in SIDES)
         check_boundary(corpus.tokenizer, config.model.document_mask)
         if config.model.document_mask:
             check_marked(corpus)
@@ -57,17 +59,18 @@ def look_at_data(config: Config) -> DataFacts:
         sizes = [dataset.tokens("train") for dataset in corpus.datasets] if data.weights else [train]
         windows = sum(_windows(config, tokens) for tokens in sizes)
         size = int(corpus.bytes_per_token * train)
-        return DataFacts(corpus.tokenizer.vocab_size, train, val, size, windows, True, name, cautions=cautions)
+        return DataFacts(corpus.tokenizer.vocab_size, train, val, test, size, windows, True, name, cautions=cautions)
     left_out: list[str] = []
     problem, cautions = "", ()
     try:
-        pieces, held_out, split = find_sides(data, left_out.append)
+        sides = find_sides(data, left_out.append)
     except DataError as error:
         if data.split != "last_file" or data.val_paths:
             raise
         problem = str(error)  # there may be one file of many so far; if not that is wrong, it is raised here again
         left_out.clear()
-        pieces, held_out, split = find_sides(replace(data, split="tail", val_fraction=0), left_out.append)
+        sides = find_sides(replace(data, split="tail", val_fraction=0.0, test_fraction=0.0), left_out.append)
+    pieces = sides.train
     stats = ReadStats()
     sample, read, whole = read_sample(pieces, data.field, stats)
     left_out += [line if whole else f"{line}, in a sample" for line in stats.lines()]
@@ -85,7 +88,7 @@ def look_at_data(config: Config) -> DataFacts:
             cautions = tuple(tokenizer.cautions(data.bos))
         per_token = bytes_per_token(sample, tokenizer)
         source = f"{name}, at {per_token:.2f} bytes per token in a sample"
-        cuts = sum(continues(piece) for piece in [*pieces, *held_out]) if tokenizer.cuts == "all" else 0
+        cuts = sum(continues(piece) for piece in [*pieces, *sides.val, *sides.test]) if tokenizer.cuts == "all" else 0
         left_out += [f"{line}, or more" for line in problem_lines({"cut": cuts} if cuts else {}, {}, 0)]
     except DataError as error:
         if kind != "bpe":
@@ -96,14 +99,13 @@ def look_at_data(config: Config) -> DataFacts:
         if sum(map(utf8_bytes, sample)) >= size:
             problem = problem or str(error)
     tokens = round(size / per_token)
-    val = round(share * sum(piece.size for piece in held_out) / per_token)
-    if not held_out and split != TRAIN:
-        val = round(tokens * data.val_fraction)
-        tokens -= val
-    windows = _windows(config, tokens)
-    return DataFacts(
-        vocab_size, tokens, val, size, windows, False, source, problem, cautions=cautions, left_out=tuple(left_out)
+    val, test = (
+        round(share * sum(piece.size for piece in whole) / per_token + tokens * part)
+        for whole, part in ((sides.val, sides.shares.val), (sides.test, sides.shares.test))
     )
+    tokens -= round(tokens * sides.shares.val) + round(tokens * sides.shares.test)
+    windows = _windows(config, tokens)
+    return DataFacts(vocab_size, tokens, val, test, size, windows, False, source, problem, cautions, tuple(left_out))
 
 
 def _windows(config: Config, tokens: int) -> int:

@@ -197,7 +197,8 @@ def make_plan(
     sent = traffic(config, vocab_size, layout, micro_steps, precision.dtype)
     waiting = traffic_seconds(sent, layout, hardware.gpu) if hardware.gpu else 0.0
     step_seconds = max(speed.step(micro_steps) * rows_each / (rows * micro_steps), waiting)
-    seconds = config.train.steps * step_seconds + speed.evaluation * validated_tokens(config, data.val_tokens) / gpus
+    measured = validated_tokens(config, data.val_tokens) + data.test_tokens
+    seconds = config.train.steps * step_seconds + speed.evaluation * measured / gpus
     return Plan(
         config, derived, data, hardware, layout, counts, flops, rows, micro_steps, memory, host_memory, state,
         disk_rate, sent, waiting, step_seconds, seconds, known,

@@ -57,9 +57,10 @@ class Curves:
 
     Attributes:
         train: a row for each step, with ``train/smoothed_loss`` where an older run lacks it.
-        val: a row for each step at which something with a name of ``val/...`` or ``core/...``, or the loss on training
-            text in evaluation mode, was measured. Where both all held-out text and ``eval.tokens`` of it were measured,
-            ``val/loss`` and ``val/bpb`` go on with the latter, and the former is ``val/loss of all``.
+        val: a row for each step at which something with a name of ``val/...``, ``core/...`` or ``test/...``, or the
+            loss on training text in evaluation mode, was measured. Where both all held-out text and ``eval.tokens`` of
+            it were measured, ``val/loss`` and ``val/bpb`` go on with the latter, and the former is
+            ``val/loss of all``.
     """
 
     def __init__(self, file: Path):
@@ -93,7 +94,7 @@ class Curves:
         if row.get("step", -1) <= self._step:  # written twice
             return
         self._step = row["step"]
-        names = [name for name in row if name.startswith(("val/", "core/")) or name == EVALUATED]
+        names = [name for name in row if name.startswith(("val/", "core/", "test/")) or name == EVALUATED]
         measured = {name: row.pop(name) for name in names}
         for name in ("loss", "bpb"):
             if f"val/part_{name}" in measured:

@@ -17,11 +17,12 @@ from pretrain.errors import PretrainError
 from pretrain.io import duration, without_secrets
 from pretrain.report.baselines import Baselines, baselines
 from pretrain.report.curves import OF_ALL, Curves
-from pretrain.report.words import choices, held_out_in_words, suggested_prompt
+from pretrain.report.words import choices, held_out_in_words, suggested_prompt, test_in_words
 from pretrain.runs import Run
 from pretrain.runs.environment import read_environment
 from pretrain.runs.metrics import SMOOTHED_LOSS
 from pretrain.sizing import count_parameters, flops_per_token, resolve
+from pretrain.text.split import TEST
 from pretrain.tokens import Manifest, training_order
 
 OVERFIT = 0.02
@@ -80,6 +81,8 @@ def results(run: Run, curves: Curves, vocabulary: int, parameters: int, flops: i
     return {
         "held-out loss": shown(loss, ".4f"),
         "bits per byte": shown(bits, ".4f"),
+        "test loss": shown(val.last("test/loss"), ".4f"),
+        "test, bits per byte": shown(val.last("test/bpb"), ".4f"),
         "CORE": shown(val.last("val/core"), ".4f"),
         "training loss, smoothed": shown(train.last(SMOOTHED_LOSS), ".4f"),
         "steps": f"{step:,.0f}" + ("" if run.summary else f" of {run.config.train.steps:,}"),
@@ -144,6 +147,9 @@ def losses(run: Run, curves: Curves, counted: Baselines | None, manifest: Manife
             add(f"held-out text, {which}", loss, bits, f"this model after step {step:,.0f}", ours=True)
     for step, loss, bits in held_out(curves, OF_ALL)[-1:]:
         add("all held-out text", loss, bits, f"this model after step {step:,.0f}; the others are a part", ours=True)
+    if (loss := curves.val.last("test/loss")) is not None:
+        meaning = "this model at its end, on text that nothing was chosen by"
+        add("test text", loss, curves.val.last("test/bpb"), meaning, ours=True)
     if loss := curves.train.last(SMOOTHED_LOSS):
         bytes_per_token = manifest.bytes_per_token if manifest else (run.summary or {}).get("bytes_per_token")
         bits = loss / (math.log(2) * bytes_per_token) if bytes_per_token else None
@@ -161,6 +167,7 @@ def remarks(
         loss = measured[-1][1]
         _, of_all, bits = newest_held_out(curves) or measured[-1]
         said += held_out_in_words(of_all, bits)
+        said += test_in_words(run, curves.val.last("test/loss"), curves.val.last("test/bpb"))
         if of_all != loss:
             said.append(
                 f"That is of all held-out text. The validations before, and the curve, take"
@@ -201,8 +208,10 @@ def data(run: Run, manifest: Manifest | None) -> Pairs:
     rows = [("text", ", ".join(without_secrets(run.config.data.paths)) or "the embedded corpus (the King James Bible)")]
     if manifest is None:
         return rows
-    for split, name in (("train", "training"), ("val", "held out")):
+    for split, name in (("train", "training"), ("val", "held out"), ("test", "test")):
         shards = [shard for shard in manifest.shards if shard.split == split]
+        if split == TEST and not shards:
+            continue
         size, counted = sum(shard.text_bytes for shard in shards), manifest.tokens(split)
         sizes = f"documents {manifest.documents(split):,}, tokens {counted:,}, bytes of text {size:,}"
         rows.append((name, f"{sizes}, shards {len(shards):,}"))

@@ -34,6 +34,15 @@ def held_out_in_words(loss: float, bits_per_byte: float | None) -> list[str]:
     return said
 
 
+def test_in_words(run: Run, loss: float | None, bits_per_byte: float | None) -> list[str]:
+    """What the test says, a sentence; none where there was no test."""
+    if loss is None:
+        return []
+    bits = "" if bits_per_byte is None else f", {bits_per_byte:.3f} bits per byte"
+    chosen = "; the best step was chosen on the held-out text" if run.config.checkpoint.keep_best else ""
+    return [f"On the test text, by which nothing was chosen, it is {loss:.3f}{bits}{chosen}."]
+
+
 def suggested_prompt(run: Run) -> str:
     """Something to try the model with: the run's own first prompt, or how a held-out text begins."""
     if prompt := next(filter(None, map(str.strip, run.config.sample.prompts)), ""):
@@ -60,6 +69,7 @@ def explain(run: Run, page: Path | None = None) -> str:
     meaning = held_out_in_words(loss, summary["val_bpb"]) if loss is not None else []
     if meaning:
         meaning[0] += f" Knowing nothing would be {math.log(vocabulary):.3f}, a guess among all {vocabulary:,}."
+    meaning += test_in_words(run, summary.get("test_loss"), summary.get("test_bpb"))
     lines = [
         f"Made {run.folder}: a GPT of {summary['parameters'] / 1e6:.1f} million parameters, trained on"
         f" {summary['tokens'] / 1e6:.2f} million tokens in {duration(summary['seconds'])}.",

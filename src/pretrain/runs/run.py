@@ -147,6 +147,7 @@ class Run:
         summary = {
             "val_loss": last.get("val/loss"),
             "val_bpb": last.get("val/bpb"),
+            **{f"test_{name}": last[f"test/{name}"] for name in ("loss", "bpb") if f"test/{name}" in last},
             "train_loss": train_loss if math.isfinite(train_loss) else None,
             "steps": last["step"],
             "tokens": last["tokens"],

@@ -1,6 +1,6 @@
-"""Set the validation text apart, document by document as they are read, in bounded memory.
+"""Set the held-out text apart, document by document as they are read, in bounded memory.
 
-    Document, Document, ... ──split_tail or split_hash──> Part, Part, ...   each for training or validation
+    Document, Document, ... ──split_tail or split_hash──> Part, Part, ...   each for training, validation or the test
             └─────────survey ──find_tail──> Tail, where a tail begins
 
 A document is wholly on one side, except the one that ``split_tail`` may cut. Any run of documents can be split by
@@ -8,6 +8,7 @@ itself, so that many processes split one text: only its place in the whole has t
 """
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -16,7 +17,25 @@ from pretrain.errors import DataError
 from pretrain.text.formats import Document
 from pretrain.text.problems import ReadStats
 
-TRAIN, VAL = "train", "val"
+TRAIN, VAL, TEST = SIDES = "train", "val", "test"
+"""To learn from; to choose by; and what nothing learns from or is chosen by, measured once at the end of a run."""
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Shares of a text that are held out, together below 1."""
+
+    val: float = 0.0
+    test: float = 0.0
+
+    def __bool__(self) -> bool:
+        return bool(self.val or self.test)
+
+    def __str__(self) -> str:
+        return " and ".join(f"data.{side}_fraction {share}" for side, share in vars(self).items() if share)
+
+
+NOTHING = Shares()
 
 
 @dataclass(frozen=True)
@@ -24,7 +43,7 @@ class Part:
     """A document, or a part of one, on its side of the split."""
 
     text: str
-    split: str  # TRAIN or VAL
+    split: str  # TRAIN, VAL or TEST
     begins: bool  # whether a document of this side begins here; otherwise it continues the part before
 
 
@@ -68,60 +87,69 @@ class Tail:
 
     cut: int  # where validation begins
     last: int  # where the last document begins
+    test: int  # where the test begins; beyond the end if there is none
 
 
-def find_tail(whole: Survey, val_fraction: float) -> Tail:
-    """Where the last ``val_fraction`` of all characters begin: ``int((1 - val_fraction) * characters)``.
+def find_tail(whole: Survey, shares: Shares) -> Tail:
+    """Where the last ``shares.test`` of all characters begin, and ``shares.val`` before them.
+
+    That is ``int((1 - share) * characters)`` for what is held out from there on.
 
     Raises DataError if there is no text or a side would be empty.
     """
     if whole.characters == 0:
         raise DataError("there is no text to train on; give files that hold some with --data.paths")
     # In decimals, as 1 - 0.9 in floats is 0.0999...98 and would move the cut by one character.
-    cut = int((1 - Decimal(str(val_fraction))) * whole.characters)
+    val, test = Decimal(str(shares.val)), Decimal(str(shares.test))
+    cut, test_cut = (int((1 - share) * whole.characters) for share in (val + test, test))
     if cut == 0:  # a larger fraction cannot leave validation empty, only training
         raise DataError(
             f"no text is left for training ({whole.characters:,} characters in {whole.documents:,} documents, "
-            f"data.val_fraction {val_fraction}); give more text or another data.val_fraction"
+            f"{shares}); give more text or hold less of it out"
         )
-    return Tail(cut, whole.last or 0)
+    return Tail(cut, whole.last or 0, test_cut if test else whole.characters + 1)
 
 
 def split_tail(documents: Iterable[Document], tail: Tail, position: int = 0, opened: int = 0) -> Iterator[Part]:
-    """Split off the characters from ``tail.cut`` on.
+    """Split off the characters from ``tail.cut`` on for validation, and those from ``tail.test`` on for the test.
 
-    The document in which the cut falls stays whole, in training, unless it is the last one: that is cut at exactly
-    this character, so that a single file splits as nanoGPT and LLMs-from-scratch do it. ``position``: characters
-    before this run of documents; ``opened``: where the document began that the run may continue.
+    A document in which a cut falls stays whole, on the side before it, unless it is the last one: that is cut at
+    exactly this character, so that a single file splits as nanoGPT and LLMs-from-scratch do it. ``position``:
+    characters before this run of documents; ``opened``: where the document began that the run may continue.
     """
+    begin = {TRAIN: 0, VAL: tail.cut, TEST: tail.test}  # of each side
+    end = {TRAIN: tail.cut, VAL: tail.test, TEST: math.inf}
     for document in documents:
         if not document.continues:
             opened = position
         text, begins = document.text, not document.continues
-        if opened == tail.last < tail.cut:
-            head = text[: max(0, tail.cut - position)]
-            if head or len(head) == len(text):
-                yield Part(head, TRAIN, begins)
-            if len(head) < len(text):
-                yield Part(text[len(head) :], VAL, begins=position + len(head) == tail.cut)
-        else:
-            yield Part(text, VAL if opened >= tail.cut else TRAIN, begins)
+        if opened < tail.last or not text:
+            yield Part(text, next(side for side in reversed(SIDES) if opened >= begin[side]), begins)
+        else:  # the last document
+            for side in SIDES:
+                first, last = (min(max(0, place - position), len(text)) for place in (begin[side], end[side]))
+                if first < last:
+                    yield Part(text[first:last], side, begins or position + first == begin[side] > opened)
+                    begins = False
         position += len(text)
 
 
-def split_hash(documents: Iterable[Document], val_fraction: float, opened: str = TRAIN) -> Iterator[Part]:
-    """Choose about ``val_fraction`` of the documents for validation by the SHA-256 of their text.
+def split_hash(documents: Iterable[Document], shares: Shares, opened: str = TRAIN) -> Iterator[Part]:
+    """Choose about ``shares`` of the documents for validation and the test by the SHA-256 of their text.
 
     The choice depends on nothing else, so equal documents are on the same side and stay there when others are added.
     Of a document in several parts the first one decides; ``opened`` is the side of the one that the run may continue.
     """
     for document in documents:
         if not document.continues:
-            opened = side_by_hash(document.text, val_fraction)
+            opened = side_by_hash(document.text, shares)
         yield Part(document.text, opened, not document.continues)
 
 
-def side_by_hash(text: str, val_fraction: float) -> str:
-    """The side of a document, by the first 64 bits of its SHA-256."""
+def side_by_hash(text: str, shares: Shares) -> str:
+    """The side of a document, by the first 64 bits of its SHA-256.
+
+    Validation has the lowest numbers and the test the highest, so that neither depends on the other's share.
+    """
     number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-    return VAL if number < val_fraction * 2**64 else TRAIN
+    return VAL if number < shares.val * 2**64 else TEST if number >= (1 - shares.test) * 2**64 else TRAIN

@@ -9,6 +9,7 @@ from pretrain.tokens.datasets import (
     Corpus,
     Dataset,
     check_marked,
+    check_undivided,
     is_tokens,
     open_corpus,
     prepared_dataset,

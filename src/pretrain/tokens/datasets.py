@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from pretrain.config import Config
+from pretrain.config import Config, DataConfig
 from pretrain.errors import DataError, UsageError
 from pretrain.io import expand
+from pretrain.text.split import SIDES, TEST, VAL
 from pretrain.tokenizer import Tokenizer, build_tokenizer
 from pretrain.tokens.foreign import SUFFIXES, open_foreign, split_of, token_files
 from pretrain.tokens.order import DATASETS, DataOrder, MixedOrder, key, mixture_shares
@@ -158,7 +159,7 @@ def prepared_dataset(folder: Path) -> Dataset:
     if not (folder / MANIFEST).is_file() and (folder / PLAN).is_file():
         raise DataError(f"{folder} is not finished; go on with the 'pretrain data prepare' that began it")
     manifest = Manifest.load(folder)
-    files: dict[str, list[TokenFile]] = {"train": [], "val": []}
+    files: dict[str, list[TokenFile]] = {side: [] for side in SIDES}
     for shard in manifest.shards:
         file = TokenFile(folder / shard.file, shard.tokens, manifest.dtype)
         file.check()
@@ -181,7 +182,7 @@ def foreign_dataset(path: str, tokenizer: Tokenizer, dtype: str = "auto") -> Dat
         found = [Path(match) for match in sorted(glob.glob(str(found[0]), recursive=True))]
     if not found:
         raise DataError(f"{path}: there are no such files; name token shards ({', '.join(SUFFIXES)}) or their folder")
-    files: dict[str, list[TokenFile]] = {"train": [], "val": []}
+    files: dict[str, list[TokenFile]] = {side: [] for side in SIDES}
     digest = hashlib.sha256()
     for each in found:
         split = split_of(each)
@@ -189,6 +190,15 @@ def foreign_dataset(path: str, tokenizer: Tokenizer, dtype: str = "auto") -> Dat
         files[split].append(file)
         digest.update(f"{split} {hashed} ".encode())
     return Dataset(path, files, "", 0.0, digest.hexdigest())
+
+
+def check_undivided(data: DataConfig) -> None:
+    """A UsageError if ``data`` names token shards, but a test that would have to be split off their text."""
+    if data.test_fraction:
+        raise UsageError(
+            f"data.test_fraction is of text, and {data.paths[0]} holds tokens; hold a test out when they are made:"
+            f" pretrain data prepare --test-fraction {data.test_fraction:g}"
+        )
 
 
 def check_marked(corpus: Corpus) -> None:
@@ -222,8 +232,9 @@ def training_order(corpus: Corpus, config: Config) -> DataOrder | MixedOrder:
     for dataset in corpus.datasets if data.weights else ():
         check_length(dataset.name, "training", dataset.tokens("train"), length)
     check_length(", ".join(names), "training", corpus.tokens("train"), length)
-    if corpus.tokens("val"):
-        check_length(", ".join(names), "validation", corpus.tokens("val"), length)
+    for side, part in ((VAL, "validation"), (TEST, "test")):
+        if corpus.tokens(side):
+            check_length(", ".join(names), part, corpus.tokens(side), length)
     if not data.weights:
         return DataOrder(corpus.tokens("train"), length, data.order, data.stride, seed)
     shares = mixture_shares(data.weights, names)

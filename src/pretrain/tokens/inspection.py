@@ -28,7 +28,7 @@ def inspect_split(corpus: Corpus, split: str, samples: int, seed: int) -> Iterat
         return
     bos_places, counts = scan(stream, tokenizer)
     seen = min(len(stream), SCANNED)
-    title = "training" if split == "train" else "validation"
+    title = {"train": "training", "val": "validation"}.get(split, split)
     yield ""
     yield f"{title}: {len(stream):,} tokens" + (f", the first {seen:,} of which are looked at" * (seen < len(stream)))
     lengths = document_lengths(bos_places, seen, whole=seen == len(stream))

@@ -21,7 +21,7 @@ from pathlib import Path
 from pretrain.io import write_atomically
 from pretrain.text import Document, ReadStats
 from pretrain.text.pieces import Piece, read_piece
-from pretrain.text.split import Part, Survey, Tail, split_tail, survey
+from pretrain.text.split import NOTHING, Part, Shares, Survey, Tail, split_tail, survey
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokens.shards import Shard, ShardWriter, utf8_bytes
 from pretrain.tokens.source import Report, read_parts
@@ -38,10 +38,10 @@ class Job:
 
     number: int
     pieces: tuple[Piece, ...]
-    split: str  # train or val: one side for all of it; hash or tail: how each document's side is found
+    split: str  # train, val or test: one side for all of it; hash or tail: how each document's side is found
     field: str = "text"  # that holds the text, in JSON lines and Parquet
-    val_fraction: float = 0.0  # (split hash)
-    tail: Tail | None = None  # where validation begins (split tail, as the two that follow)
+    shares: Shares = NOTHING  # (split hash)
+    tail: Tail | None = None  # where what is held out begins (split tail, as the two that follow)
     position: int = 0  # characters before the job
     opened: int = 0  # where the document began that may continue in the job
 
@@ -59,7 +59,7 @@ class Job:
         """Its documents, each on its side of the split."""
         if self.tail:
             return split_tail(self.documents(stats), self.tail, self.position, self.opened)
-        return read_parts(self.pieces, self.field, self.split, self.val_fraction, stats)
+        return read_parts(self.pieces, self.field, self.split, self.shares, stats)
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def plan_jobs(
     *,
     first: int = 0,
     field: str = "text",
-    val_fraction: float = 0.0,
+    shares: Shares = NOTHING,
 ) -> list[Job]:
     """Group consecutive pieces into jobs, numbered from ``first``."""
     total = sum(piece.size for piece in pieces)
@@ -92,7 +92,7 @@ def plan_jobs(
             size = 0
         groups[-1].append(piece)
         size += piece.size
-    return [Job(number, tuple(group), split, field, val_fraction) for number, group in enumerate(groups, first)]
+    return [Job(number, tuple(group), split, field, shares) for number, group in enumerate(groups, first)]
 
 
 def survey_job(folder: Path, job: Job, alphabet: bool, report: Report) -> Survey:
@@ -128,7 +128,7 @@ def tokenize_job(
     """Write the shards of a job that are not written yet; gives all its commits.
 
     A shard is closed after the first document with which its tokens are ``shard_tokens`` or more; a document too large
-    to be held at once may go on in the next shard. Training and validation shards are closed together. ``bos`` is
+    to be held at once may go on in the next shard. Shards of all sides are closed together. ``bos`` is
     ``data.bos``; ``threads`` 0 is one for each core.
     """
     commits = read_commits(folder, job.number)

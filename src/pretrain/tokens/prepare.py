@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,7 +33,7 @@ from pretrain.errors import DataError, Interrupted, PretrainError, UsageError
 from pretrain.io import cores, write_atomically
 from pretrain.text import ReadStats, refuse_broken
 from pretrain.text.pieces import EMBEDDED, Piece
-from pretrain.text.split import TRAIN, VAL, Survey, find_tail, join_surveys
+from pretrain.text.split import SIDES, TEST, TRAIN, VAL, Shares, Survey, find_tail, join_surveys
 from pretrain.tokenizer import Tokenizer, build_tokenizer
 from pretrain.tokenizer.boundary import BOS_NAMES
 from pretrain.tokenizer.build import TOO_MANY_WORDS
@@ -52,7 +52,16 @@ from pretrain.tokens.jobs import (
 from pretrain.tokens.on_ray import run_on_ray
 from pretrain.tokens.progress import Progress
 from pretrain.tokens.shards import MANIFEST, PLAN, Manifest, utf8_bytes
-from pretrain.tokens.source import NO_TEXT, NO_VALIDATION, TAIL, Report, describe, find_sides, learning_texts
+from pretrain.tokens.source import (
+    NO_TEST,
+    NO_TEXT,
+    NO_VALIDATION,
+    TAIL,
+    Report,
+    describe,
+    find_sides,
+    learning_texts,
+)
 from pretrain.tokens.workers import run_in_processes
 
 PLAN_FORMAT = 2
@@ -127,20 +136,24 @@ def prepare_text(
     given = None if kind in ("bpe", "char") else build_tokenizer(kind, tokenizer.vocab_size, [], bos=tokenizer.bos)
     if given:
         check_boundary(given, masked)
-    pieces, held_out, split = find_sides(data, progress.say)
-    jobs = plan_jobs(pieces, split, shard_tokens, field=data.field, val_fraction=data.val_fraction)
-    jobs += plan_jobs(held_out, VAL, shard_tokens, first=len(jobs), field=data.field)
-    validated = bool(held_out) or split != TRAIN
+    sides = find_sides(data, progress.say)
+    jobs = plan_jobs(sides.train, sides.split, shard_tokens, field=data.field, shares=sides.shares)
+    for held_out, side in ((sides.val, VAL), (sides.test, TEST)):
+        jobs += plan_jobs(held_out, side, shard_tokens, first=len(jobs), field=data.field)
+    wanted = {VAL: sides.val or sides.shares.val, TEST: sides.test or sides.shares.test}
+    pieces = [*sides.train, *([] if data.val_paths else sides.val), *sides.test]  # of data.paths
+    validation = sides.val if data.val_paths else []
     plan = {
         "format": PLAN_FORMAT,
-        "text": _sources(pieces if data.val_paths else [*pieces, *held_out]),
-        "validation text": _sources(held_out if data.val_paths else []),
-        "pieces": hashlib.sha256(repr([*pieces, *held_out]).encode()).hexdigest(),
+        "text": _sources(pieces),
+        "validation text": _sources(validation),
+        "pieces": hashlib.sha256(repr([*pieces, *validation]).encode()).hexdigest(),
         "field": data.field,
         "separator": data.separator,
         "bos": data.bos,
         "split": data.split,
         "val_fraction": data.val_fraction,
+        "test_fraction": data.test_fraction,
         "tokenizer": given.fingerprint if given else f"{kind} {tokenizer.vocab_size} {tokenizer.pattern}",
         "shard_tokens": shard_tokens,
     }
@@ -148,7 +161,7 @@ def prepare_text(
         _check_plan(folder, plan)
         open_corpus([str(folder)])  # a quick check of the files
         prepared = open_prepared(folder)
-        _check_sides(prepared.manifest, validated, length)
+        _check_sides(prepared.manifest, wanted, length)
         shutil.rmtree(folder / WORK, ignore_errors=True)
         progress.say(f"{folder} is complete; nothing left to prepare")
         return prepared
@@ -183,8 +196,8 @@ def prepare_text(
         counted = jobs if kind == "char" else [job for job in jobs if job.split == TAIL]
         surveys = run_jobs("counting", survey_job, read_survey, counted, kind == "char")
         refuse_broken(_all_read(survey.read for survey in surveys), data.allow_broken)
-        if split == TAIL:
-            jobs = _place_tail(jobs, surveys, data.val_fraction)
+        if sides.split == TAIL:
+            jobs = _place_tail(jobs, surveys, sides.shares)
 
         # The tokenizer that an earlier call made, or a new one.
         file = folder / TOKENIZER
@@ -196,7 +209,7 @@ def prepare_text(
         if not file.is_file() and given:
             write_atomically(file, given.to_json())
         elif not file.is_file():
-            training = [job for job in jobs if job.split != VAL]
+            training = [job for job in jobs if job.split not in wanted]
             size = min(_size(training), LEARN_BYTES)
             if size == LEARN_BYTES:
                 progress.say(f"tokenizer trained on {size / 1e6:,.0f} MB, taken evenly from all of the text")
@@ -212,8 +225,8 @@ def prepare_text(
         read = _all_read(commits[-1].read for commits in done)
         refuse_broken(read, data.allow_broken)
         built = load_tokenizer(file, file.stat().st_mtime_ns).with_bos(data.bos)
-        manifest = Manifest.of(built, sorted(shards, key=lambda shard: shard.split), read)  # training first
-        _check_sides(manifest, validated, length)
+        manifest = Manifest.of(built, sorted(shards, key=lambda shard: SIDES.index(shard.split)), read)
+        _check_sides(manifest, wanted, length)
         manifest.save(folder)
         shutil.rmtree(folder / WORK, ignore_errors=True)
         return Prepared(folder, manifest, built)
@@ -267,28 +280,32 @@ def _size(jobs: Sequence[Job]) -> int:
     return sum(job.size for job in jobs)
 
 
-def _place_tail(jobs: Sequence[Job], surveys: Sequence[Survey], val_fraction: float) -> list[Job]:
-    """The jobs with where the tail of the whole text begins, and what comes before each."""
-    tail = find_tail(join_surveys(surveys), val_fraction)
+def _place_tail(jobs: Sequence[Job], surveys: Sequence[Survey], shares: Shares) -> list[Job]:
+    """The jobs; those of the text that is split, which come first, know where its tail begins and what is before."""
+    count = sum(job.split == TAIL for job in jobs)
+    tail = find_tail(join_surveys(surveys[:count]), shares)
     placed = []
     position = opened = 0
-    for job, survey in zip(jobs, surveys, strict=True):
+    for job, survey in zip(jobs[:count], surveys[:count], strict=True):
         placed.append(replace(job, tail=tail, position=position, opened=opened))
         opened = opened if survey.last is None else position + survey.last
         position += survey.characters
-    return placed
+    return [*placed, *jobs[count:]]
 
 
-def _check_sides(manifest: Manifest, held_out: bool, length: int) -> None:
-    """A DataError if a side of the split is empty or does not fill one context."""
+def _check_sides(manifest: Manifest, wanted: Mapping[str, Any], length: int) -> None:
+    """A DataError if a side of the split that is ``wanted`` is empty, or one does not fill one context."""
     if manifest.documents(TRAIN) == 0:
         raise DataError(NO_TEXT)
-    if manifest.documents(VAL) == 0 and held_out:
-        raise DataError(NO_VALIDATION)
+    for side, message in ((VAL, NO_VALIDATION), (TEST, NO_TEST)):
+        if manifest.tokens(side) == 0 and wanted[side]:
+            raise DataError(message)
     check_length("the text", "training", manifest.tokens(TRAIN), length)
     if manifest.tokens(VAL):
         more = ", or a larger --data.val_fraction (0 trains on everything)"
         check_length("the text", "validation", manifest.tokens(VAL), length, more)
+    if manifest.tokens(TEST):
+        check_length("the text", "test", manifest.tokens(TEST), length, ", or a larger --data.test_fraction")
 
 
 # The folder and its plan --------------------------------------------------------------------------------------------
@@ -315,7 +332,8 @@ def _check_plan(folder: Path, plan: dict[str, Any]) -> None:
 def _changes(folder: Path, plan: dict[str, Any]) -> str:
     """What differs between a plan and that of the folder; empty: nothing."""
     try:
-        old = {"bos": True, **json.loads((folder / PLAN).read_text(encoding="utf-8"))}  # plans had no other before
+        old = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        old = {"bos": True, "test_fraction": 0.0, **old}  # plans had no others before
         return ", ".join(f"another {key}" for key in plan if old.get(key) != plan[key])
     except (OSError, ValueError, AttributeError):
         return f"its {PLAN} is missing or damaged"
@@ -373,7 +391,7 @@ def _working_in(folder: Path, plan: dict[str, Any], small: bool) -> Iterator[Non
 def _clear(folder: Path) -> None:
     """Remove what preparing put into a folder, but for the lock."""
     _remove(folder / WORK, "*.json")
-    _remove(folder, "*.tmp", PLAN, TOKENIZER, "train-*.bin", "val-*.bin")
+    _remove(folder, "*.tmp", PLAN, TOKENIZER, *(f"{side}-*.bin" for side in SIDES))
 
 
 def _remove(folder: Path, *patterns: str) -> None:

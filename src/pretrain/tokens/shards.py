@@ -30,7 +30,7 @@ MANIFEST_BYTES = 100 * 2**20  # the largest manifest that is read: of about 400,
 BUFFERED_TOKENS = 2**18  # hashed and written at once
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
-Split = Annotated[str, msgspec.Meta(pattern=r"\A(train|val)\Z")]
+Split = Annotated[str, msgspec.Meta(pattern=r"\A(train|val|test)\Z")]
 Dtype = Annotated[str, msgspec.Meta(pattern=r"\A(uint16|uint32)\Z")]
 FileName = Annotated[str, msgspec.Meta(pattern=r"\A[^./\\:\0][^/\\:\0]*\Z")]  # a shard is in the manifest's folder
 

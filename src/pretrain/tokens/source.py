@@ -10,7 +10,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from pretrain.io import sha256_of
 from pretrain.text import ReadStats, embedded_name
 from pretrain.text.files import Say
 from pretrain.text.pieces import RANGE_BYTES, Piece, find_pieces, read_piece
-from pretrain.text.split import TRAIN, Part, side_by_hash, split_hash
+from pretrain.text.split import NOTHING, TRAIN, Part, Shares, side_by_hash, split_hash
 from pretrain.tokenizer.build import DIFFERENT_BYTES, learning_pieces
 from pretrain.tokens.shards import utf8_bytes
 
@@ -30,8 +30,9 @@ NO_VALIDATION = (
     "no text is left for validation; give more text, another --data.split or --data.val_paths, or hold nothing out with"
     " --data.val_fraction 0"
 )
-ONE_FILE = (
-    "data.split last_file needs two files or more; give more with --data, or use --data.split hash or --data.val_paths"
+NO_TEST = "no text is left for the test; give more text, another --data.split, or leave out --data.test_fraction"
+FEW_FILES = (
+    "data.split last_file needs {} files or more; give more with --data, or use --data.split hash or --data.val_paths"
 )
 
 Report = Callable[[int, int], None]
@@ -44,37 +45,63 @@ def describe(data: DataConfig, size: int) -> str:
     return f"text      {', '.join(paths) or embedded_name()}: about {size / 1e6:,.1f} MB"
 
 
-def find_sides(data: DataConfig, say: Say = lambda _: None) -> tuple[list[Piece], list[Piece], str]:
-    """The pieces to train on, those held out whole, and how documents of the former are split: train, hash or tail.
+@dataclass(frozen=True)
+class Sides:
+    """The pieces of the text: those held out whole, and the others, of whose documents some may be held out."""
 
-    A file that is held out is not trained on, nor is a copy of it; ``say`` is told of those, and of what is left out.
+    train: list[Piece]
+    val: list[Piece]
+    test: list[Piece]
+    split: str  # how documents of ``train`` are split: train (not at all), hash or tail
+    shares: Shares  # of them that are held out so
+
+
+def find_sides(data: DataConfig, say: Say = lambda _: None) -> Sides:
+    """Find the text that ``data`` names, and which of it is held out.
+
+    A file that is held out is not trained on, nor is a copy of it, and what is tested on is in no other side; ``say``
+    is told of copies, and of what is left out.
 
     Raises DataError if the text is missing or cannot be read, or none is left to train on.
     """
-    train, held_out, split = find_pieces(data.paths, data.field, data.separator, say), [], TRAIN
+    train, val, test, split = find_pieces(data.paths, data.field, data.separator, say), [], [], TRAIN
+    shares = Shares(0.0 if data.val_paths else data.val_fraction, data.test_fraction)
     if data.val_paths:
-        held_out = find_pieces(data.val_paths, data.field, data.separator, say)
-    elif train and data.split == "last_file":
-        last = train[-1].file
-        held_out = [piece for piece in train if piece.file == last]
-        train = train[: -len(held_out)]
-        if not train:
-            raise DataError(ONE_FILE)
-    elif data.val_fraction:
+        val = find_pieces(data.val_paths, data.field, data.separator, say)
+        train = _without(train, val, data.val_paths, say)
+    if data.split == "last_file":
+        needed = "three" if data.test_fraction and not data.val_paths else "two"
+        if data.test_fraction:
+            train, test = _last_file(train, needed, say)
+        if not data.val_paths:
+            train, val = _last_file(train, needed, say)
+    elif shares:
         split = data.split
-    if held_out:
-        same = same_files([piece.file for piece in train], [piece.file for piece in held_out])
-        for file in sorted(file for file, original in same.items() if file != original):
-            say(f"held out  {file} too: it is the same file as {same[file]}")
-        text, train = train, [piece for piece in train if piece.file not in same]
-        if text and not train:
-            raise DataError(
-                f"all of the text is held out ({', '.join(data.val_paths or [held_out[0].file])}), and none is left to"
-                f" train on; give more text, or hold less of it out"
-            )
     if not train:  # all of it is held out, or it is a folder of Parquet files without rows
         raise DataError(NO_TEXT)
-    return train, held_out, split
+    return Sides(train, val, test, split, shares if split != TRAIN else NOTHING)
+
+
+def _last_file(pieces: list[Piece], needed: str, say: Say) -> tuple[list[Piece], list[Piece]]:
+    """The pieces before the last file that are none of a copy of it, and those of the last file."""
+    last = [piece for piece in pieces if piece.file == pieces[-1].file]
+    if len(last) == len(pieces) > 0:
+        raise DataError(FEW_FILES.format(needed))
+    return _without(pieces[: len(pieces) - len(last)], last, [piece.file for piece in last[:1]], say), last
+
+
+def _without(pieces: list[Piece], held_out: list[Piece], names: Sequence[str], say: Say) -> list[Piece]:
+    """The pieces whose files are not those of ``held_out``, nor copies of these. A DataError if none is."""
+    same = same_files([piece.file for piece in pieces], [piece.file for piece in held_out])
+    for file in sorted(file for file, original in same.items() if file != original):
+        say(f"held out  {file} too: it is the same file as {same[file]}")
+    left = [piece for piece in pieces if piece.file not in same]
+    if pieces and not left:
+        raise DataError(
+            f"all of the text is held out ({', '.join(names)}), and none is left to train on; give more text, or hold"
+            f" less of it out"
+        )
+    return left
 
 
 def same_files(files: Collection[str], originals: Collection[str]) -> dict[str, str]:
@@ -97,10 +124,8 @@ def same_files(files: Collection[str], originals: Collection[str]) -> dict[str, 
     return same
 
 
-def read_parts(
-    pieces: Sequence[Piece], field: str, split: str, val_fraction: float, stats: ReadStats
-) -> Iterator[Part]:
-    """The documents of consecutive pieces, each on its side of the split: all train, all val, or by hash."""
+def read_parts(pieces: Sequence[Piece], field: str, split: str, shares: Shares, stats: ReadStats) -> Iterator[Part]:
+    """The documents of consecutive pieces, each on its side: all on that which ``split`` names, or by hash."""
     documents = chain.from_iterable(read_piece(piece, field, stats) for piece in pieces)
     if split != HASH:
         yield from (Part(document.text, split, not document.continues) for document in documents)
@@ -109,9 +134,9 @@ def read_parts(
         if first.continues:  # a large plain text, whose side the beginning of the file decides
             start = replace(pieces[0], begin=0, end=RANGE_BYTES)
             for document in read_piece(start, field, ReadStats()):
-                opened = side_by_hash(document.text, val_fraction)
+                opened = side_by_hash(document.text, shares)
                 break
-        yield from split_hash(chain([first], documents), val_fraction, opened)
+        yield from split_hash(chain([first], documents), shares, opened)
 
 
 def learning_texts(

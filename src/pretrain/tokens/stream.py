@@ -1,6 +1,6 @@
 """Live streams: text that is tokenized while training on it.
 
-    data.paths ──find_text──> LiveText ──prepare_stream──> tokenizer.json and a shard of validation tokens
+    data.paths ──find_text──> LiveText ──prepare_stream──> tokenizer.json and shards of held-out tokens
                                  │
       Assignment of its pieces to readers
       ├─ reader 0: pieces → documents → ids ──packing──> rows 0, R, 2R, ... of every batch
@@ -12,7 +12,7 @@ row j always comes from reader j % R, and each reader reads its own pieces. Resu
 reader, of the step in question: no text and no tokens are kept. The document in which a reader stopped is read and
 tokenized again, those before it in its piece are only read.
 
-The validation tokens are written as a shard, so that a run with a stream validates as any other does, now and later.
+The held-out tokens are written as shards, so that a run with a stream validates as any other does, now and later.
 """
 
 from __future__ import annotations
@@ -40,19 +40,28 @@ from pretrain.text import ReadStats, refuse_broken
 from pretrain.text.files import Say
 from pretrain.text.opening import unreadable
 from pretrain.text.pieces import EMBEDDED, Piece
-from pretrain.text.split import TRAIN, VAL, Part
+from pretrain.text.split import NOTHING, TEST, TRAIN, VAL, Part, Shares
 from pretrain.tokenizer import Tokenizer, build_tokenizer
 from pretrain.tokens.order import PIECES, key, permute
 from pretrain.tokens.packing import OTHER_TEXT, Cursor, Place, best_fit, concatenate
 from pretrain.tokens.prepare import TOKENIZER, Prepared, check_boundary, introduce
 from pretrain.tokens.shards import Manifest, Shard, ShardWriter, bytes_per_token, utf8_bytes
-from pretrain.tokens.source import HASH, NO_TEXT, NO_VALIDATION, TAIL, describe, find_sides, read_parts, training_texts
+from pretrain.tokens.source import (
+    HASH,
+    NO_TEST,
+    NO_TEXT,
+    NO_VALIDATION,
+    describe,
+    find_sides,
+    read_parts,
+    training_texts,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 LEARN_BYTES = 32_000_000  # of text that a bpe is trained on, at most
-VALIDATION_TOKENS = 2**23  # written for validation, at most, unless eval.tokens is more
+HELD_OUT_TOKENS = 2**23  # written for validation and for the test, at most, unless eval.tokens is more
 SEARCHED_BYTES = 512_000_000  # read for them, once there are some: a small share by hash is spread over all of the text
 MEASURED_BYTES = 2**18  # of text, to know the bytes of a token
 SAMPLED_BYTES = 64 * 1024  # hashed at the beginning and at the end of each file, to know it again
@@ -73,12 +82,13 @@ class LiveText:
     train: tuple[Piece, ...]  # in the order of data.paths
     val: tuple[Piece, ...]  # those held out; all pieces if documents are held out by a hash
     field: str
-    val_fraction: float  # share of the documents of `train` that is held out by a hash of their text; 0: none
+    shares: Shares = NOTHING  # of the documents of `train` that are held out by a hash of their text
+    test: tuple[Piece, ...] = ()  # as `val`
 
     def parts(self, piece: Piece, side: str = TRAIN, stats: ReadStats | None = None) -> Iterator[Part]:
-        """The documents of a piece of ``train`` or ``val``, as ``side`` says; by a hash some are of the other side."""
-        split = HASH if self.val_fraction else side
-        return read_parts([piece], self.field, split, self.val_fraction, stats or ReadStats())
+        """The documents of a piece of the ``side`` that is named; by a hash some of them are of another."""
+        hashed = {TRAIN: bool(self.shares), VAL: self.shares.val > 0, TEST: self.shares.test > 0}[side]
+        return read_parts([piece], self.field, HASH if hashed else side, self.shares, stats or ReadStats())
 
     def training(self, pieces: Sequence[Piece], stats: ReadStats | None = None) -> Iterator[Part]:
         """The documents to train on of pieces of ``train``."""
@@ -88,7 +98,7 @@ class LiveText:
     @property
     def size(self) -> int:
         """About how many bytes of text an epoch has."""
-        return round(sum(piece.size for piece in self.train) * (1 - self.val_fraction))
+        return round(sum(piece.size for piece in self.train) * (1 - self.shares.val - self.shares.test))
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -96,8 +106,9 @@ class LiveText:
 
         Files may be moved or copied, but not changed, since the place in a stream is counted in them.
         """
-        digest = hashlib.sha256(json.dumps([self.field, self.val_fraction]).encode())
-        pieces = [*self.train, *self.val]
+        test = [self.shares.test] if self.shares.test else []
+        digest = hashlib.sha256(json.dumps([self.field, self.shares.val, *test]).encode())
+        pieces = [*self.train, *self.val, *self.test]
         for piece in pieces:
             digest.update(json.dumps([Path(piece.file).name, piece.size, piece.begin, piece.end]).encode())
         for file in dict.fromkeys(piece.file for piece in pieces):
@@ -122,8 +133,8 @@ def hash_of_ends(file: str) -> bytes:
 def find_text(data: DataConfig, say: Say = lambda _: None) -> LiveText:
     """Find the pieces that ``data`` names, and divide them.
 
-    ``data.split`` tail holds out whole pieces, since no stream knows how many characters it will have read: the last
-    ones, of together at most ``val_fraction`` of the bytes.
+    ``data.split`` tail holds out whole pieces, since no stream knows how many characters it will have read: for the
+    test the last ones, of together at most ``test_fraction`` of the bytes, and for validation those before them.
 
     Raises:
         UsageError: the configuration asks for what a stream cannot do.
@@ -132,28 +143,34 @@ def find_text(data: DataConfig, say: Say = lambda _: None) -> LiveText:
     for name, given in (("order random", data.order == "random"), ("stride", data.stride), ("weights", data.weights)):
         if given:
             raise UsageError(f"data.{name} needs token shards (pretrain data prepare), not a stream; leave one out")
-    train, val, split = find_sides(data, say)
-    if split == HASH:
-        val = train
-    elif split == TAIL:
-        left = data.val_fraction * sum(piece.size for piece in train)
-        first = len(train)
-        while first > 1 and train[first - 1].size <= left:
-            first -= 1
-            left -= train[first].size
-        if first == len(train):
-            raise DataError(
-                f"data.split tail of a stream holds out whole pieces, and the last one (of {train[-1].size:,} bytes) is"
-                f" more than data.val_fraction {data.val_fraction}; use --data.split hash or --data.val_paths"
-            )
-        train, val = train[:first], train[first:]
-    return LiveText(tuple(train), tuple(val), data.field, data.val_fraction if split == HASH else 0.0)
+    sides = find_sides(data, say)
+    train, shares = sides.train, sides.shares
+    held_out = {TEST: sides.test, VAL: sides.val}  # the test is the last of the text
+    size = sum(piece.size for piece in train)
+    for side, share in ((TEST, shares.test), (VAL, shares.val)):
+        if share and sides.split == HASH:
+            held_out[side] = train
+        elif share:
+            left = share * size
+            first = len(train)
+            while first > 1 and train[first - 1].size <= left:
+                first -= 1
+                left -= train[first].size
+            if first == len(train):
+                raise DataError(
+                    f"data.split tail of a stream holds out whole pieces, and the last one (of {train[-1].size:,}"
+                    f" bytes) is more than data.{side}_fraction {share}; use --data.split hash"
+                    + (" or --data.val_paths" if side == VAL else "")
+                )
+            train, held_out[side] = train[:first], train[first:]
+    hashed = shares if sides.split == HASH else NOTHING
+    return LiveText(tuple(train), tuple(held_out[VAL]), data.field, hashed, tuple(held_out[TEST]))
 
 
 def prepare_stream(
     config: Config, text: LiveText, folder: Path, say: Callable[[str], None] = lambda _: None
 ) -> Prepared:
-    """Make the tokenizer and the shard of validation tokens of a run that trains on a stream, in ``folder``.
+    """Make the tokenizer and the shards of held-out tokens of a run that trains on a stream, in ``folder``.
 
     The folder appears whole or not at all. Its manifest has no training shards.
 
@@ -181,13 +198,18 @@ def prepare_stream(
     temporary.mkdir(parents=True)
     try:
         shards, held_out = [], ReadStats(cuts=tokenizer.cuts)
-        if text.val:
-            limit = max(VALIDATION_TOKENS, config.eval.tokens)
-            shard = _write_validation(temporary, text, tokenizer, limit, held_out)
-            refuse_broken(held_out, config.data.allow_broken)
+        for side, name, missing in ((VAL, "validation", NO_VALIDATION), (TEST, "the test", NO_TEST)):
+            if not getattr(text, side):
+                continue
+            limit = max(HELD_OUT_TOKENS, config.eval.tokens)
+            stats = ReadStats(cuts=tokenizer.cuts)
+            shard = _write_held_out(temporary, text, side, tokenizer, limit, stats)
+            refuse_broken(stats, config.data.allow_broken)
+            if side == VAL or text.test != text.val:  # by a hash both are of the same text
+                held_out.add(stats)
             if shard.tokens < 2:
-                raise DataError(NO_VALIDATION)
-            say(f"held out  {shard.tokens:,} tokens of {shard.documents:,} documents are kept for validation")
+                raise DataError(missing)
+            say(f"held out  {shard.tokens:,} tokens of {shard.documents:,} documents are kept for {name}")
             shards.append(shard)
         tokenizer.save(temporary / TOKENIZER)
         manifest = Manifest.of(tokenizer, shards, held_out)
@@ -212,19 +234,21 @@ def _learning_texts(text: LiveText, stats: ReadStats) -> Iterator[str]:
     return itertools.chain.from_iterable(training_texts(text.training([piece], stats), limit) for piece in pieces)
 
 
-def _write_validation(folder: Path, text: LiveText, tokenizer: Tokenizer, limit: int, stats: ReadStats) -> Shard:
-    """Tokenize what is held out, up to about ``limit`` tokens."""
+def _write_held_out(
+    folder: Path, text: LiveText, side: str, tokenizer: Tokenizer, limit: int, stats: ReadStats
+) -> Shard:
+    """Tokenize what is held out for a side, up to about ``limit`` tokens."""
 
     def parts() -> Iterator[tuple[Part, str]]:
         searched = 0
-        for part in itertools.chain.from_iterable(text.parts(piece, VAL, stats) for piece in text.val):
-            if part.split == VAL and part.text:
+        for part in itertools.chain.from_iterable(text.parts(piece, side, stats) for piece in getattr(text, side)):
+            if part.split == side and part.text:
                 yield part, part.text
             searched += utf8_bytes(part.text)
             if searched >= SEARCHED_BYTES and writer.tokens:
                 return
 
-    with ShardWriter(folder, "val-00000.bin", VAL, tokenizer) as writer:
+    with ShardWriter(folder, f"{side}-00000.bin", side, tokenizer) as writer:
         for part, ids in tokenizer.encode_documents(parts()):
             # Held-out text may begin in the middle of a document, the rest of which is trained on.
             writer.write(ids, utf8_bytes(part.text), part.begins or not writer.tokens)

@@ -23,7 +23,7 @@ from pretrain.training.callbacks import Callback
 if TYPE_CHECKING:
     from pretrain.training.loop import Trainer
 
-MEASURED = {"val/loss", "train/eval_loss"}  # of a validation, with which the line of its step is printed
+MEASURED = {"val/loss", "train/eval_loss", "test/loss"}  # of a validation, with which the line of its step is printed
 
 
 class Console(Callback):
@@ -52,7 +52,8 @@ class Console(Callback):
         train, device, vocabulary = config.train, world.device, corpus.tokenizer.vocab_size
         precision = Precision(state.progress.precision, device)
         tokens = f"{corpus.tokens('train'):,} to train on" if corpus.tokens("train") else "made while training"
-        self.say(f"tokens    {tokens}, {corpus.tokens('val'):,} held out, vocabulary {vocabulary:,}")
+        test = f", {corpus.tokens('test'):,} for the test" if corpus.tokens("test") else ""
+        self.say(f"tokens    {tokens}, {corpus.tokens('val'):,} held out{test}, vocabulary {vocabulary:,}")
         parameters = sum(p.numel() for p in state.model.parameters())
         self.say(f"model     {parameters:,} parameters, context {config.model.context_length}")
         self.say(
@@ -172,6 +173,9 @@ def _numbers(record: dict[str, Any]) -> str:
     if "val/part_loss" in record:
         part, bpb = (_number(record[name], ".3f") for name in ("val/part_loss", "val/part_bpb"))
         parts.append(f"(all held-out text; eval.tokens of it, as before: {part}, {bpb} bits per byte)")
+    if "test/loss" in record:
+        loss, bpb = (_number(record[name], ".3f") for name in ("test/loss", "test/bpb"))
+        parts.append(f"test loss {loss}   {bpb} bits per byte")
     if "train/tokens_per_second" in record:
         parts.append(f"{record['train/tokens_per_second']:,.0f} tokens/s")
     return "   ".join([*parts, f"{record['time']:.0f} s"])

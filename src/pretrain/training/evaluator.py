@@ -38,6 +38,8 @@ class Evaluator:
     tokenizer: Tokenizer
     val_streams: dict[str, TokenStream]
     """The held-out tokens of each data set that has some."""
+    test_streams: dict[str, TokenStream]
+    """Those held out besides, for the end."""
     training: tuple[TokenStream, DataOrder | MixedOrder] | None
     """The training tokens and the order of their windows; None of a live stream."""
     core_tasks: list[Task]
@@ -52,10 +54,7 @@ class Evaluator:
         last step over all, and as ``val/part_...`` over ``eval.tokens`` as before. And the loss on training text.
         """
         length, settings, last = self.config.model.context_length, self.config.eval, step == self.config.train.steps
-        rows = max(micro_rows, VALIDATION_TOKENS // length)
-
-        def measured(batches: Iterable[tuple[Tensor, Tensor]]) -> LossResult:
-            return evaluate_loss(self.model, checked(batches, check), self.token_bytes, self.world.sum)
+        rows, measured = self.rows(micro_rows), functools.partial(self.measured, check=check)
 
         def held_out(tokens: int) -> dict[str, LossResult]:
             return {name: measured(self.held_out_batches(name, step, tokens, rows)) for name in self.val_streams}
@@ -76,6 +75,26 @@ class Evaluator:
             batches = window_batches(stream, starts, length, rows, self.world.rank, self.world.size)
             numbers["train/eval_loss"] = measured(batches).loss
         return numbers
+
+    def test(self, micro_rows: int, check: Callable[[], None]) -> dict[str, float]:
+        """Loss and bits per byte of all test text, by their names in metrics.jsonl; nothing where there is none."""
+        length, rows, world = self.config.model.context_length, self.rows(micro_rows), self.world
+        results = [
+            self.measured(validation_batches(stream, length, rows, 0, world.rank, world.size), check)
+            for stream in self.test_streams.values()
+        ]
+        if not results:
+            return {}
+        whole = functools.reduce(operator.add, results)
+        return {"test/loss": whole.loss, "test/bpb": whole.bits_per_byte}
+
+    def rows(self, micro_rows: int) -> int:
+        """Rows of a validation batch."""
+        return max(micro_rows, VALIDATION_TOKENS // self.config.model.context_length)
+
+    def measured(self, batches: Iterable[tuple[Tensor, Tensor]], check: Callable[[], None]) -> LossResult:
+        """The loss over batches that all processes share."""
+        return evaluate_loss(self.model, checked(batches, check), self.token_bytes, self.world.sum)
 
     def held_out_batches(self, name: str, step: int, tokens: int, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches for this process of a data set's share of ``tokens`` held-out tokens; 0: of all."""

@@ -154,6 +154,8 @@ class Trainer:
         if evaluate := last or _due(step, config.eval.every, config.eval.offset):
             check = functools.partial(self.phase, "validating", may_stop=True)
             record |= evaluator.validate(step, progress.micro_rows, check)
+            if last:  # of the model that is left, when nothing is to be chosen any more
+                record |= evaluator.test(progress.micro_rows, check)
         if evaluator.core_tasks and (last or _due(step, config.eval.core_every)):
             check = functools.partial(self.phase, "measuring CORE", may_stop=evaluator.together)
             core = evaluator.core(check)

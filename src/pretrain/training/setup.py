@@ -21,6 +21,7 @@ from pretrain.runs.checkpoint import CheckpointWriter, newest
 from pretrain.runs.environment import write_environment
 from pretrain.runs.metrics import Smoothed, comparable_loss
 from pretrain.sizing import meta_model, rows_that_fit
+from pretrain.text.split import TEST, VAL
 from pretrain.tokens import BatchesAhead, LiveBatches, TrainingBatches, find_text, training_order
 from pretrain.training.callbacks import Callback, RunFiles, TextProblems
 from pretrain.training.console import Console
@@ -139,10 +140,12 @@ def set_up(
         loggers = [Logger(kind, run.folder, config, finished, say) for kind in chosen(config.log.backends, say)]
         listeners += [RunFiles(run, finished, say), console, *loggers, *callbacks]
         write_environment(run.folder, device, step=progress.step, precision=precision.name, processes=world.size)
-    val_streams = {each.name: each.stream("val") for each in corpus.datasets if each.tokens("val")}
+    val_streams, test_streams = (
+        {each.name: each.stream(side) for each in corpus.datasets if each.tokens(side)} for side in (VAL, TEST)
+    )
     tasks = core_tasks(config, world, say)
     together = parameters.sharded or world.size == 1
-    evaluator = Evaluator(config, world, model, together, tokenizer, val_streams, training, tasks)
+    evaluator = Evaluator(config, world, model, together, tokenizer, val_streams, test_streams, training, tasks)
     return Trainer(
         run=run,
         corpus=corpus,

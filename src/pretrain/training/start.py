@@ -28,6 +28,7 @@ from pretrain.tokens import (
     Origin,
     check_boundary,
     check_marked,
+    check_undivided,
     difference,
     find_text,
     introduce,
@@ -114,6 +115,7 @@ def open_run(config: Config, folder: Path, console: Console, named: bool = True)
     if is_tokens(data.paths):
         if data.stream:
             raise UsageError(f"{data.paths[0]} holds tokens already, which need no data.stream; use --data.no-stream")
+        check_undivided(data)
         corpus = open_corpus(data.paths, vocabulary.kind, data.bos, boundary=vocabulary.bos, dtype=data.dtype)
         windows = training_order(corpus, config).windows  # refuses what is too short, before the run exists
         tokenizer, fingerprint = corpus.tokenizer, corpus.fingerprint
