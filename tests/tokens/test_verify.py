@@ -117,7 +117,7 @@ def test_what_is_whole_is_said_to_be(good: Path, tmp_path: Path, capsys):
         ({"tokens": 2**70}, r"\[0\]\.tokens"),
         ({"tokens": True}, r"\[0\]\.tokens"),
         ({"tokens": "1"}, r"\[0\]\.tokens"),
-        ({"split": "test"}, r"train\|val.*\[0\]\.split"),
+        ({"split": "dev"}, r"train\|val.*\[0\]\.split"),
     ],
 )
 def test_a_manifest_that_is_none_of_ours_is_refused(change: dict, message: str, folder: Path):
