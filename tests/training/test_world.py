@@ -67,7 +67,8 @@ def assert_near(run: Run, other: Run) -> None:
     assert [r["step"] for r in mine] == [r["step"] for r in theirs]
     for a, b in zip(mine, theirs, strict=True):
         assert a.keys() == b.keys()
-        for name in ("train/loss", "train/grad_norm", "val/loss", "val/bpb", "val/part_loss", "train/eval_loss"):
+        measured = ("val/loss", "val/bpb", "val/part_loss", "train/eval_loss", "test/loss", "test/bpb")
+        for name in ("train/loss", "train/grad_norm", *measured):
             if name in b:
                 assert a[name] == pytest.approx(b[name], rel=1e-5 if name != "train/grad_norm" else 2e-4), (a, b)
 
@@ -103,7 +104,10 @@ NANOCHAT = {
 CASES = {
     "ddp, muon, accumulation": (2, {"parallel__kind": "ddp", "train__micro_batch": 2}),
     "fsdp, muon": (2, {"parallel__kind": "fsdp"}),
-    "ddp, all that is validated": (2, {"parallel__kind": "ddp", **EVALS, "eval__train_tokens": 9 * 32}),
+    "ddp, all that is measured": (
+        2,
+        {"parallel__kind": "ddp", **EVALS, "eval__train_tokens": 9 * 32, "data__test_fraction": 0.1},
+    ),
     "fsdp, adamw, accumulation": (2, {"parallel__kind": "fsdp", "optim__kind": "adamw", "train__micro_batch": 2}),
     "fsdp, uneven everything": (
         3,  # 8 rows and 2 layers of odd shapes over 3 processes; cautious decay, value embeddings, tied head
