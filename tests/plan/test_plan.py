@@ -450,7 +450,10 @@ def test_a_micro_batch_is_made_to_fit(text_file: Path):
 
 WARNINGS: dict[str, tuple[dict[str, Any], str]] = {
     "epochs": ({"train.steps": 1000}, "epochs: beyond about 4"),
-    "tokens": ({"train.steps": 60}, "tokens per parameter"),
+    "tokens": (
+        {"train.steps": 50, "train.batch_tokens": 128, "model.width": 4, "model.layers": 1, "model.heads": 1},
+        "tokens per parameter: with about 20",
+    ),
     "vocabulary": ({"model.width": 4, "model.layers": 1, "model.heads": 1}, "of the parameters are tables"),
     "seldom": ({"tokenizer.kind": "gpt2"}, "A vocabulary of 50,257"),
     "refused": ({"tokenizer.kind": "bpe", "tokenizer.vocab_size": 30000}, "Training will refuse this"),
@@ -471,6 +474,20 @@ WARNINGS: dict[str, tuple[dict[str, Any], str]] = {
 def test_warnings(name: str, text_file: Path):
     fields, expected = WARNINGS[name]
     assert any(expected in warning for warning in warnings(tiny_plan(text_file, **fields)))
+
+
+@pytest.mark.parametrize("steps", [60, 1000])
+def test_a_model_larger_than_the_text_is_not_warned_of(text_file: Path, steps: int):
+    """As it learns more of the text than a smaller one, if it is regularised; that is said where text is repeated."""
+    plan = tiny_plan(text_file, **{"train.steps": steps})
+    assert plan.tokens < 20 * sum(plan.parameters.values())
+    said = warnings(plan)
+    assert not any("parameter" in warning for warning in said)
+    helps = "where text is repeated, --model.dropout 0.1 and --optim.weight_decay and --checkpoint.keep_best help."
+    assert any(helps in warning for warning in said) == (steps == 1000)
+    given = {"model.dropout": 0.2, "optim.weight_decay": 0.1, "train.steps": 1000}
+    (epochs,) = (warning for warning in warnings(tiny_plan(text_file, **given)) if "epochs" in warning)
+    assert epochs.endswith("; where text is repeated, --checkpoint.keep_best helps.")
 
 
 def test_a_sound_plan_has_no_warnings(tmp_path: Path):
@@ -514,7 +531,7 @@ def test_the_command(capsys, text_file: Path):
     assert main(["plan", "--data", str(text_file), *given, "--gpu", "h100", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["hardware"] == "NVIDIA H100 SXM"
-    assert any("tokens per parameter" in warning for warning in shown["warnings"])
+    assert any("epochs: beyond about 4" in warning for warning in shown["warnings"])
     assert main(["plan", "--data", str(text_file), *given, "--gpu", "a100", "--mfu", "0.5"]) == 0
     assert "assumed 50% of the peak" in capsys.readouterr().out
     for wrong, expected in (

@@ -22,9 +22,10 @@ def warnings(plan: Plan) -> list[str]:
 
 
 def _text(plan: Plan) -> Iterator[str]:
-    """Text that training refuses, that is seen too often, or is too little for the model or for the vocabulary."""
-    tokens, batch, length = plan.data.train_tokens, plan.config.train.batch_tokens, plan.config.model.context_length
-    embedded = not plan.config.data.paths and plan.epochs > 100  # a recipe for large data is planned without any
+    """Text that training refuses, seen often, hardly read, or too little for its vocabulary."""
+    config, tokens = plan.config, plan.data.train_tokens
+    batch, length = config.train.batch_tokens, config.model.context_length
+    embedded = not config.data.paths and plan.epochs > 100  # a recipe for large data is planned without any
     if tokens <= length:
         yield f"{tokens:,} training tokens are fewer than one context of {length}; give more text."
     if embedded:
@@ -34,22 +35,27 @@ def _text(plan: Plan) -> Iterator[str]:
     for caution in plan.data.cautions:
         yield f"{caution[0].upper()}{caution[1:]}."
     if plan.epochs > EPOCHS and not embedded:
-        steps = int(EPOCHS * tokens / batch)
-        stop = f", or stop after --train.steps {steps}" if steps else ""
+        missing = {
+            "--model.dropout 0.1": not config.model.dropout,
+            "--optim.weight_decay": not config.optim.weight_decay,
+            "--checkpoint.keep_best": not config.checkpoint.keep_best,
+        }
+        given = " and ".join(option for option, absent in missing.items() if absent)
+        helps = f"; where text is repeated, {given} help{'s' * (' and ' not in given)}" if given else ""
         yield (
-            f"{plan.epochs:,.0f} epochs: beyond about {EPOCHS}, text seen again teaches less and less, and the model"
-            f" begins to memorize it (arXiv 2305.16264); give more text{stop}."
+            f"{plan.epochs:,.0f} epochs: beyond about {EPOCHS}, text seen again teaches less and less (arXiv"
+            f" 2305.16264), and the held-out loss may rise again while the training loss falls{helps}."
         )
 
+    # Where text is what lacks, a larger model, well regularised, learns more from it (arXiv 2509.14786); compute is
+    # best spent by this rule only where there is text enough.
     parameters = sum(plan.parameters.values())
-    ratio, supported = plan.tokens / parameters, EPOCHS * tokens / TOKENS_PER_PARAMETER
-    if ratio < 0.9 * TOKENS_PER_PARAMETER:
-        fix = f": more steps (--train.steps {math.ceil(TOKENS_PER_PARAMETER * parameters / batch)}), or a smaller model"
-        if supported < parameters:
-            fix = f"; even {EPOCHS} epochs of this text support only about {rounded(supported)} parameters"
+    ratio, enough = plan.tokens / parameters, EPOCHS * tokens >= TOKENS_PER_PARAMETER * parameters
+    if ratio < 0.9 * TOKENS_PER_PARAMETER and enough:
+        steps = math.ceil(TOKENS_PER_PARAMETER * parameters / batch)
         yield (
             f"{ratio:.2g} tokens per parameter: with about {TOKENS_PER_PARAMETER} the same compute teaches more"
-            f" (arXiv 2203.15556){fix}."
+            f" (arXiv 2203.15556): more steps (--train.steps {steps}), or a smaller model."
         )
 
     vocabulary = plan.data.vocab_size
@@ -60,7 +66,7 @@ def _text(plan: Plan) -> Iterator[str]:
             f" times per epoch, too seldom to learn it; use --tokenizer.kind bpe with a smaller --tokenizer.vocab_size."
         )
     elif share > 0.5:
-        tied = "" if plan.config.model.tied_head else ", or share the table with --model.tied_head"
+        tied = "" if config.model.tied_head else ", or share the table with --model.tied_head"
         yield (
             f"{share:.0%} of the parameters are tables of the {vocabulary:,} tokens, which leaves few for the layers;"
             f" use a smaller --tokenizer.vocab_size{tied}."
