@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 
@@ -197,7 +198,7 @@ def compare_shakespeare(nanogpt: str, data: str, seeds: int) -> None:
     """
     contenders = {"shakespeare": partial(train_ours, "shakespeare", data)}
     if nanogpt:
-        prepare_nanogpt(Path(nanogpt) / "data" / "shakespeare_char", data)
+        prepare_nanogpt(shakespeare_folder(nanogpt), Path(data).read_text(encoding="utf-8"), 0.9)
         contenders["shakespeare-char-cpu"] = partial(train_ours, "shakespeare-char-cpu", data)
         contenders["nanoGPT"] = partial(train_nanogpt, nanogpt)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -239,21 +240,29 @@ def train_nanogpt(nanogpt: str, folder: str, seed: int) -> Callable[[], float]:
     subprocess.run(
         [*command, f"--out_dir={folder}/nanogpt"], check=True, capture_output=True, cwd=nanogpt, env=environment
     )
-    return lambda: worker("nanogpt-loss", nanogpt, f"{folder}/nanogpt/ckpt.pt")["loss"]
+    data = str(shakespeare_folder(nanogpt))
+    return lambda: worker("nanogpt-loss", nanogpt, f"{folder}/nanogpt/ckpt.pt", data)["loss"]
 
 
-def prepare_nanogpt(folder: Path, data: str) -> None:
-    """Write nanoGPT's train.bin, val.bin and meta.pkl from the text, as its prepare.py does after downloading it."""
+def shakespeare_folder(nanogpt: str) -> Path:
+    """Where nanoGPT has the characters of tinyshakespeare."""
+    return Path(nanogpt) / "data" / "shakespeare_char"
+
+
+def prepare_nanogpt(folder: Path, text: str, share: float) -> None:
+    """Write nanoGPT's train.bin, val.bin and meta.pkl from the text, as its prepare.py does after downloading it.
+
+    ``share`` of the characters are for training, rounded down.
+    """
     import pickle
 
     import numpy as np
 
-    text = Path(data).read_text(encoding="utf-8")
     characters = sorted(set(text))
     ids = np.array([characters.index(c) for c in characters], dtype=np.uint16)
     table = dict(zip(characters, ids, strict=True))
     encoded = np.array([table[c] for c in text], dtype=np.uint16)
-    cut = int(0.9 * len(text))
+    cut = int(Decimal(str(share)) * len(text))
     encoded[:cut].tofile(folder / "train.bin")
     encoded[cut:].tofile(folder / "val.bin")
     with (folder / "meta.pkl").open("wb") as out:
@@ -261,8 +270,8 @@ def prepare_nanogpt(folder: Path, data: str) -> None:
         pickle.dump({**meta, "stoi": {c: i for i, c in enumerate(characters)}}, out)
 
 
-def nanogpt_loss(nanogpt: str, checkpoint: str) -> dict[str, float]:
-    """Loss of a nanoGPT checkpoint on all of its validation text, each character once."""
+def nanogpt_loss(nanogpt: str, checkpoint: str, data: str) -> dict[str, float]:
+    """Loss of a nanoGPT checkpoint on all of the validation text in the folder ``data``, each character once."""
     import numpy as np
     import torch
 
@@ -274,7 +283,7 @@ def nanogpt_loss(nanogpt: str, checkpoint: str) -> dict[str, float]:
     model.load_state_dict(saved["model"])
     model.eval()
     length = saved["model_args"]["block_size"]
-    tokens = np.fromfile(Path(nanogpt) / "data" / "shakespeare_char" / "val.bin", dtype=np.uint16).astype(np.int64)
+    tokens = np.fromfile(Path(data, "val.bin"), dtype=np.uint16).astype(np.int64)
     total = 0.0
     with torch.no_grad():
         for start in range(0, len(tokens) - 1, length):
