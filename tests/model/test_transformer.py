@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from pretrain.config import ModelConfig
 from pretrain.model import GPT, meta_model
 from pretrain.model.cache import KVCache
+from pretrain.model.transformer import dropout
 
 
 def build(config: ModelConfig, vocab_size: int = 40, dtype: torch.dtype = torch.float32) -> GPT:
@@ -161,6 +163,24 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(model(tokens), model(tokens))
     model.train()
     assert not torch.equal(model(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_drops_each_value_alone(p: float):
+    torch.manual_seed(0)
+    x = torch.ones(1001, 999, dtype=torch.float64, requires_grad=True)
+    y = dropout(x, p, training=True)
+    dropped = (y == 0).double()
+    assert set(y.unique().tolist()) == {0.0, 2**16 / (2**16 - round(p * 2**16))}
+    spread = math.sqrt(p * (1 - p) / x.numel())
+    assert dropped.mean().item() == pytest.approx(p, abs=4 * spread)
+    flat = dropped.flatten() - p
+    for step in (1, 2, 3, 4, 999):  # of 64 random bits, four neighbours take 16 each
+        assert (flat[step:] * flat[:-step]).mean().item() == pytest.approx(0, abs=4 * p * (1 - p) / 1000)
+    y.sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, y)  # of ones
+    assert dropout(x, p, training=False) is x
 
 
 def test_the_seed_fixes_the_weights():
