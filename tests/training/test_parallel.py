@@ -1,16 +1,21 @@
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from tests.training.test_loop import change
+from tests.training.test_world import assert_near
 from torch import nn
 
-from pretrain.config import load_config
+from pretrain.config import Config, load_config
 from pretrain.device import Precision
 from pretrain.errors import UsageError
 from pretrain.model import GPT, meta_model
 from pretrain.model.packed import for_inference
+from pretrain.model.transformer import Block
+from pretrain.training import train
 from pretrain.training.parallel import init_parameters, parallelize, use_fp8
 from pretrain.training.world import World
 
@@ -56,7 +61,7 @@ def test_fp8_without_the_hardware_is_refused():
 
 @pytest.fixture
 def graphs(monkeypatch) -> Iterator[list[torch.fx.GraphModule]]:
-    """The graphs that torch.compile finds in modules; they run as they are."""
+    """The graphs that torch.compile finds in modules; they run as they are, without a compiler."""
     found: list[torch.fx.GraphModule] = []
 
     def keep(graph: torch.fx.GraphModule, inputs: Any) -> torch.fx.GraphModule:
@@ -64,6 +69,7 @@ def graphs(monkeypatch) -> Iterator[list[torch.fx.GraphModule]]:
         return graph
 
     compile = nn.Module.compile
+    monkeypatch.setattr("pretrain.training.parallel.compiler_problem", lambda device: "")
     monkeypatch.setattr(nn.Module, "compile", lambda module, **how: compile(module, backend=keep, **how))
     torch.compiler.reset()
     yield found
@@ -76,6 +82,32 @@ def one_process() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+VARIED = {
+    "model__layers": 5,
+    "model__window_pattern": "SSL",
+    "model__window": 8,
+    "model__value_embeddings": True,
+    "eval__tokens": 40 * 32,
+    "eval__train_tokens": 9 * 32,
+    "sample__max_tokens": 12,
+}
+"""Blocks of three kinds, validated on three numbers of rows that no 16 divides, and sampled from."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("parallelism", "wanted"), [("none", 2), ("ddp", 6), ("fsdp", 6)])
+def test_nothing_is_compiled_twice(
+    parallelism: str, wanted: int, tiny: Config, tmp_path: Path, graphs: list, one_process: None, monkeypatch
+):
+    """Once to train and once to evaluate: no batch of a validation and no sample is compiled by itself."""
+    monkeypatch.setattr("pretrain.training.evaluator.VALIDATION_TOKENS", 16 * 32)
+    eager = train(change(tiny, **VARIED, train__compile="off"), tmp_path / "eager")
+    monkeypatch.setattr("pretrain.training.setup.choose_parallelism", lambda *_: parallelism)
+    run = train(change(tiny, **VARIED, train__compile="on"), tmp_path / "run")
+    assert len(graphs) == wanted
+    assert_near(run, eager)
 
 
 @pytest.mark.parametrize("parallelism", ["none", "ddp", "fsdp"])
@@ -113,6 +145,7 @@ def test_a_copy_of_a_model_with_activation_checkpointing_is_its_own():
         parallelize(model, "none", config, World(cpu), Precision("fp32", cpu), print)
         model.init_weights(torch.Generator().manual_seed(0))
         for block in model.blocks:  # which adds nothing at first
+            assert isinstance(block, Block)
             block.mlp.down.weight.data.normal_(generator=torch.Generator().manual_seed(1))
         copy = for_inference(model)
         for parameter in model.parameters():

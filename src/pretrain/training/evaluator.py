@@ -5,15 +5,19 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.config import Config
 from pretrain.evaluation import CoreResult, GPTScorer, LossResult, Task, evaluate_core, evaluate_loss
 from pretrain.generation import sample_text
 from pretrain.model import GPT
+from pretrain.model.loss import IGNORE
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokens import DataOrder, MixedOrder, TokenStream, validation_batches, window_batches
 from pretrain.tokens.order import HELD_OUT, key
@@ -32,6 +36,7 @@ class Evaluator:
     config: Config
     world: World
     model: GPT
+    compiled: bool
     together: bool
     """All processes do the same in :meth:`core` and :meth:`sample`: one alone has no others, and those that a model is
     sharded over must compute together. There they may all be stopped together, too."""
@@ -54,7 +59,8 @@ class Evaluator:
         last step over all, and as ``val/part_...`` over ``eval.tokens`` as before. And the loss on training text.
         """
         length, settings, last = self.config.model.context_length, self.config.eval, step == self.config.train.steps
-        rows, measured = self.rows(micro_rows), functools.partial(self.measured, check=check)
+        rows = self.rows(micro_rows)
+        measured = functools.partial(self.measured, rows=rows, check=check)
 
         def held_out(tokens: int) -> dict[str, LossResult]:
             return {name: measured(self.held_out_batches(name, step, tokens, rows)) for name in self.val_streams}
@@ -80,7 +86,7 @@ class Evaluator:
         """Loss and bits per byte of all test text, by their names in metrics.jsonl; nothing where there is none."""
         length, rows, world = self.config.model.context_length, self.rows(micro_rows), self.world
         results = [
-            self.measured(validation_batches(stream, length, rows, 0, world.rank, world.size), check)
+            self.measured(validation_batches(stream, length, rows, 0, world.rank, world.size), rows, check)
             for stream in self.test_streams.values()
         ]
         if not results:
@@ -92,8 +98,10 @@ class Evaluator:
         """Rows of a validation batch."""
         return max(micro_rows, VALIDATION_TOKENS // self.config.model.context_length)
 
-    def measured(self, batches: Iterable[tuple[Tensor, Tensor]], check: Callable[[], None]) -> LossResult:
-        """The loss over batches that all processes share."""
+    def measured(self, batches: Iterable[tuple[Tensor, Tensor]], rows: int, check: Callable[[], None]) -> LossResult:
+        """The loss over batches of up to ``rows`` that all processes share."""
+        if self.compiled:  # another number of rows would be compiled anew
+            batches = filled(batches, rows)
         return evaluate_loss(self.model, checked(batches, check), self.token_bytes, self.world.sum)
 
     def held_out_batches(self, name: str, step: int, tokens: int, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -120,7 +128,8 @@ class Evaluator:
         shares = 1 if self.together else self.world.size
         scorer = GPTScorer(self.model, self.tokenizer, on_batch=check)
         tasks = self.core_tasks[self.world.rank % shares :: shares]
-        results = evaluate_core(scorer, tasks, self.config.eval.core_max_per_task).tasks
+        with self.eager():
+            results = evaluate_core(scorer, tasks, self.config.eval.core_max_per_task).tasks
         return CoreResult(tuple(each for some in self.world.gather(results)[:shares] for each in some))
 
     def sample(self, check: Callable[[], None]) -> dict[str, str]:
@@ -141,8 +150,20 @@ class Evaluator:
                 top_k=settings.top_k,
                 seed=self.config.train.seed,
             )
-            texts[prompt] = prompt + "".join(checked(pieces, check))
+            with self.eager():
+                texts[prompt] = prompt + "".join(checked(pieces, check))
         return texts
+
+    def eager(self) -> AbstractContextManager[Any]:
+        """Without torch.compile while entered: where all lengths differ, each would be compiled anew."""
+        return torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
+
+
+def filled(batches: Iterable[tuple[Tensor, Tensor]], rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same batches of inputs and targets (N, T), each of as many ``rows``: those added count for nothing."""
+    for inputs, targets in batches:
+        more = (0, 0, 0, rows - len(inputs))
+        yield F.pad(inputs, more), F.pad(targets, more, value=IGNORE)
 
 
 def checked(items: Iterable[T], check: Callable[[], None]) -> Iterator[T]:

@@ -32,6 +32,11 @@ from pretrain.optim import Optimizer, alone, replicated, row_sharded
 from pretrain.sizing import count_parameters, parallelism_that_fits
 from pretrain.training.world import World
 
+VARIANTS = 16
+"""How often torch.compile may compile the same code before it leaves it uncompiled, for all of these: blocks that see
+all tokens or a window, with or without value embeddings; in training, in its last and smaller micro-batch, evaluated.
+"""
+
 
 def choose_parallelism(config: Config, vocab_size: int, world: World) -> str:
     """How the processes share the model: what ``parallel.kind`` says, or for auto ddp if the model fits so."""
@@ -46,12 +51,12 @@ def choose_parallelism(config: Config, vocab_size: int, world: World) -> str:
 
 def parallelize(
     model: GPT, parallelism: str, config: Config, world: World, precision: Precision, say: Callable[[str], None]
-) -> None:
+) -> bool:
     """Apply what ``config`` asks for to a model on the meta device, then give it memory, still without values.
 
-    ``say`` reports what could not be done.
+    ``say`` reports what could not be done. Returns whether the model is compiled.
     """
-    train, device = config.train, world.device
+    train, device, compiled = config.train, world.device, False
     if train.fp8:
         if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
             raise UsageError("train.fp8 needs a GPU of compute capability 8.9 or more (Ada, Hopper); leave it out here")
@@ -63,8 +68,10 @@ def parallelize(
         if problem := compiler_problem(device):
             say(f"torch.compile does not work here ({problem}); continuing without it")
         else:
+            torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
             for module in [model] if parallelism == "none" else model.blocks:
                 module.compile(dynamic=False)
+            compiled = True
     if parallelism in ("fsdp", "hsdp"):
         mesh = device_mesh(parallelism, world, device.type)
         # Weights travel in the dtype of the products; their fp32 originals stay sharded, gradients are added in fp32.
@@ -76,6 +83,7 @@ def parallelize(
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     model.to_empty(device=device)
+    return compiled
 
 
 def recomputed(block: Block, *inputs: Any) -> Tensor:

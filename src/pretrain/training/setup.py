@@ -95,7 +95,7 @@ def set_up(
     parallelism = choose_parallelism(config, tokenizer.vocab_size, world)
     model = meta_model(config.model, tokenizer.vocab_size, tokenizer.bos_id)
     model.activation_dtype = precision.dtype
-    parallelize(model, parallelism, config, world, precision, say)
+    compiled = parallelize(model, parallelism, config, world, precision, say)
     if checkpoint is None:
 
         def initial_values(whole: GPT) -> None:
@@ -145,7 +145,9 @@ def set_up(
     )
     tasks = core_tasks(config, world, say)
     together = parameters.sharded or world.size == 1
-    evaluator = Evaluator(config, world, model, together, tokenizer, val_streams, test_streams, training, tasks)
+    evaluator = Evaluator(
+        config, world, model, compiled, together, tokenizer, val_streams, test_streams, training, tasks
+    )
     return Trainer(
         run=run,
         corpus=corpus,
