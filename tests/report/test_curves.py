@@ -97,6 +97,11 @@ def test_before_the_first_step_and_both_of_the_last(tmp_path: Path):
     assert curves.val.column("train/eval_loss").tolist() == [5.5, 3.1]
     assert (curves.val.last("val/loss of all"), curves.val.last("val/bpb of all")) == (3.0, 4.0)
     assert math.isnan(curves.val.column("val/loss of all")[0])
+    assert curves.lowest() == (2, 3.5)
+    append_jsonl(file, {"step": 3, "train/loss": 3.3, "val/loss": math.nan}, {"step": 4, "val/loss": 3.6})
+    curves.refresh()
+    assert curves.lowest() == (2, 3.5)
+    assert Curves(tmp_path / "none.jsonl").lowest() is None
 
 
 def test_thinning_keeps_spikes_ends_and_order():

@@ -178,6 +178,7 @@ def test_before_the_first_step_and_both_of_the_last(make_run, tmp_path: Path):
     data = elements.data["runs"][0]
     assert data["val"]["val/loss"] == [5.5, 2.5, 2.35, 2.3, 2.1]
     assert data["val"]["val/loss of all"] == [None, None, None, None, 2.5]
+    assert data["val"]["val/loss lowest"] == [None, None, None, None, 2.1]
     assert data["train"]["train/momentum"][0] == 0.85
     assert "held-out loss2.5000" in elements.text
     assert "of all held-out text. The validations before, and the curve, take 256 tokens of it" in elements.text

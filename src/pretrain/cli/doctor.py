@@ -25,6 +25,7 @@ EXTRAS = (
     ("tensorboard", "tensorboard", "TensorBoard's curves of each run"),
     ("wandb", "wandb", "Weights & Biases"),
     ("trackio", "trackio", "trackio"),
+    ("pyppmd", "ppmd", "PPMd in a report's baselines"),
     ("torchao", "fp8", "fp8 on Hopper and later GPUs"),
 )
 """Optional packages, the extra that installs each, and what it is for."""

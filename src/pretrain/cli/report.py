@@ -43,7 +43,7 @@ class Report(Command):
         file = Path(self.out or (runs[0].folder / "report.html" if len(runs) == 1 else "comparison.html"))
         if file.is_dir() or not file.absolute().parent.is_dir():
             raise UsageError(f"cannot write {file}: give a file in a folder that exists with --out")
-        print(f"Wrote {write_report(runs, file)}")
+        print(f"Wrote {write_report(runs, file, patient=True)}")
         if self.png:
             for picture in plot_runs(runs, run_names(runs), file.parent):
                 print(f"Wrote {picture}")

@@ -1,4 +1,4 @@
-"""What to compare a loss with: guesses by counting on the same data.
+"""What to compare a loss with: guesses by counting on the same data, and general compressors.
 
 some of the training tokens → counts of tokens and of pairs → cross-entropy of some of the held-out tokens
 """
@@ -9,15 +9,23 @@ import json
 import math
 import zlib
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from pretrain.errors import PretrainError
 from pretrain.io import write_atomically
+from pretrain.report.compressors import (
+    AT_ONCE_BYTES,
+    HELD_OUT_BYTES,
+    TRAIN_BYTES,
+    bits_per_byte,
+    compressors,
+)
 from pretrain.runs import Run
 from pretrain.tokenizer import Tokenizer
-from pretrain.tokens import TokenStream
+from pretrain.tokens import Corpus, TokenStream
 
 CACHE = "baselines.json"
 TRAIN_TOKENS, HELD_OUT_TOKENS = 2_000_000, 200_000
@@ -46,32 +54,71 @@ class Baselines:
     """UTF-8 bytes of text that a guessed token stands for; 0 if none of them stands for text."""
     zipped: float
     """Bits that a byte of the guessed text takes in a zip file (deflate)."""
+    compressed: dict[str, tuple[str, float]] = field(default_factory=dict)
+    """What compressors reach on held-out text after training text, by their names: how, and bits per byte. Those that
+    would take seconds are missing until somebody waits for them."""
+    compressed_bytes: tuple[int, int] = (0, 0)
+    """Bytes of the training text, its last, and of the held-out text, its first, that they took."""
+    compressed_all: bool = False
+    """Whether that is all of both."""
 
     def bits_per_byte(self, loss: float) -> float | None:
         """About how many bits a byte of the held-out text costs at a loss; special tokens count as others here."""
         return loss / (math.log(2) * self.bytes_per_token) if self.bytes_per_token else None
 
 
-def baselines(run: Run) -> Baselines | None:
+def baselines(run: Run, patient: bool = False) -> Baselines | None:
     """The baselines of a run's data, measured once and kept in the run directory.
 
-    None when there are no token shards to measure on: they are gone, or the text was tokenized while training.
+    Compressors that take seconds are measured only if one is ``patient``. None when there are no token shards to
+    measure on: they are gone, or the text was tokenized while training.
     """
     file = run.folder / CACHE
     with suppress(PretrainError, OSError):
-        corpus = run.corpus()
-        with suppress(OSError, ValueError, TypeError):
-            kept = Baselines(**json.loads(file.read_text(encoding="utf-8")))
-            if kept.fingerprint == corpus.fingerprint:
-                return kept
-        train = corpus.stream("train")
+        corpus, kept = run.corpus(), None
+        train, held_out = corpus.stream("train"), corpus.stream("val")
         if len(train) < 2:
             return None
-        found = measure_baselines(train, corpus.stream("val"), corpus.tokenizer, corpus.fingerprint)
-        with suppress(OSError):  # a run directory that is read-only
-            write_atomically(file, json.dumps(asdict(found), indent=2) + "\n")
+        with suppress(OSError, ValueError, TypeError, AttributeError):
+            read = from_json(json.loads(file.read_text(encoding="utf-8")))
+            kept = read if read.fingerprint == corpus.fingerprint else None
+        found = kept or measure_baselines(train, held_out, corpus.tokenizer, corpus.fingerprint)
+        size = found.bytes_per_token * (len(train) + len(held_out))
+        if len(held_out) > 1 and found.bytes_per_token and (patient or size <= AT_ONCE_BYTES):
+            found = with_compressors(found, corpus)
+        if found != kept:
+            with suppress(OSError):  # a run directory that is read-only
+                write_atomically(file, json.dumps(asdict(found), indent=2) + "\n")
         return found
     return None
+
+
+def from_json(tree: dict[str, Any]) -> Baselines:
+    """What was kept. Raises TypeError, ValueError or AttributeError if it is something else."""
+    how = {name: (str(setting), float(bits)) for name, (setting, bits) in tree.pop("compressed", {}).items()}
+    train, held_out = tree.pop("compressed_bytes", (0, 0))
+    return Baselines(**tree, compressed=how, compressed_bytes=(train, held_out))
+
+
+def with_compressors(found: Baselines, corpus: Corpus) -> Baselines:
+    """The same with what the compressors reach that are installed and were not measured yet."""
+    missing = {name: settings for name, settings in compressors().items() if name not in found.compressed}
+    if not missing:
+        return found
+    texts, whole = [], True
+    for split, most in (("train", TRAIN_BYTES), ("val", HELD_OUT_BYTES)):
+        stream = corpus.stream(split)
+        tokens = min(len(stream), math.ceil(1.5 * most / found.bytes_per_token))
+        start = len(stream) - tokens if split == "train" else 0
+        (ids,) = stream.windows(np.array([start]), tokens).tolist()
+        text = corpus.tokenizer.decode([id for id in ids if id < corpus.tokenizer.vocab_size]).encode()
+        whole = whole and tokens == len(stream) and len(text) <= most
+        texts.append(text[-most:] if split == "train" else text[:most])
+    if not all(texts):
+        return found
+    measured = {**found.compressed, **bits_per_byte(missing, *texts)}
+    sizes = len(texts[0]), len(texts[1])
+    return replace(found, compressed=measured, compressed_bytes=sizes, compressed_all=whole)
 
 
 def measure_baselines(train: TokenStream, held_out: TokenStream, tokenizer: Tokenizer, fingerprint: str) -> Baselines:

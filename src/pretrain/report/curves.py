@@ -23,6 +23,7 @@ SKIPPED = "train/skipped"
 WITHOUT_SPIKES = {*AXES, SMOOTHED_LOSS, SKIPPED, "train/lr"}
 EVALUATED = "train/eval_loss"
 OF_ALL = " of all"
+LOWEST = "val/loss lowest"
 
 
 class Table:
@@ -105,6 +106,11 @@ class Curves:
         if "train/loss" in record:  # not so before the first step
             row.setdefault(SMOOTHED_LOSS, self._smoothed.add(row))
             self.train.add(row)
+
+    def lowest(self) -> tuple[float, float] | None:
+        """Step and loss of the lowest validation, among those that compare; None before the first one."""
+        rows = zip(self.val.column("step").tolist(), self.val.column("val/loss").tolist(), strict=True)
+        return min((row for row in rows if math.isfinite(row[1])), key=lambda row: row[1], default=None)
 
     def skipped(self) -> list[tuple[int, int]]:
         """The steps that were skipped, and why: 1 not finite, 2 a spike."""

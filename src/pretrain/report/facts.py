@@ -33,8 +33,11 @@ RECENT_STEPS = 50
 Pairs = list[tuple[str, str]]
 
 
-def facts(run: Run) -> dict[str, Any]:
-    """What does not change with every step. Numbers that are not known yet are 0, texts empty."""
+def facts(run: Run, patient: bool = False) -> dict[str, Any]:
+    """What does not change with every step. Numbers that are not known yet are 0, texts empty.
+
+    ``patient``: as in :func:`baselines`.
+    """
     manifest, vocabulary, parameters, flops, caution = None, 0, 0, 0, ""
     with suppress(PretrainError, OSError):
         tokenizer = run.tokenizer()
@@ -51,7 +54,7 @@ def facts(run: Run) -> dict[str, Any]:
         "flops_per_token": flops,
         "caution": caution,
         "manifest": manifest,
-        "baselines": baselines(run),
+        "baselines": baselines(run, patient),
         "data": data(run, manifest),
         "recipe": recipe,
         "config": fields,
@@ -139,6 +142,12 @@ def losses(run: Run, curves: Curves, counted: Baselines | None, manifest: Manife
         add("count tokens", counted.unigram, bits(counted.unigram), f"knows how frequent each token is among {seen}")
         add("count pairs", counted.bigram, bits(counted.bigram), f"also looks at the token before, by pairs of {seen}")
         add("a zip file", None, counted.zipped, "deflate applied to the held-out text")
+        (first, second), whole = counted.compressed_bytes, counted.compressed_all
+        texts = f"{first:,} bytes of training text, then {second:,} of held-out text"
+        texts = f"all the text, {texts}" if whole else f"the last {texts}"
+        for how, of_a_byte in counted.compressed.values():
+            meaning = f"learns from {texts}; it goes on learning inside that, which a GPT does not"
+            add(how, None, of_a_byte, meaning)
     if measured := held_out(curves):
         # The keys make one row of a measurement that is both the last and the lowest.
         lowest = min(measured, key=lambda row: row[1])
@@ -183,6 +192,11 @@ def remarks(
                 f"The held-out loss was lowest, {lowest:.3f}, after step {at:,.0f}, and has risen to {loss:.3f} since:"
                 f" the model memorises its training text. Fewer steps, more text or dropout help;"
                 f" --checkpoint.keep_best keeps the weights of the lowest."
+            )
+        if counted and not counted.compressed:
+            said.append(
+                f"What xz (and PPMd, with pretrain[ppmd]) make of this text takes some seconds to find out:"
+                f" pretrain report {shlex.quote(str(run.folder))}"
             )
     tokens = curves.train.last("tokens")
     if manifest and tokens and manifest.tokens("train"):

@@ -23,7 +23,7 @@ from markupsafe import Markup
 from pretrain.errors import UsageError
 from pretrain.io import read_jsonl, without_secrets, write_atomically
 from pretrain.optim import find_optimizer
-from pretrain.report.curves import SKIPPED, Curves, thinned
+from pretrain.report.curves import LOWEST, SKIPPED, Curves, thinned
 from pretrain.report.facts import differences, facts, progress
 from pretrain.runs import Run
 
@@ -55,10 +55,11 @@ class View:
         folder: the run directory.
         name: what the page calls it.
         of: how many runs share the page.
+        patient: whether to wait some seconds for baselines that take them.
     """
 
-    def __init__(self, folder: Path, name: str = "", of: int = 1):
-        self.folder, self.name, self.of = folder, name or folder.resolve().name, of
+    def __init__(self, folder: Path, name: str = "", of: int = 1, patient: bool = False):
+        self.folder, self.name, self.of, self.patient = folder, name or folder.resolve().name, of, patient
         self.run: Run | None = None
         self.facts: dict[str, Any] = {}
         self.curves = Curves(folder / "metrics.jsonl")
@@ -71,7 +72,7 @@ class View:
         self.curves.refresh()
         if fixed != self._fixed and Run.exists(self.folder):
             self.run = Run.open(self.folder)
-            self.facts = {"name": self.name, **facts(self.run)}
+            self.facts = {"name": self.name, **facts(self.run, self.patient)}
             self._fixed = fixed
         if self.run:
             self.facts |= progress(self.run, self.curves, self.facts)
@@ -85,6 +86,9 @@ class View:
             settings = find_optimizer(config.optim).settings
             if "momentum" in settings(0, config):
                 train["train/momentum"] = [round(settings(step - 1, config)["momentum"], 5) for step in train["step"]]
+        val = thinned(self.curves.val, rows)
+        if lowest := self.curves.lowest():
+            val[LOWEST] = [lowest[1] if step == lowest[0] else None for step in val["step"]]
         samples = read_jsonl(self.folder / "samples.jsonl")
         steps = list(dict.fromkeys(sample["step"] for sample in samples))
         prompts = -(-len(samples) // max(1, len(steps)))
@@ -93,7 +97,7 @@ class View:
         return {
             "name": self.name,
             "train": train,
-            "val": thinned(self.curves.val, rows),
+            "val": val,
             "samples": [
                 sample | {name: sample[name][:SAMPLE_CHARACTERS] for name in ("prompt", "text")}
                 for sample in samples
@@ -113,9 +117,12 @@ def evenly(records: list[Any], most: int) -> list[Any]:
     return records if last < most else [records[i * last // (most - 1)] for i in range(most)]
 
 
-def write_report(runs: Sequence[Run], file: Path) -> Path:
-    """Write the page of one run, or of several overlaid, and give its file. Raises UsageError: it cannot be written."""
-    views = [View(run.folder, name, len(runs)) for run, name in zip(runs, run_names(runs), strict=True)]
+def write_report(runs: Sequence[Run], file: Path, patient: bool = False) -> Path:
+    """Write the page of one run, or of several overlaid, and give its file. Raises UsageError: it cannot be written.
+
+    ``patient``: as in :class:`View`.
+    """
+    views = [View(run.folder, name, len(runs), patient) for run, name in zip(runs, run_names(runs), strict=True)]
     for view in views:
         view.refresh()
     try:

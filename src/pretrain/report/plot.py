@@ -85,6 +85,10 @@ def _draw_losses(axes: Axes, curves: Curves, color: str, held_out: str, name: st
     _draw(axes, curves, "val/loss", color=held_out, label=f"{before}validation", **points)
     whole = {"label": "" if name else "validation, all held-out text", "linestyle": "", "marker": "D"}
     _draw(axes, curves, f"val/loss{OF_ALL}", color=held_out, **whole)
+    if lowest := curves.lowest():
+        step, loss = lowest
+        label = "" if name else f"lowest validation: {loss:.3f} at step {step:,.0f}"
+        axes.plot(step, loss, color=held_out, label=label, linestyle="", marker="*", markersize=13)
 
 
 def _draw(axes: Axes, curves: Curves, name: str, **look: Any) -> None:

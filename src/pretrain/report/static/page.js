@@ -60,6 +60,7 @@
         { table: "val", column: "train/eval_loss", label: "training, in evaluation", points: true, shade: 2 },
         { table: "val", column: "val/loss", label: "held out", points: true, shade: 1 },
         { table: "val", column: "val/loss of all", label: "all held-out text", points: true, shade: 1, single: true },
+        { table: "val", column: "val/loss lowest", label: "held out, lowest", points: true, shade: 1, single: true },
       ],
       rules: (run) => Object.entries(run.baselines ?? {}).map(([label, value]) => ({ label, value })),
     },
@@ -301,7 +302,7 @@
   }
 
   function showMeasured() {
-    const columns = [...new Set(runs.flatMap((run) => Object.keys(run.val)))];
+    const columns = [...new Set(runs.flatMap((run) => Object.keys(run.val)))].filter((column) => column !== "val/loss lowest");
     const rows = runs.flatMap((run) => (run.val.step ?? []).map((_, row) => [...(several ? [run.name] : []), ...columns.map((column) => run.val[column]?.[row])]));
     byId("measured").hidden = !rows.length;
     byId("measured-table").replaceChildren(table([...(several ? ["run"] : []), ...columns], rows));
