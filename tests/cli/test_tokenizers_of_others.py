@@ -158,11 +158,18 @@ def cutting(place: Path, regex: str = "") -> str:
 CUT = "problem   {} places where a long document is cut; tokens beside them may differ"
 
 
+def join_up_to(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Parts of documents are joined up to so many characters."""
+    for module in ("problems", "formats", "pieces"):
+        monkeypatch.setattr(f"pretrain.text.{module}.WHOLE", size)
+
+
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
 def test_cuts_that_change_tokens_are_counted(tmp_path: Path, capsys, monkeypatch, suffix: str):
     monkeypatch.setattr("pretrain.text.pieces.RANGE_BYTES", 2000)
     monkeypatch.setattr("pretrain.text.formats.PART_CHARACTERS", 500)
     monkeypatch.setattr("pretrain.text.formats.CUT_WINDOW", 20)
+    join_up_to(monkeypatch, 500)
     text, file, out = "good word " * 1200, tmp_path / f"long{suffix}", tmp_path / "out"
     file.write_text(text if suffix == ".txt" else json.dumps({"text": text}))
     cuts = sum(document.continues for document in read_documents([str(file)]))
@@ -186,6 +193,7 @@ def test_cuts_that_change_tokens_are_counted(tmp_path: Path, capsys, monkeypatch
 def test_cuts_inside_words_are_counted_for_tokenizers_of_words(tmp_path: Path, capsys, monkeypatch):
     monkeypatch.setattr("pretrain.text.pieces.RANGE_BYTES", 1000)
     monkeypatch.setattr("pretrain.text.formats.CUT_WINDOW", 20)
+    join_up_to(monkeypatch, 900)
     (tmp_path / "long.txt").write_text("漢字" * 1000)  # 6,000 bytes
     command = ["data", "prepare", str(tmp_path / "long.txt"), "--val-fraction", "0", "--out"]
     words = cutting(tmp_path / "words.json", GPT2)
@@ -198,6 +206,7 @@ def test_cuts_inside_words_are_counted_for_tokenizers_of_words(tmp_path: Path, c
 
 def test_a_stream_and_a_plan_say_cuts(tmp_path: Path, capsys, monkeypatch):
     monkeypatch.setattr("pretrain.text.pieces.RANGE_BYTES", 2000)
+    join_up_to(monkeypatch, 2000)
     (tmp_path / "long.txt").write_text("a good word " * 1000)
     (tmp_path / "val.txt").write_text("a good word " * 40)
     tokenizer, place = cutting(tmp_path / "no_regex.json"), str(tmp_path / "long.txt")

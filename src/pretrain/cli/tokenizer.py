@@ -150,7 +150,10 @@ class Show(Command):
             raise ValueError("give the text: TEXT, - for standard input, or --file FILE, and only one of them")
 
     def __call__(self) -> int:
-        from pretrain.text import ReadStats, read_documents, refuse_broken
+        from pretrain.text import ReadStats, find_pieces, refuse_broken
+        from pretrain.text.pieces import join_ranges
+        from pretrain.text.split import NOTHING, TRAIN
+        from pretrain.tokens.source import read_parts
 
         tokenizer, given = open_tokenizer(self.tokenizer), self.text
         if given == "-":
@@ -167,7 +170,8 @@ class Show(Command):
                 yield given
                 return
             now = ReadStats(cuts=tokenizer.cuts)
-            yield from (each.text for each in read_documents((self.file,), self.field, now))
+            pieces = join_ranges(find_pieces((self.file,), self.field), tokenizer.cuts)
+            yield from (part.text for part in read_parts(pieces, self.field, TRAIN, NOTHING, now))
             read = now  # the same in each pass
             refuse_broken(read, self.allow_broken)
 

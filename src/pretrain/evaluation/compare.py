@@ -28,6 +28,7 @@ from pretrain.io import append_jsonl, table
 from pretrain.runs import Run
 from pretrain.runs.run import CORE_FILE, weights_id
 from pretrain.text import ReadStats, find_pieces, refuse_broken
+from pretrain.text.pieces import join_ranges
 from pretrain.text.split import NOTHING, VAL
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokens import DataOrder, Manifest, TrainingBatches, prepared_dataset, validation_batches
@@ -187,7 +188,8 @@ def _on_text(
     """A pass over other text, read as the held-out text of a run with ``data`` would be."""
     field = data.field if request.field is None else request.field
     separator = data.separator if request.separator is None else request.separator
-    pieces, read = find_pieces(request.data, field, separator, say), ReadStats(cuts=tokenizer.cuts)
+    pieces = join_ranges(find_pieces(request.data, field, separator, say), tokenizer.cuts)
+    read = ReadStats(cuts=tokenizer.cuts)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         with ShardWriter(folder, "val-00000.bin", VAL, tokenizer) as writer:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pretrain.config import Config
 from pretrain.errors import DataError
 from pretrain.text import ReadStats, embedded_name, problem_lines, read_piece, refuse_broken
-from pretrain.text.pieces import Piece, continues
+from pretrain.text.pieces import Piece, continues, join_ranges
 from pretrain.text.split import SIDES
 from pretrain.tokenizer import build_tokenizer
 from pretrain.tokens import check_boundary
@@ -88,7 +88,8 @@ def look_at_data(config: Config) -> DataFacts:
             cautions = tuple(tokenizer.cautions(data.bos))
         per_token = bytes_per_token(sample, tokenizer)
         source = f"{name}, at {per_token:.2f} bytes per token in a sample"
-        cuts = sum(continues(piece) for piece in [*pieces, *sides.val, *sides.test]) if tokenizer.cuts == "all" else 0
+        parts = [join_ranges(side, tokenizer.cuts) for side in (pieces, sides.val, sides.test)]
+        cuts = sum(continues(piece) for side in parts for piece in side) if tokenizer.cuts == "all" else 0
         left_out += [f"{line}, or more" for line in problem_lines({"cut": cuts} if cuts else {}, {}, 0)]
     except DataError as error:
         if kind != "bpe":

@@ -15,6 +15,7 @@ from __future__ import annotations
 import codecs
 import difflib
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,7 +26,7 @@ from typing import Any, BinaryIO
 from pretrain.errors import DataError
 from pretrain.text.content import START, refuse_other_encoding, refuse_what_is_not_text
 from pretrain.text.opening import PARQUET, REMOTE_BUFFER, TEXT, is_url, one_line, open_bytes, open_raw
-from pretrain.text.problems import WHOLE_FILE, ReadStats
+from pretrain.text.problems import WHOLE, WHOLE_FILE, ReadStats
 
 PROBE = 64 * 1024  # bytes at the start of a file that must look like text
 CHUNK = 1024 * 1024  # bytes of plain text decoded at once
@@ -54,6 +55,8 @@ class Document:
     source: str  # the path of its file as the user gave it, or 'embedded:' and the name of the corpus
     continues: bool = False
     """Whether it continues the one before it, as a part of a document too large to be held. It gets no BOS token."""
+    more: bool = False
+    """Whether tokens would change if it were encoded apart from the part that follows."""
 
 
 def check_start(file: str, kind: str, must_hold_text: bool) -> None:
@@ -77,49 +80,73 @@ def check_start(file: str, kind: str, must_hold_text: bool) -> None:
 # Plain text -----------------------------------------------------------------------------------------------------------
 
 
-def read_text(file: str, begin: int, end: int, stats: ReadStats) -> Iterator[Document]:
+def read_text(file: str, begin: int, end: int, step: int, stats: ReadStats) -> Iterator[Document]:
     """Give the text from the cut at ``begin`` to the cut at ``end``, or with ``end`` 0 to the end of the file.
 
-    It is one document, in parts of about PART_CHARACTERS; those after the first, and all if ``begin`` > 0, continue it.
-    Every character is kept, line ends included; only a byte-order mark at the start of the file goes.
+    It is one document, in parts of about PART_CHARACTERS that of a range also end every ``step`` bytes; those after the
+    first, and all if ``begin`` > 0, continue it. Every character is kept, line ends included; only a byte-order mark at
+    the start of the file goes.
     """
     with one_line(file), open_bytes(file) as stream:
-        start, length = 0, None
+        start, ends = 0, {None: False}  # where parts end in any case, and whether in a word
         if end:
             with open_raw(file) as beyond:
-                stop, _ = _text_cut(beyond, end)
-            start, in_word = _text_cut(stream, begin)
+                start, in_word = _range_cut(beyond, begin, stats)
+                stop, _ = _range_cut(beyond, end, stats)
+                within = dict(_text_cut(beyond, edge) for edge in (*range(begin + step, end, step), end))
+            ends = {edge: bad for edge, bad in within.items() if start < edge < stop} | {stop: False}
             stream.seek(start)
-            length = stop - start
-            if begin and length:
-                stats.note_cut(file, start, in_word)
-        continues = begin > 0
+            if begin and start < stop:
+                stats.joins(file, start, in_word, WHOLE)
+        continues, held = begin > 0, 0
         stats.records += not continues
-        for part, cut in _parts(_decoded(stream, file, start, length, stats)):
-            if not cut and not continues and not end and not part.strip():
-                stats.note("empty", file, WHOLE_FILE)
-                return
-            size = len(part) if part.isascii() else len(part.encode())
-            stats.size += size
-            start += size
-            if cut:
-                stats.note_cut(file, start, cut == IN_WORD)
-            if part:
-                yield Document(part, file, continues)
-            continues = True
+        for stop, in_word in ends.items():
+            place = start
+            for part, cut in _parts(_decoded(stream, file, start, None if stop is None else stop - start, stats)):
+                if not cut and not continues and not end and not part.strip():
+                    stats.note("empty", file, WHOLE_FILE)
+                    return
+                size = len(part) if part.isascii() else len(part.encode())
+                stats.size += size
+                place += size
+                held += len(part)
+                is_last = not cut and stop == next(reversed(ends))
+                more = not is_last and stats.joins(file, place, cut == IN_WORD if cut else in_word, held)
+                if part:
+                    yield Document(part, file, continues, more)
+                held = held if more else 0
+                continues = True
+            start = stop or 0
 
 
-def _text_cut(stream: BinaryIO, position: int) -> tuple[int, bool]:
+def _range_cut(stream: BinaryIO, position: int, stats: ReadStats) -> tuple[int, bool]:
+    """Where a range of a plain text begins or ends, and whether that is no good place: as ``_text_cut``.
+
+    Where only a cut in a word changes tokens, it is the first good place, or the end of the file, in WHOLE bytes.
+    """
+    offset, in_word = _text_cut(stream, position)
+    if in_word and stats.whole and stats.cuts == "inside words":
+        size = stream.seek(0, os.SEEK_END)
+        for at in range(position, min(position + WHOLE, size), CHUNK):
+            found, bad = _text_cut(stream, at, CHUNK)
+            if not bad:
+                return found, False
+        if position + WHOLE >= size:
+            return size, False
+    return offset, in_word
+
+
+def _text_cut(stream: BinaryIO, position: int, length: int = 0) -> tuple[int, bool]:
     """The offset at which to cut a plain text, the first good place from ``position`` on, and whether it is none.
 
-    Where there is none within CUT_WINDOW it is the next character. It depends on the bytes of the file alone, so that
-    the reader of a range and the reader of the next agree on it.
+    Where there is none within ``length`` bytes (0: CUT_WINDOW) it is the next character. It depends on the bytes of the
+    file alone, so that the reader of a range and the reader of the next agree on it.
     """
     if position == 0:
         return 0, False
     before = max(0, position - 8)  # a good place looks back at up to two characters
     stream.seek(before)
-    window = stream.read(position - before + CUT_WINDOW)
+    window = stream.read(position - before + (length or CUT_WINDOW))
     start = _next_character(window, 0) if before else 0
     text = window[start:].decode("utf-8", "surrogateescape")
     for cut in _GOOD_CUT.finditer(text):
@@ -194,10 +221,12 @@ def _documents(text: Any, file: str, place: int, stats: ReadStats) -> Iterator[D
         if nuls := text.count("\0"):
             stats.note("NUL character", file, place, nuls)
         parts = _parts([text]) if len(text) > PART_CHARACTERS else [(text, "")]  # most are short
+        held = 0
         for number, (part, cut) in enumerate(parts):
-            if cut:
-                stats.note_cut(file, place, cut == IN_WORD)
-            yield Document(part, file, number > 0)
+            held += len(part)
+            more = bool(cut) and stats.joins(file, place, cut == IN_WORD, held)
+            yield Document(part, file, number > 0, more)
+            held = held if more else 0
 
 
 # Documents between separators, and JSON lines -------------------------------------------------------------------------

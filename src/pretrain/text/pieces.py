@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pretrain.errors import DataError
 from pretrain.text import formats
@@ -18,7 +18,7 @@ from pretrain.text.embedded import embedded_documents
 from pretrain.text.files import Say, SourceFile, find_files
 from pretrain.text.formats import Document
 from pretrain.text.opening import JSON_LINES, PARQUET, TEXT, format_of, is_compressed, open_raw
-from pretrain.text.problems import WHOLE_FILE, ReadStats
+from pretrain.text.problems import WHOLE, WHOLE_FILE, Cuts, ReadStats
 
 EMBEDDED = "embedded:"
 
@@ -82,7 +82,20 @@ def read_piece(piece: Piece, field: str = "text", stats: ReadStats | None = None
     elif piece.separator:
         yield from formats.read_separated(piece.file, piece.separator, piece.begin, piece.end, stats)
     else:
-        yield from formats.read_text(piece.file, piece.begin, piece.end, stats)
+        yield from formats.read_text(piece.file, piece.begin, piece.end, RANGE_BYTES, stats)
+
+
+def join_ranges(pieces: Sequence[Piece], cuts: Cuts) -> list[Piece]:
+    """The pieces for a tokenizer with these ``cuts``: where any cut changes tokens, ranges of a text are of WHOLE."""
+    joined: list[Piece] = []
+    for piece in pieces:
+        before = joined[-1] if joined else None
+        goes_on = before and (before.file, before.end) == (piece.file, piece.begin) and continues(piece)
+        if before and goes_on and cuts == "all" and piece.begin % WHOLE:
+            joined[-1] = replace(before, size=before.size + piece.size, end=piece.end)
+        else:
+            joined.append(piece)
+    return joined
 
 
 def continues(piece: Piece) -> bool:

@@ -32,6 +32,9 @@ PROBLEMS = {
 Cuts = Literal["none", "inside words", "all"]
 """At which cuts of a long document tokens may change (``Tokenizer.cuts``)."""
 
+WHOLE = 16 * 1024 * 1024
+"""Characters, or bytes of a plain file, up to which parts of a document are joined again where cuts change tokens."""
+
 # Of manifests made before bytes and characters were counted.
 _EARLIER = {
     "invalid UTF-8": "documents with bytes that are not UTF-8; U+FFFD stands in their place",
@@ -53,17 +56,25 @@ class ReadStats:
     size: float = 0  # bytes of the files that these records took, decompressed, about
     problems: dict[str, int] = field(default_factory=dict)  # how often each of PROBLEMS was met
     first: dict[str, tuple[str, int]] = field(default_factory=dict)  # of each, the file and the byte or row of Parquet
-    cuts: Cuts = "none"  # which of them are a problem
+    cuts: Cuts = "none"  # which of them change tokens
+    whole: bool = True  # whether the parts beside these are joined, up to WHOLE; earlier versions did not
 
     def note(self, problem: str, file: str, offset: int, count: int = 1) -> None:
         """Count a problem that is at an offset of a file."""
         self.problems[problem] = self.problems.get(problem, 0) + count
         self.first.setdefault(problem, (file, offset))
 
-    def note_cut(self, file: str, offset: int, in_word: bool) -> None:
-        """Count a cut of a long document, ``in_word`` where no good place for it was found."""
-        if self.cuts == "all" or (self.cuts == "inside words" and in_word):
-            self.note("cut", file, offset)
+    def joins(self, file: str, offset: int, in_word: bool, held: int) -> bool:
+        """Whether the part after a cut goes on with the one before, as tokens would change; else such a cut is counted.
+
+        ``in_word``: no good place was found for the cut; ``held``: characters joined so far, beyond WHOLE no more are.
+        """
+        if self.cuts == "none" or (self.cuts == "inside words" and not in_word):
+            return False
+        if self.whole and held < WHOLE:
+            return True
+        self.note("cut", file, offset)
+        return False
 
     def add(self, later: ReadStats) -> None:
         """Add what was read after this."""

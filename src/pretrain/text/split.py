@@ -1,6 +1,7 @@
 """Set the held-out text apart, document by document as they are read, in bounded memory.
 
     Document, Document, ... ──split_tail or split_hash──> Part, Part, ...   each for training, validation or the test
+            │                       └─join_parts──> Part, Part, ...         as they are encoded
             └─────────survey ──find_tail──> Tail, where a tail begins
 
 A document is wholly on one side, except the one that ``split_tail`` may cut. Any run of documents can be split by
@@ -10,7 +11,7 @@ itself, so that many processes split one text: only its place in the whole has t
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 
 from pretrain.errors import DataError
@@ -45,6 +46,7 @@ class Part:
     text: str
     split: str  # TRAIN, VAL or TEST
     begins: bool  # whether a document of this side begins here; otherwise it continues the part before
+    more: bool = False  # whether it is to be encoded with the part that continues it (``join_parts``)
 
 
 @dataclass(frozen=True)
@@ -124,12 +126,13 @@ def split_tail(documents: Iterable[Document], tail: Tail, position: int = 0, ope
             opened = position
         text, begins = document.text, not document.continues
         if opened < tail.last or not text:
-            yield Part(text, next(side for side in reversed(SIDES) if opened >= begin[side]), begins)
+            yield Part(text, next(side for side in reversed(SIDES) if opened >= begin[side]), begins, document.more)
         else:  # the last document
             for side in SIDES:
                 first, last = (min(max(0, place - position), len(text)) for place in (begin[side], end[side]))
                 if first < last:
-                    yield Part(text[first:last], side, begins or position + first == begin[side] > opened)
+                    begins = begins or position + first == begin[side] > opened
+                    yield Part(text[first:last], side, begins, document.more)
                     begins = False
         position += len(text)
 
@@ -143,7 +146,26 @@ def split_hash(documents: Iterable[Document], shares: Shares, opened: str = TRAI
     for document in documents:
         if not document.continues:
             opened = side_by_hash(document.text, shares)
-        yield Part(document.text, opened, not document.continues)
+        yield Part(document.text, opened, not document.continues, document.more)
+
+
+def join_parts(parts: Iterable[Part]) -> Iterator[Part]:
+    """Join the parts that are to be encoded as one, since tokens would change at the cuts between them."""
+    held: list[Part] = []
+    for part in parts:
+        if held and (part.begins or part.split != held[0].split):  # the other side begins within the document
+            yield _joined(held)
+            held = []
+        held.append(part)
+        if not part.more:
+            yield _joined(held)
+            held = []
+    if held:
+        yield _joined(held)
+
+
+def _joined(parts: list[Part]) -> Part:
+    return parts[0] if len(parts) == 1 else replace(parts[0], text="".join(part.text for part in parts), more=False)
 
 
 def side_by_hash(text: str, shares: Shares) -> str:

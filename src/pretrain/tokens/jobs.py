@@ -20,8 +20,9 @@ from pathlib import Path
 
 from pretrain.io import write_atomically
 from pretrain.text import Document, ReadStats
-from pretrain.text.pieces import Piece, read_piece
-from pretrain.text.split import NOTHING, Part, Shares, Survey, Tail, split_tail, survey
+from pretrain.text.pieces import Piece, join_ranges, read_piece
+from pretrain.text.problems import Cuts
+from pretrain.text.split import NOTHING, Part, Shares, Survey, Tail, join_parts, split_tail, survey
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokens.shards import Shard, ShardWriter, utf8_bytes
 from pretrain.tokens.source import Report, read_parts
@@ -44,11 +45,17 @@ class Job:
     tail: Tail | None = None  # where what is held out begins (split tail, as the two that follow)
     position: int = 0  # characters before the job
     opened: int = 0  # where the document began that may continue in the job
+    cuts: Cuts = "none"  # those of its tokenizer, by which it reads its text, also before there is one
+    whole: bool = True  # as ReadStats.whole
 
     @property
     def size(self) -> int:
         """About how many bytes of text it has."""
         return sum(piece.size for piece in self.pieces)
+
+    def stats(self) -> ReadStats:
+        """With which its text is always read, the same for each pass; nothing is counted yet."""
+        return ReadStats(cuts=self.cuts, whole=self.whole)
 
     def documents(self, stats: ReadStats) -> Iterator[Document]:
         """Its documents, in order."""
@@ -58,7 +65,7 @@ class Job:
     def parts(self, stats: ReadStats) -> Iterator[Part]:
         """Its documents, each on its side of the split."""
         if self.tail:
-            return split_tail(self.documents(stats), self.tail, self.position, self.opened)
+            return join_parts(split_tail(self.documents(stats), self.tail, self.position, self.opened))
         return read_parts(self.pieces, self.field, self.split, self.shares, stats)
 
 
@@ -80,8 +87,11 @@ def plan_jobs(
     first: int = 0,
     field: str = "text",
     shares: Shares = NOTHING,
+    cuts: Cuts = "none",
+    whole: bool = True,
 ) -> list[Job]:
-    """Group consecutive pieces into jobs, numbered from ``first``."""
+    """Group consecutive pieces into jobs, numbered from ``first``; ``cuts`` and ``whole`` are those of ReadStats."""
+    pieces = join_ranges(pieces, cuts if whole else "none")
     total = sum(piece.size for piece in pieces)
     most = min(max(total // JOBS, JOB_BYTES), shard_tokens * BYTES_PER_TOKEN)
     groups: list[list[Piece]] = []
@@ -92,12 +102,15 @@ def plan_jobs(
             size = 0
         groups[-1].append(piece)
         size += piece.size
-    return [Job(number, tuple(group), split, field, shares) for number, group in enumerate(groups, first)]
+    return [
+        Job(number, tuple(group), split, field, shares, cuts=cuts, whole=whole)
+        for number, group in enumerate(groups, first)
+    ]
 
 
 def survey_job(folder: Path, job: Job, alphabet: bool, report: Report) -> Survey:
     """Count what a job's text holds, and keep it for :func:`read_survey`."""
-    stats = ReadStats()
+    stats = job.stats()
 
     def documents() -> Iterator[Document]:
         for document in job.documents(stats):
@@ -133,7 +146,7 @@ def tokenize_job(
     """
     commits = read_commits(folder, job.number)
     encoder = load_tokenizer(tokenizer, tokenizer.stat().st_mtime_ns).with_bos(bos)
-    stats = ReadStats(cuts=encoder.cuts)
+    stats = job.stats()
     done = commits[-1].parts if commits else 0
     writers: dict[str, ShardWriter] = {}
 

@@ -45,6 +45,7 @@ class Origin:
 
     tokens: str = ""  # the fingerprint of its corpus; empty: not known
     stream: str = ""  # that of its live text
+    whole: bool = False  # as ReadStats.whole, of its live text; earlier versions do not say it
     text: tuple[TextFile, ...] = ()  # those that data.paths names
     validation: tuple[TextFile, ...] = ()  # those that data.val_paths names
 

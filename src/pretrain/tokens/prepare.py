@@ -33,6 +33,7 @@ from pretrain.errors import DataError, Interrupted, PretrainError, UsageError
 from pretrain.io import cores, write_atomically
 from pretrain.text import ReadStats, refuse_broken
 from pretrain.text.pieces import EMBEDDED, Piece
+from pretrain.text.problems import Cuts
 from pretrain.text.split import SIDES, TEST, TRAIN, VAL, Shares, Survey, find_tail, join_surveys
 from pretrain.tokenizer import Tokenizer, build_tokenizer
 from pretrain.tokenizer.boundary import BOS_NAMES
@@ -137,9 +138,12 @@ def prepare_text(
     if given:
         check_boundary(given, masked)
     sides = find_sides(data, progress.say)
-    jobs = plan_jobs(sides.train, sides.split, shard_tokens, field=data.field, shares=sides.shares)
+    cuts: Cuts = given.cuts if given else "none" if kind == "char" else "inside words"
+    whole = _keeps_whole(folder)
+    plan_side = partial(plan_jobs, shard_tokens=shard_tokens, field=data.field, cuts=cuts, whole=whole)
+    jobs = plan_side(sides.train, sides.split, shares=sides.shares)
     for held_out, side in ((sides.val, VAL), (sides.test, TEST)):
-        jobs += plan_jobs(held_out, side, shard_tokens, first=len(jobs), field=data.field)
+        jobs += plan_side(held_out, side, first=len(jobs))
     wanted = {VAL: sides.val or sides.shares.val, TEST: sides.test or sides.shares.test}
     pieces = [*sides.train, *([] if data.val_paths else sides.val), *sides.test]  # of data.paths
     validation = sides.val if data.val_paths else []
@@ -151,6 +155,7 @@ def prepare_text(
         "field": data.field,
         "separator": data.separator,
         "bos": data.bos,
+        "whole": whole,
         "split": data.split,
         "val_fraction": data.val_fraction,
         "test_fraction": data.test_fraction,
@@ -258,7 +263,7 @@ def learn_bpe(folder: Path, jobs: Sequence[Job], vocab_size: int, pattern: str, 
 
     def texts() -> Iterator[str]:
         nonlocal read, ended
-        sources = [(partial(job.parts, ReadStats()), job.size) for job in jobs]
+        sources = [(partial(job.parts, job.stats()), job.size) for job in jobs]
         for text in learning_texts(sources, LEARN_BYTES, report):
             read += utf8_bytes(text)
             yield text
@@ -323,6 +328,15 @@ def _sources(pieces: Sequence[Piece]) -> list[list[Any]]:
     return sources
 
 
+def _keeps_whole(folder: Path) -> bool:
+    """As ReadStats.whole: what an earlier version began is finished as it was begun, with the cuts of that."""
+    begun = (folder / MANIFEST).is_file() or any((folder / WORK).glob("[0-9]*.json"))
+    try:
+        return not begun or json.loads((folder / PLAN).read_text(encoding="utf-8")).get("whole", False)
+    except (OSError, ValueError, AttributeError):
+        return True
+
+
 def _check_plan(folder: Path, plan: dict[str, Any]) -> None:
     """A UsageError unless what is in the folder was made by the same plan."""
     if changes := _changes(folder, plan):
@@ -333,7 +347,7 @@ def _changes(folder: Path, plan: dict[str, Any]) -> str:
     """What differs between a plan and that of the folder; empty: nothing."""
     try:
         old = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-        old = {"bos": True, "test_fraction": 0.0, **old}  # plans had no others before
+        old = {"bos": True, "test_fraction": 0.0, "whole": False, **old}  # plans had no others before
         return ", ".join(f"another {key}" for key in plan if old.get(key) != plan[key])
     except (OSError, ValueError, AttributeError):
         return f"its {PLAN} is missing or damaged"

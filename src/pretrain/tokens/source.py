@@ -20,7 +20,7 @@ from pretrain.io import sha256_of
 from pretrain.text import ReadStats, embedded_name
 from pretrain.text.files import Say
 from pretrain.text.pieces import RANGE_BYTES, Piece, find_pieces, read_piece
-from pretrain.text.split import NOTHING, TRAIN, Part, Shares, side_by_hash, split_hash
+from pretrain.text.split import NOTHING, TRAIN, Part, Shares, join_parts, side_by_hash, split_hash
 from pretrain.tokenizer.build import DIFFERENT_BYTES, learning_pieces
 from pretrain.tokens.shards import utf8_bytes
 
@@ -126,9 +126,13 @@ def same_files(files: Collection[str], originals: Collection[str]) -> dict[str, 
 
 def read_parts(pieces: Sequence[Piece], field: str, split: str, shares: Shares, stats: ReadStats) -> Iterator[Part]:
     """The documents of consecutive pieces, each on its side: all on that which ``split`` names, or by hash."""
+    return join_parts(_split_parts(pieces, field, split, shares, stats))
+
+
+def _split_parts(pieces: Sequence[Piece], field: str, split: str, shares: Shares, stats: ReadStats) -> Iterator[Part]:
     documents = chain.from_iterable(read_piece(piece, field, stats) for piece in pieces)
     if split != HASH:
-        yield from (Part(document.text, split, not document.continues) for document in documents)
+        yield from (Part(document.text, split, not document.continues, document.more) for document in documents)
     elif first := next(documents, None):
         opened = TRAIN
         if first.continues:  # a large plain text, whose side the beginning of the file decides

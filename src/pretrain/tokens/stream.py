@@ -28,7 +28,7 @@ import shutil
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,8 @@ from pretrain.errors import DataError, UsageError
 from pretrain.text import ReadStats, refuse_broken
 from pretrain.text.files import Say
 from pretrain.text.opening import unreadable
-from pretrain.text.pieces import EMBEDDED, Piece
+from pretrain.text.pieces import EMBEDDED, Piece, join_ranges
+from pretrain.text.problems import Cuts
 from pretrain.text.split import NOTHING, TEST, TRAIN, VAL, Part, Shares
 from pretrain.tokenizer import Tokenizer, build_tokenizer
 from pretrain.tokens.order import PIECES, key, permute
@@ -94,6 +95,11 @@ class LiveText:
         """The documents to train on of pieces of ``train``."""
         parts = itertools.chain.from_iterable(self.parts(piece, TRAIN, stats) for piece in pieces)
         return (part for part in parts if part.split == TRAIN and part.text)
+
+    def joined(self, cuts: Cuts) -> LiveText:
+        """The same for a tokenizer with these ``cuts`` (:func:`join_ranges`)."""
+        train, val, test = (tuple(join_ranges(pieces, cuts)) for pieces in (self.train, self.val, self.test))
+        return replace(self, train=train, val=val, test=test)
 
     @property
     def size(self) -> int:
@@ -203,7 +209,7 @@ def prepare_stream(
                 continue
             limit = max(HELD_OUT_TOKENS, config.eval.tokens)
             stats = ReadStats(cuts=tokenizer.cuts)
-            shard = _write_held_out(temporary, text, side, tokenizer, limit, stats)
+            shard = _write_held_out(temporary, text.joined(tokenizer.cuts), side, tokenizer, limit, stats)
             refuse_broken(stats, config.data.allow_broken)
             if side == VAL or text.test != text.val:  # by a hash both are of the same text
                 held_out.add(stats)
@@ -373,7 +379,8 @@ class Readers:
         pieces = self.text.train
         idle = 0  # turns without text, one after another
         for epoch in itertools.count(start[0]):
-            stats = self.read if epoch == start[0] else None  # later it is the same text again
+            again = ReadStats(cuts=self.read.cuts, whole=self.read.whole)
+            stats = self.read if epoch == start[0] else again  # later it is the same text again
             before = None  # the piece of the turn before
             for turn, number in enumerate(self.assignment.pieces(epoch, reader)):
                 previous, before = before, number
@@ -473,23 +480,26 @@ class LiveBatches:
         seed: int,
         rank: int = 0,
         world: int = 1,
+        whole: bool = True,
     ):
         """Prepare to read; the thread starts with the first batch.
 
         ``rows`` are those of the global batch of a step, of which this process takes ``rank::world``. It reads all that
         feeds them, so that if ``world`` does not divide the number of readers, some text is tokenized by several.
+        ``whole`` is that of the run's origin (:class:`Origin`).
 
         Raises DataError if there is no text to train on.
         """
         self.text, self.rows, self.length = text, rows, length
-        self.readers = reader_count(text, data.readers, rows)
+        joined = text.joined(tokenizer.cuts) if whole and tokenizer.cuts == "all" else text
+        self.readers = reader_count(joined, data.readers, rows)
         self.bytes_per_token = _measure(text, tokenizer)
-        self.read = ReadStats(cuts=tokenizer.cuts)
-        sizes = [piece.size for piece in text.train]
+        self.read = ReadStats(cuts=tokenizer.cuts, whole=whole)
+        sizes = [piece.size for piece in joined.train]
         assignment = Assignment(sizes, self.readers, data.order == "shuffled", seed)
         mine = range(rank, rows, world)
         self._mine = sorted({row % self.readers for row in mine})  # the readers that feed the rows of this rank
-        arguments = (text, tokenizer, data.packing, assignment, rows, mine, length, seed)
+        arguments = (joined, tokenizer, data.packing, assignment, rows, mine, length, seed)
         self._new_readers = functools.partial(Readers, *arguments, read=self.read)
         self._ahead: ReadAhead | None = None
         self._begin(0, dict.fromkeys(range(self.readers), Cursor()))

@@ -22,7 +22,7 @@ from pretrain.runs.environment import write_environment
 from pretrain.runs.metrics import Smoothed, comparable_loss
 from pretrain.sizing import meta_model, rows_that_fit
 from pretrain.text.split import TEST, VAL
-from pretrain.tokens import BatchesAhead, LiveBatches, TrainingBatches, find_text, training_order
+from pretrain.tokens import BatchesAhead, LiveBatches, Origin, TrainingBatches, find_text, training_order
 from pretrain.training.callbacks import Callback, RunFiles, TextProblems
 from pretrain.training.console import Console
 from pretrain.training.evaluator import Evaluator
@@ -63,7 +63,8 @@ def set_up(
             raise DataError(f"sample.prompts: {prompt!r} cannot be sampled from ({error})") from None
     if config.data.stream:
         sizes = {"rows": rows, "length": length, "seed": config.train.seed, "rank": world.rank, "world": world.size}
-        batches = LiveBatches(find_text(config.data), tokenizer, config.data, **sizes)
+        whole = Origin.load(run.folder).whole
+        batches = LiveBatches(find_text(config.data), tokenizer, config.data, whole=whole, **sizes)
         bytes_per_token = batches.bytes_per_token
         listeners.append(TextProblems(batches.read, say))
     else:

@@ -128,7 +128,7 @@ def open_run(config: Config, folder: Path, console: Console, named: bool = True)
         if data.stream:
             text = find_text(data, console.say)
             prepared = prepare_stream(config, text, folder / "data", console.say)
-            origin = Origin(stream=text.fingerprint)
+            origin = Origin(stream=text.fingerprint, whole=True)
         else:
             prepared = prepare(config, folder / "data", console.say)
             windows = training_order(open_corpus([str(folder / "data")]), config).windows
