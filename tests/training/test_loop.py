@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,12 +19,13 @@ from pretrain.model import GPT
 from pretrain.optim.adamw import AdamW
 from pretrain.runs import Run
 from pretrain.runs.checkpoint import Checkpoint, checkpoints
+from pretrain.runs.metrics import fetch
 from pretrain.training import Callback, Console, train
 from pretrain.training.evaluator import Evaluator
 from pretrain.training.setup import set_up
 from pretrain.training.start import open_run
 from pretrain.training.state import TrainState
-from pretrain.training.step import train_step
+from pretrain.training.step import train_step, train_step_with_oom_retry
 from pretrain.training.world import World
 
 
@@ -382,3 +384,41 @@ def test_a_logger_that_fails_never_stops_training(tiny: Config, tmp_path: Path, 
     monkeypatch.setattr(console, "say", said.append)
     assert train(change(tiny, log__backends=("tensorboard",)), tmp_path / "run", console).summary is not None
     assert len([line for line in said if "the disk of the logger is gone" in line]) == 1
+
+
+def test_the_speed_of_a_device_that_computes_later(tiny: Config, tmp_path: Path, monkeypatch):
+    """A GPU is given a step in 0.01 s and computes it in 1 s; validation takes 50 s, and a save 20 s."""
+    now, done = [0.0], [0.0]  # the host's clock; when the device will have computed what it was given
+    monkeypatch.setattr("pretrain.training.loop.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def step(*arguments):
+        now[0] += 0.01
+        done[0] = max(done[0], now[0]) + 0.99
+        return train_step_with_oom_retry(*arguments)
+
+    def wait(records):
+        if any(isinstance(value, torch.Tensor) for record in records for value in record.values()):
+            now[0] = max(now[0], done[0])
+        return fetch(records)
+
+    def validate(*arguments):
+        now[0] += 50
+        return validated(*arguments)
+
+    def save(*arguments):
+        now[0] += 20
+        return saved(*arguments)
+
+    validated, saved = Evaluator.validate, TrainState.state_dict
+    monkeypatch.setattr("pretrain.training.loop.train_step_with_oom_retry", step)
+    monkeypatch.setattr("pretrain.training.loop.fetch", wait)
+    monkeypatch.setattr(Evaluator, "validate", validate)
+    monkeypatch.setattr(TrainState, "state_dict", save)
+    config = change(tiny, train__steps=30, eval__every=11, checkpoint__every=13)
+    run = open_run(config, tmp_path / "run", Console(quiet=True))
+    trainer = set_up(run, World(torch.device("cpu")), Console(quiet=True), started=0.0)
+    trainer.fetch_every = 4
+    trainer.fit()
+    records = read_jsonl(run.metrics)
+    assert [record["step"] for record in records] == list(range(1, 31))
+    assert [record["train/tokens_per_second"] for record in records] == pytest.approx([256] * 30, rel=0.02)

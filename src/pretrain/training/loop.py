@@ -31,6 +31,7 @@ from pretrain.training.signals import Stopped, StopRequest
 from pretrain.training.state import TrainState
 from pretrain.training.step import UPDATE, train_step_with_oom_retry
 
+SPEED = "train/tokens_per_second"
 FETCH_EVERY = 10  # steps between fetches of metrics on a GPU, so that no step waits for the device
 
 
@@ -59,6 +60,8 @@ class Trainer:
     """Steps skipped in a row."""
     waiting: list[dict[str, Any]] = field(default_factory=list)
     """Metrics whose tensors are not fetched yet."""
+    begun: float | None = None
+    """``time.monotonic()`` when the first step since :meth:`settle` began."""
     last: dict[str, Any] = field(default_factory=dict)
     """The newest metrics fetched."""
 
@@ -125,6 +128,8 @@ class Trainer:
         """A training step; returns its metrics, some still on the device."""
         self.phase("waiting for data")
         begin = time.monotonic()
+        if self.begun is None:
+            self.begun = begin
 
         def on_phase(name: str) -> None:  # a step may be cut short until it changes something, by one process alone
             self.phase(name, may_stop=self.world.size == 1 and name != UPDATE)
@@ -133,13 +138,14 @@ class Trainer:
         seconds = time.monotonic() - begin
         if self.step == self.first + 1:  # only the first step may compile for minutes
             self.world.shorten_timeout(self.config.parallel.timeout_seconds, self.state.parameters.groups)
-        self.phase("between steps", seconds=seconds)
+        known = self.fetch_every == 1  # a GPU is still computing
+        self.phase("between steps", seconds=seconds if known else None)
         return {
             "step": self.step,
             "tokens": self.step * self.config.train.batch_tokens,
             "time": round(time.monotonic() - self.clock_start, 3),
             **numbers,
-            "train/tokens_per_second": round(self.config.train.batch_tokens / seconds),
+            **({SPEED: round(self.config.train.batch_tokens / seconds)} if known else {}),
         }
 
     def finish_step(self, record: dict[str, Any]) -> None:
@@ -147,37 +153,41 @@ class Trainer:
         config, progress, evaluator, step = self.config, self.state.progress, self.evaluator, self.step
         last = step == config.train.steps
         progress.pending = record
+        evaluate = last or _due(step, config.eval.every, config.eval.offset)
+        measure_core = bool(evaluator.core_tasks) and (last or _due(step, config.eval.core_every))
+        sample = evaluate if not config.sample.every else last or _due(step, config.sample.every)
+        due = step in config.checkpoint.at or _due(step, config.checkpoint.every)
+        first = step == self.first + 1
+        if first or evaluate or measure_core or sample or due:
+            self.settle()  # what follows takes time that is not the steps'; the first may have been compiled
         if last and self.saved != step:  # the weights first: what is measured then may fail, or take long
-            (record,) = fetch([record])
-            progress.pending = record
             self.save(must=True)
-        if evaluate := last or _due(step, config.eval.every, config.eval.offset):
+        if evaluate:
             check = functools.partial(self.phase, "validating", may_stop=True)
             record |= evaluator.validate(step, progress.micro_rows, check)
             if last:  # of the model that is left, when nothing is to be chosen any more
                 record |= evaluator.test(progress.micro_rows, check)
-        if evaluator.core_tasks and (last or _due(step, config.eval.core_every)):
+        if measure_core:
             check = functools.partial(self.phase, "measuring CORE", may_stop=evaluator.together)
             core = evaluator.core(check)
             record |= core.metrics()
             self.console.say(f"step {step:5d}   {core.name} {core.core:.4f}")
             self.console.say(f"      {', '.join(f'{task.label} {task.accuracy:.3f}' for task in core.tasks)}")
         samples: dict[str, str] = {}
-        if sample := evaluate if not config.sample.every else last or _due(step, config.sample.every):
+        if sample:
             check = functools.partial(self.phase, "sampling", may_stop=evaluator.together)
             samples = evaluator.sample(check) if config.sample.max_tokens else {}
         progress.pending = None
 
         self.waiting.append(record)
-        if evaluate or sample or len(self.waiting) >= self.fetch_every:
+        if first or evaluate or measure_core or sample or len(self.waiting) >= self.fetch_every:
             self.log()
         if evaluate:
             self.notify("on_evaluation", self.last)
         for prompt, text in samples.items():
             self.notify("on_sample", step, prompt, text)
         best = self.is_lowest(record) and config.checkpoint.keep_best
-        due = best or step in config.checkpoint.at or _due(step, config.checkpoint.every)
-        if due and not last and self.saved != step:
+        if (due or best) and not last and self.saved != step:
             self.save(must=False)
         # Asking the others waits for the device; on a GPU it is done as often as the numbers are fetched.
         if not last and step % self.fetch_every == 0:
@@ -192,9 +202,27 @@ class Trainer:
         self.val_losses[record["step"]] = loss
         return loss < lowest
 
+    def settle(self) -> None:
+        """Fetch the metrics of the steps so far, and of those on a GPU what is only known then: how fast they were.
+
+        Each is given its share of the wall time since the first of them began.
+        """
+        pending = self.state.progress.pending
+        records = self.waiting if pending is None else [*self.waiting, pending]
+        for record, numbers in zip(records, fetch(records), strict=True):
+            record |= numbers
+        steps = [record for record in records if "train/loss" in record and SPEED not in record]
+        if steps and self.begun is not None:
+            seconds = (time.monotonic() - self.begun) / len(steps)
+            for record in steps:
+                record[SPEED] = round(self.config.train.batch_tokens / seconds)
+            self.phase("between steps", seconds=seconds)
+        self.begun = None
+
     def log(self) -> None:
         """Fetch the metrics that wait and hand them on; steps that were skipped are reported and counted."""
-        records, self.waiting = fetch(self.waiting), []
+        self.settle()
+        records, self.waiting = self.waiting, []
         for record in records:
             if "train/loss" in record:
                 record[SMOOTHED_LOSS] = self.smoothed.add(record)
@@ -222,6 +250,7 @@ class Trainer:
 
     def roll_back(self) -> None:
         """Go back to the last checkpoint; the batches since then are skipped from now on."""
+        self.settle()
         self.wait_for_save()
         spike = self.step
         checkpoint = self.world.run_on_rank0(lambda: newest(self.run.checkpoints, self.console.say))
@@ -297,9 +326,7 @@ class Trainer:
 
     def leave(self) -> Interrupted | PeerError:
         """Save what is done so far; returns the exception to end with."""
-        progress = self.state.progress
-        if progress.pending:  # its numbers may still be on the device
-            (progress.pending,) = fetch([progress.pending])
+        self.settle()
         self.wait_for_save()
         if self.step != self.saved:
             self.save(must=True)
