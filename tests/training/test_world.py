@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -11,7 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.training.test_loop import change, learned
+import torch
+from tests.training.test_loop import change, learned, weights
 from tests.training.test_validation import EVALS
 
 from pretrain.config import Config, GroupConfig
@@ -67,7 +69,7 @@ def assert_near(run: Run, other: Run) -> None:
     assert [r["step"] for r in mine] == [r["step"] for r in theirs]
     for a, b in zip(mine, theirs, strict=True):
         assert a.keys() == b.keys()
-        measured = ("val/loss", "val/bpb", "val/part_loss", "train/eval_loss", "test/loss", "test/bpb")
+        measured = ("val/loss", "val/bpb", "val/part_loss", "val/average_loss", "train/eval_loss", "test/loss", "test/bpb")
         for name in ("train/loss", "train/grad_norm", *measured):
             if name in b:
                 assert a[name] == pytest.approx(b[name], rel=1e-5 if name != "train/grad_norm" else 2e-4), (a, b)
@@ -123,6 +125,8 @@ CASES = {
     "ddp, nanochat's optimizer": (2, {"parallel__kind": "ddp", **NANOCHAT}),
     "fsdp, nanochat's optimizer": (3, {"parallel__kind": "fsdp", "model__mlp_width": 50, **NANOCHAT}),
     "ddp, a live stream": (2, {"parallel__kind": "ddp", "data__stream": True, "data__split": "hash"}),
+    "ddp, an average": (2, {"parallel__kind": "ddp", "optim__ema": 0.9}),
+    "fsdp, an average": (2, {"parallel__kind": "fsdp", "optim__ema": 0.9, "parallel__reshard": False}),
     "hsdp": (4, {"parallel__kind": "hsdp"}),
     "hsdp, nanochat's optimizer": (4, {"parallel__kind": "hsdp", **NANOCHAT}),
 }
@@ -155,6 +159,41 @@ def test_a_checkpoint_goes_on_in_another_number_of_processes(base: Config, tmp_p
     shutil.copytree(run.folder, tmp_path / "one")
     assert_near(run_together(change(base, parallel__kind=after), tmp_path / "two", 3), alone)
     assert_near(train(base, tmp_path / "one"), alone)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_the_average_and_the_best_of_several_processes(base: Config, tmp_path: Path, kind: str):
+    """A run that overfits: average and best are those of one process, and after a resume the same in every bit."""
+    (tmp_path / "noise.txt").write_text("".join(random.Random(5).choices("abcdefghijklmnopqrstuvwxyz012345", k=600)))
+    config = change(
+        base, data__paths=(str(tmp_path / "noise.txt"),), data__val_fraction=0.2, train__steps=34, eval__every=5,
+        eval__tokens=64, checkpoint__keep_best=True, checkpoint__every=17, optim__lr=0.2, optim__embedding_lr=0.1,
+        optim__head_lr=0.1, schedule__kind="constant", train__batch_tokens=128, optim__ema=0.8, parallel__kind=kind,
+    )  # fmt: skip
+    alone, run = train(config, tmp_path / "alone"), run_together(config, tmp_path / "run", 2)
+
+    def saved(run: Run) -> dict[str, torch.Tensor]:
+        whole = {
+            name: torch.empty_like(t) for name, t in weights(alone.newest_checkpoint()).items() if "random" not in name
+        }
+        run.newest_checkpoint().load(whole)
+        return whole
+
+    ours, theirs = saved(alone), saved(run)
+    assert any(name.startswith("ema.") for name in ours)
+    for name in ours:
+        torch.testing.assert_close(theirs[name], ours[name], rtol=1e-3, atol=1e-4)
+    first = run.summary
+    assert first is not None
+    assert alone.summary is not None
+    assert first["model_step"] == alone.summary["model_step"] < 34
+    assert first["val_loss"] == pytest.approx(alone.summary["val_loss"], rel=1e-4)
+    shutil.rmtree(run.checkpoint(34).folder)
+    run.reopen()
+    again = saved(run_together(config, run.folder, 2))
+    assert all(torch.equal(again[name], theirs[name]) for name in theirs)
+    assert run.summary is not None
+    assert all(run.summary[name] == first[name] for name in first if name not in ("seconds", "tokens_per_second"))
 
 
 def test_moved_text_is_found_by_all(base: Config, tmp_path: Path):

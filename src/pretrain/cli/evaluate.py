@@ -40,7 +40,7 @@ class Evaluate(Command):
     max_per_task: Natural = 0
     """Ask only this many questions of each task of CORE. 0: all."""
     step: Natural = 0
-    """Measure the checkpoints of this step. 0: the newest."""
+    """Measure the checkpoints of this step. 0: the newest, or the best that the run kept (checkpoint.keep_best)."""
     json: bool = False
     """Print one JSON object per model, each on its own line."""
     csv: str = ""

@@ -27,13 +27,16 @@ class Export(Command):
     format: Literal["hf", "safetensors"] = "hf"
     """What to write."""
     step: int = 0
-    """Use the checkpoint of this step. 0: the newest."""
+    """Use the checkpoint of this step. 0: the newest, or the best that the finished run kept (checkpoint.keep_best)."""
 
     def __call__(self) -> int:
         from pretrain.hf.export import export_run
         from pretrain.runs import Run
+        from pretrain.runs.checkpoint import AVERAGE
 
         run = Run.open(self.run)
-        how = export_run(run, self.format, Path(self.out), run.checkpoint(self.step) if self.step else None)
-        print(f"Wrote {self.out}. In Python:  {how}")
+        checkpoint = run.model_checkpoint(self.step)
+        how = export_run(run, self.format, Path(self.out), checkpoint)
+        what = " average of the" if run.weights(checkpoint.step) == AVERAGE else ""
+        print(f"Wrote {self.out}, the{what} weights of step {checkpoint.step:,}. In Python:  {how}")
         return 0

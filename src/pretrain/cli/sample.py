@@ -37,7 +37,7 @@ class Sample(Command):
     """Print one JSON object per text: prompt, text, tokens (how many), seed."""
     options: Annotated[SamplingOptions, tyro.conf.arg(name="")] = field(default_factory=SamplingOptions)
     step: int = 0
-    """Use the checkpoint of this step. 0: the newest."""
+    """Use the checkpoint of this step. 0: the newest, or the best that the finished run kept (checkpoint.keep_best)."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute."""
 
@@ -59,7 +59,7 @@ class Sample(Command):
         prompts += read_prompts(self.prompts_file) if self.prompts_file else []
         prompts = prompts or [""]
         device = choose_device(self.device)
-        model = run.load_model(device, run.checkpoint(self.step) if self.step else None)
+        model = run.load_model(device, run.model_checkpoint(self.step))
         # On a CPU fp32, in which a text is the same in any batch; elsewhere bf16 for its speed.
         model.activation_dtype = choose_precision("fp32" if device.type == "cpu" else "auto", device).dtype
         tokenizer, options, context = run.tokenizer(), vars(self.options), model.config.context_length

@@ -260,6 +260,9 @@ class OptimConfig(Section):
     normuon_beta2: BelowOne = 0.0
     """Divide each neuron of Muon's update by the root of its mean square, averaged over the steps with this beta2
     (NorMuon, arXiv 2510.05491). 0: off."""
+    ema: BelowOne = 0.0
+    """Decay per step of an exponential moving average of the weights, measured beside them and used wherever it is
+    better (docs/evaluation.md); what is learned stays the same. 0: no average."""
     embedding_lr: Positive = 0.02
     """Peak learning rate of the embeddings under muon."""
     value_embedding_lr: NonNegative = 0.0

@@ -26,6 +26,7 @@ from pretrain.evaluation import CoreResult, GPTScorer, LossResult, Task, TaskRes
 from pretrain.evaluation.huggingface import PREFIX, HFScorer, check_folder, read_as_ours
 from pretrain.io import append_jsonl, table
 from pretrain.runs import Run
+from pretrain.runs.checkpoint import AVERAGE, LAST
 from pretrain.runs.run import CORE_FILE, weights_id
 from pretrain.text import ReadStats, find_pieces, refuse_broken
 from pretrain.text.pieces import join_ranges
@@ -63,7 +64,7 @@ class EvalRequest:
     max_per_task: int = 0
     """Questions of each task; 0 for all."""
     step: int = 0
-    """Of the checkpoint to measure; 0 for the newest."""
+    """Of the checkpoint to measure; 0 for the model that the run leaves: :meth:`Run.model_checkpoint`."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class EvalResult:
     """The same numbers for each data set, where the run has several."""
     caution: str = ""
     """What its bits per byte are of, if not of the text as it was given."""
+    weights: str = LAST
+    """AVERAGE if the numbers are those of the average of a run's weights (``optim.ema``)."""
 
 
 def check_places(places: Sequence[str], request: EvalRequest) -> None:
@@ -112,7 +115,7 @@ def measure(
 
 def _measure_run(place: str, request: EvalRequest, device: torch.device, say: Callable[[str], None]) -> EvalResult:
     run = Run.open(place)
-    checkpoint = run.checkpoint(request.step) if request.step else run.newest_checkpoint()
+    checkpoint = run.model_checkpoint(request.step)
     model, tokenizer = run.load_model(device, checkpoint), run.tokenizer()
     precision = checkpoint.state["precision"] if device.type == "cpu" else "auto"
     model.activation_dtype = choose_precision(precision, device).dtype
@@ -135,7 +138,8 @@ def _measure_run(place: str, request: EvalRequest, device: torch.device, say: Ca
         record = {"step": checkpoint.step, "weights": weights_id(checkpoint), "max_per_task": request.max_per_task}
         with suppress(OSError):  # a run that may only be read is measured all the same
             append_jsonl(run.folder / CORE_FILE, {**record, "name": core.name, **core.as_dict()})
-    return EvalResult(str(run.folder), checkpoint.step, numbers, core, sources, tokenizer.change_in_words)
+    weights, caution = run.weights(checkpoint.step), tokenizer.change_in_words
+    return EvalResult(str(run.folder), checkpoint.step, numbers, core, sources, caution, weights)
 
 
 def _measure_hf(place: str, request: EvalRequest, device: torch.device, say: Callable[[str], None]) -> EvalResult:
@@ -242,6 +246,8 @@ def json_line(result: EvalResult) -> str:
         tree["sources"] = result.sources
     if result.caution:
         tree["caution"] = result.caution
+    if result.weights == AVERAGE:
+        tree["weights"] = result.weights
     if result.core:
         tree["core"] = result.core.as_dict()
     return msgspec.json.encode(tree).decode()
@@ -278,6 +284,7 @@ def tables(results: Sequence[EvalResult]) -> str:
             f"This is not CORE but a part of it, and compares only with the same part: the bundle lacks"
             f" {', '.join(missing)}."
         )
+    parts += [f"{result.model}: the average of the weights." for result in results if result.weights == AVERAGE]
     parts += [f"{result.model}: {result.caution}." for result in results if result.caution]
     return "\n\n".join(parts)
 

@@ -23,7 +23,7 @@ from pretrain.errors import DataError, UsageError
 from pretrain.hf.convert import OWN, hf_type, obstacles, to_hf
 from pretrain.io import expand, read_jsonl, without_secrets
 from pretrain.runs import Run
-from pretrain.runs.checkpoint import Checkpoint
+from pretrain.runs.checkpoint import AVERAGE, Checkpoint
 from pretrain.runs.metrics import Smoothed
 from pretrain.runs.run import stored_core
 from pretrain.text import embedded_name
@@ -38,7 +38,7 @@ CODE = ("hf.configuration_pretrain", "hf.modeling_pretrain", "model.transformer"
 def export_run(run: Run, format: Literal["hf", "safetensors"], out: Path, checkpoint: Checkpoint | None = None) -> str:
     """Write the model of ``run`` into the folder ``out``, which appears whole or not at all; says how to load it.
 
-    ``checkpoint`` is by default the newest.
+    ``checkpoint`` is by default the model that the run leaves: :meth:`Run.model_checkpoint`.
 
     Raises:
         UsageError: ``out`` has files, or cannot be written.
@@ -46,7 +46,7 @@ def export_run(run: Run, format: Literal["hf", "safetensors"], out: Path, checkp
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists and is not an empty folder; choose another --out")
-    checkpoint = checkpoint or run.newest_checkpoint()
+    checkpoint = checkpoint or run.model_checkpoint()
     model, tokenizer = run.load_model(checkpoint=checkpoint), run.tokenizer()
     tree, tensors = to_hf(model, OWN if format == "safetensors" else "")
     files = {"config.json": _json(tree)}
@@ -137,17 +137,23 @@ def _facts(run: Run, checkpoint: Checkpoint) -> list[str]:
         f"Tokenizer: {Path(config.tokenizer.kind).name}, {run.tokenizer().vocab_size:,} tokens",
         f"Context: {config.model.context_length} tokens",
     ]
-    if summary and summary["steps"] == step:
+    left = summary and summary.get("model_step", summary["steps"]) == step
+    if summary and left:
         facts.insert(0, f"Parameters: {summary['parameters']:,}")
+    if run.weights(step) == AVERAGE:
+        facts.append(f"Weights: their exponential moving average (optim.ema {config.optim.ema:g})")
     records = [record for record in read_jsonl(run.metrics) if record["step"] <= step]
     if math.isfinite(loss := Smoothed(records).loss):
         facts.append(f"Training loss: {loss:.4f} nats per token (smoothed over about ten steps)")
-    for last in [record for record in records if record.get("val/loss") is not None][-1:]:
-        bpb = f", {last['val/bpb']:.4f} bits per byte" if last.get("val/bpb") is not None else ""
-        facts.append(f"Held-out loss: {last['val/loss']:.4f} nats per token{bpb} (after step {last['step']:,})")
-    for last in [record for record in records if record.get("test/loss") is not None][-1:]:
-        bpb = f", {last['test/bpb']:.4f} bits per byte" if last.get("test/bpb") is not None else ""
-        facts.append(f"Test loss: {last['test/loss']:.4f} nats per token{bpb}, on text that nothing was chosen by")
+    validated = [(r["step"], r["val/loss"], r.get("val/bpb")) for r in records if r.get("val/loss") is not None]
+    if summary and left and summary["val_loss"] is not None:  # over all held-out text
+        validated.append((step, summary["val_loss"], summary["val_bpb"]))
+    for measured, loss, bits in validated[-1:]:
+        bpb = "" if bits is None else f", {bits:.4f} bits per byte"
+        facts.append(f"Held-out loss: {loss:.4f} nats per token{bpb} (after step {measured:,})")
+    if summary and left and summary.get("test_loss") is not None:
+        bpb = f", {summary['test_bpb']:.4f} bits per byte" if summary.get("test_bpb") is not None else ""
+        facts.append(f"Test loss: {summary['test_loss']:.4f} nats per token{bpb}, on text that nothing was chosen by")
     if caution := run.tokenizer().change_in_words:
         facts.append(f"{caution[:1].upper()}{caution[1:]}")
     for last in [record for record in records if record.get("val/core") is not None][-1:]:

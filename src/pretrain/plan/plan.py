@@ -171,7 +171,7 @@ def make_plan(
     if parallelism == "auto":
         parallelism = parallelism_that_fits(sum(counts.values()), hardware.memory)
     layout = Layout(parallelism if gpus > 1 else "none", gpus)
-    state = 4 * sum(counts.values()) + optimizer.state_bytes(counts)
+    state = (8 if config.optim.ema else 4) * sum(counts.values()) + optimizer.state_bytes(counts)
 
     rows_each = math.ceil(config.batch_rows / gpus)
     free = max(0, hardware.memory - state // layout.shards)

@@ -208,11 +208,11 @@ def answer_prompts(folder: Path) -> None:
         if not line:  # the server is gone
             return
         try:
-            newest = checkpoints(folder / "checkpoints")[-1:]
+            newest = checkpoints(folder / "checkpoints")[-1:], (folder / "summary.json").is_file()  # its end chooses
             if loaded is None or loaded[0] != newest:
                 loaded = None  # before the next one takes memory
                 run = Run.open(folder)
-                intact = run.newest_checkpoint()
+                intact = run.model_checkpoint()
                 loaded = newest, intact, run.load_model(torch.device("cpu"), intact), run.tokenizer()
             _, checkpoint, model, tokenizer = loaded
             answer = {"text": "".join(sample_text(model, tokenizer, **json.loads(line))), "step": checkpoint.step}

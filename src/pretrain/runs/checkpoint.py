@@ -13,7 +13,7 @@ import json
 import shutil
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -38,6 +38,9 @@ COMMIT = "COMMIT"
 STATE = "state.json"
 STATE_BYTES = 2**28
 """More than the plain values of any run take."""
+
+LAST, AVERAGE = "last", "average"
+"""The weights of a checkpoint as the last step left them, and their moving average (``optim.ema``)."""
 
 AsDTensor = Callable[[str, Tensor], Tensor]
 """From a name and a tensor on the CPU to what torch.distributed.checkpoint must see; see ``Parameters.as_dtensor``."""
@@ -239,6 +242,22 @@ def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
     return None
 
 
+def name_in_checkpoint(parameter: str, weights: str) -> str:
+    """The name of a parameter's tensor among the ``last`` weights or their ``average``."""
+    return f"{'ema' if weights == AVERAGE else 'model'}.{parameter}"
+
+
+def by_loss(there: Iterable[int], val_losses: Mapping[int, float]) -> list[int]:
+    """The steps that were validated, the lowest loss first, of equal ones the earlier."""
+    return sorted(val_losses.keys() & set(there), key=lambda step: (val_losses[step], step))
+
+
+def lowest(folder: Path, val_losses: Mapping[int, float]) -> Checkpoint | None:
+    """The intact checkpoint with the lowest validation loss, by step in ``val_losses``; None if none was validated."""
+    there = {checkpoint.step: checkpoint for checkpoint in checkpoints(folder)}
+    return next((there[step] for step in by_loss(there, val_losses) if not there[step].broken()), None)
+
+
 def prune(folder: Path, config: CheckpointConfig, val_losses: Mapping[int, float]) -> None:
     """Remove the checkpoints that ``config`` does not keep; the newest always stays.
 
@@ -248,8 +267,8 @@ def prune(folder: Path, config: CheckpointConfig, val_losses: Mapping[int, float
     steps, every = list(there), config.keep_every
     regular = [step for step in steps if step not in config.at and not (every and step % every == 0)]
     keep = {*regular[-config.keep_last :], *steps[-1:]}  # keep_last 0 keeps all, as -0 is 0
-    if config.keep_best and (measured := val_losses.keys() & there):
-        keep.add(min(measured, key=lambda step: (val_losses[step], step)))
+    if config.keep_best:
+        keep.update(by_loss(there, val_losses)[:1])
     for step in regular:
         if step not in keep:
             remove(there[step].folder)

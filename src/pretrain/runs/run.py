@@ -21,7 +21,7 @@ from pretrain.config import Config, config_from_dict, config_to_dict
 from pretrain.errors import CheckpointError, DataError, UsageError
 from pretrain.io import read_jsonl, sha256_of, write_atomically
 from pretrain.model import GPT, meta_model
-from pretrain.runs.checkpoint import COMMIT, Checkpoint, checkpoints, newest
+from pretrain.runs.checkpoint import AVERAGE, COMMIT, LAST, Checkpoint, checkpoints, name_in_checkpoint, newest
 from pretrain.runs.metrics import Smoothed
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokens import ORIGIN, Corpus, Origin, is_tokens, open_corpus
@@ -140,14 +140,20 @@ class Run:
         file = self.folder / "summary.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
-    def write_summary(self, seconds: float, **facts: float) -> None:
-        """Write ``summary.json`` from metrics.jsonl and further ``facts``; with it the run is finished."""
+    def write_summary(self, seconds: float, **facts: Any) -> None:
+        """Write ``summary.json`` from metrics.jsonl and ``facts``, which go before; with it the run is finished.
+
+        Its held-out loss is that of the model which the run leaves: the weights ``model_weights`` of ``model_step``.
+        """
         records = read_jsonl(self.metrics)
         last, train_loss = records[-1], Smoothed(records).loss
         summary = {
             "val_loss": last.get("val/loss"),
             "val_bpb": last.get("val/bpb"),
             **{f"test_{name}": last[f"test/{name}"] for name in ("loss", "bpb") if f"test/{name}" in last},
+            "model_step": last["step"],
+            "model_weights": self.weights(last["step"]),
+            "last_val_loss": last.get("val/loss"),
             "train_loss": train_loss if math.isfinite(train_loss) else None,
             "steps": last["step"],
             "tokens": last["tokens"],
@@ -202,11 +208,37 @@ class Run:
             raise CheckpointError(f"{there[step].folder} is damaged: {problem}; use another step")
         return there[step]
 
+    def model_checkpoint(self, step: int = 0) -> Checkpoint:
+        """The checkpoint that commands use: of ``step``; for 0 the model that the finished run leaves, else the newest.
+
+        With ``checkpoint.keep_best`` a finished run may leave an earlier one than the newest, as summary.json says. A
+        CheckpointError when there is none, or it is damaged.
+        """
+        if summary := self.summary:
+            left = summary.get("model_step", summary["steps"])
+            step = step or (left if left != summary["steps"] else 0)
+        return self.checkpoint(step) if step else self.newest_checkpoint()
+
+    def weights(self, step: int) -> str:
+        """Which weights of the checkpoint of ``step`` are the model: ``average`` or ``last``.
+
+        Those with the lower loss in the newest validation up to that step.
+        """
+        if not self.config.optim.ema:
+            return LAST
+        said = [record.get("val/weights") for record in read_jsonl(self.metrics) if record.get("step", 0) <= step]
+        newest = next((weights for weights in reversed(said) if weights is not None), LAST)
+        return AVERAGE if newest == AVERAGE else LAST
+
     def load_model(self, device: torch.device | None = None, checkpoint: Checkpoint | None = None) -> GPT:
-        """The model with the weights of a checkpoint, by default the newest, in evaluation mode."""
-        checkpoint, tokenizer = checkpoint or self.newest_checkpoint(), self.tokenizer()
+        """The model of a checkpoint, by default of :meth:`model_checkpoint`, in evaluation mode.
+
+        With ``optim.ema`` it has the average of the weights where that is the better one: see :meth:`weights`.
+        """
+        checkpoint, tokenizer = checkpoint or self.model_checkpoint(), self.tokenizer()
         model = meta_model(self.config.model, tokenizer.vocab_size, tokenizer.bos_id).to_empty(device=device or "cpu")
-        checkpoint.load({f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()})
+        weights = self.weights(checkpoint.step)
+        checkpoint.load({name_in_checkpoint(name, weights): p.detach() for name, p in model.named_parameters()})
         return model.eval()
 
 

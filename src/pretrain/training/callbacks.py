@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.io import append_jsonl, keep_steps, sync_file
+from pretrain.io import append_jsonl, keep_steps, read_jsonl, sync_file
 from pretrain.runs import Run
+from pretrain.runs.metrics import SMOOTHED_LOSS, comparable_loss
 from pretrain.text import ReadStats
 
 if TYPE_CHECKING:
     from pretrain.training.loop import Trainer
+
+OVERFIT = 0.02
+"""Nats by which held-out losses must be above the lowest before a run is said to overfit; less may be chance."""
+VALIDATIONS = 2
+"""How many of them in a row."""
 
 
 class Callback:
@@ -109,6 +117,73 @@ class RunFiles(Callback):
             if records:
                 append_jsonl(file, *records)
                 records.clear()
+
+
+class Warnings(Callback):
+    """Says in words, once each, that a model overfits, and that it predicts worse than knowing nothing would."""
+
+    def __init__(self, run: Run, records: list[dict[str, Any]]):
+        """``records``, of metrics.jsonl, are those of the steps done so far."""
+        self.validations: list[Validation] = []
+        self.said = {event.get("event") for event in read_jsonl(run.events)}
+        for record in records:
+            self._add(record)
+
+    def on_start(self, trainer: Trainer) -> None:
+        """See :class:`Callback`."""
+        self.trainer = trainer
+
+    def on_evaluation(self, record: dict[str, Any]) -> None:
+        """See :class:`Callback`."""
+        self._add(record)
+        if not self.validations or self.validations[-1].step != record["step"]:
+            return
+        config, vocab_size = self.trainer.config, self.trainer.corpus.tokenizer.vocab_size
+        if text := overfitting(self.validations):
+            keeps = "checkpoint.keep_best keeps" if config.checkpoint.keep_best else "--checkpoint.keep_best would keep"
+            self._say("overfitting", f"{text}; {keeps} the weights of the lowest")
+        loss, nothing = record["val/loss"], math.log(vocab_size)
+        if loss > nothing and record["step"] > config.schedule.warmup_steps:  # initial weights may be a little above it
+            self._say(
+                "knows_nothing",
+                f"the validation loss, {loss:.3f}, is above {nothing:.3f}, that of knowing nothing: a guess among all"
+                f" {vocab_size:,} tokens",
+            )
+
+    def on_rollback(self, step: int) -> None:
+        """See :class:`Callback`."""
+        self.validations = [each for each in self.validations if each.step <= step]
+
+    def _add(self, record: dict[str, Any]) -> None:
+        loss, train = comparable_loss(record), record.get(SMOOTHED_LOSS)
+        if loss is not None and math.isfinite(loss):
+            self.validations.append(Validation(record["step"], loss, math.inf if train is None else train))
+
+    def _say(self, kind: str, text: str) -> None:
+        if kind not in self.said:
+            self.said.add(kind)
+            self.trainer.event(kind, text)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The held-out loss after a step, over text that compares, and the smoothed training loss, infinite at step 0."""
+
+    step: int
+    loss: float
+    train: float
+
+
+def overfitting(validations: Sequence[Validation]) -> str:
+    """In words, that the newest validations are clearly above the lowest while the training loss fell; else empty."""
+    best, now = min(validations, key=lambda each: each.loss), validations[-1]
+    risen = [each.loss > best.loss + OVERFIT for each in validations if each.step > best.step]
+    if len(risen) < VALIDATIONS or not all(risen[-VALIDATIONS:]) or not now.train < best.train:
+        return ""
+    return (
+        f"overfitting: the validation loss was lowest, {best.loss:.3f}, after step {best.step:,} and has risen to"
+        f" {now.loss:.3f}, while the training loss fell; fewer steps, more text or dropout help"
+    )
 
 
 class TextProblems(Callback):

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pretrain.device import Precision, peak_flops, process_memory, total_memory
 from pretrain.io import Output
+from pretrain.runs.checkpoint import AVERAGE
 from pretrain.runs.metrics import SMOOTHED_LOSS
 from pretrain.sizing import flops_per_token
 from pretrain.training.callbacks import Callback
@@ -167,7 +168,8 @@ def _numbers(record: dict[str, Any]) -> str:
     if "train/eval_loss" in record:
         parts.append(f"train eval loss {_number(record['train/eval_loss'], '.3f')}")
     if "val/loss" in record:
-        parts.append(f"val loss {_number(record['val/loss'], '.3f')}")
+        mark = " (average)" if record.get("val/weights") == AVERAGE else ""
+        parts.append(f"val loss {_number(record['val/loss'], '.3f')}{mark}")
         if record["val/bpb"] is not None:
             parts.append(f"{record['val/bpb']:.3f} bits per byte")
     if "val/part_loss" in record:

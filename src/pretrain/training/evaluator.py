@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,9 +19,11 @@ from pretrain.evaluation import CoreResult, GPTScorer, LossResult, Task, evaluat
 from pretrain.generation import sample_text
 from pretrain.model import GPT
 from pretrain.model.loss import IGNORE
+from pretrain.runs.checkpoint import AVERAGE, LAST
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokens import DataOrder, MixedOrder, TokenStream, validation_batches, window_batches
 from pretrain.tokens.order import HELD_OUT, key
+from pretrain.training.average import EVERY, WeightAverage
 from pretrain.training.world import World
 
 T = TypeVar("T")
@@ -48,47 +51,68 @@ class Evaluator:
     training: tuple[TokenStream, DataOrder | MixedOrder] | None
     """The training tokens and the order of their windows; None of a live stream."""
     core_tasks: list[Task]
+    average: WeightAverage | None = None
+    """That of the weights, with ``optim.ema``."""
+    weights: str = LAST
+    """Which weights the newest validation found better, LAST or AVERAGE: CORE and samples are of these."""
 
     def __post_init__(self):
         self.token_bytes = self.tokenizer.token_bytes()
 
-    def validate(self, step: int, micro_rows: int, check: Callable[[], None]) -> dict[str, float]:
+    def validate(self, step: int, micro_rows: int, check: Callable[[], None]) -> dict[str, Any]:
         """What is measured after ``step`` steps, by its names in metrics.jsonl; nothing where there is no text for it.
 
         Held-out loss and bits per byte, of each data set too where there are several: over ``eval.tokens``; after the
         last step over all, and as ``val/part_...`` over ``eval.tokens`` as before. And the loss on training text.
+
+        Where there is an average of the weights, both are measured, and the numbers are those of the better one, which
+        ``val/weights`` names; nothing held out, it is the average.
         """
         length, settings, last = self.config.model.context_length, self.config.eval, step == self.config.train.steps
-        rows = self.rows(micro_rows)
-        measured = functools.partial(self.measured, rows=rows, check=check)
-
-        def held_out(tokens: int) -> dict[str, LossResult]:
-            return {name: measured(self.held_out_batches(name, step, tokens, rows)) for name in self.val_streams}
-
-        numbers: dict[str, float] = {}
-        if results := held_out(0 if last else settings.tokens):
-            whole = functools.reduce(operator.add, results.values())
+        rows, tokens = self.rows(micro_rows), 0 if last else settings.tokens
+        measured, numbers = {LAST: self.held_out(step, tokens, rows, check)}, {}
+        if self.average and step >= EVERY:
+            with self.average.in_place():
+                measured[AVERAGE] = self.held_out(step, tokens, rows, check)
+        self.weights = [*measured][-1]
+        if self.val_streams:
+            losses = {weights: total(results).loss for weights, results in measured.items()}
+            self.weights = min(
+                losses, key=lambda weights: losses[weights] if math.isfinite(losses[weights]) else math.inf
+            )
+            results, whole = measured[self.weights], total(measured[self.weights])
             numbers |= {"val/loss": whole.loss, "val/bpb": whole.bits_per_byte}
             if len(results) > 1:
                 numbers |= {f"val/loss/{name}": result.loss for name, result in results.items()}
                 numbers |= {f"val/bpb/{name}": result.bits_per_byte for name, result in results.items()}
-            if last and self.takes_a_part():
-                part = functools.reduce(operator.add, held_out(settings.tokens).values())
+            if len(losses) > 1:
+                numbers |= {"val/last_loss": losses[LAST], "val/average_loss": losses[AVERAGE]}
+        if len(measured) > 1:
+            numbers["val/weights"] = self.weights
+        with self.better_weights():
+            if self.val_streams and last and self.takes_a_part():
+                part = total(self.held_out(step, settings.tokens, rows, check))
                 numbers |= {"val/part_loss": part.loss, "val/part_bpb": part.bits_per_byte}
-        if settings.train_tokens and self.training:
-            stream, order = self.training
-            starts = order.estimate(step).starts(0, max(1, settings.train_tokens // length))
-            batches = window_batches(stream, starts, length, rows, self.world.rank, self.world.size)
-            numbers["train/eval_loss"] = measured(batches).loss
+            if settings.train_tokens and self.training:
+                stream, order = self.training
+                starts = order.estimate(step).starts(0, max(1, settings.train_tokens // length))
+                batches = window_batches(stream, starts, length, rows, self.world.rank, self.world.size)
+                numbers["train/eval_loss"] = self.measured(batches, rows, check).loss
         return numbers
+
+    def held_out(self, step: int, tokens: int, rows: int, check: Callable[[], None]) -> dict[str, LossResult]:
+        """The loss of the model as it is on ``tokens`` of the held-out tokens, 0 for all, by data set."""
+        batches = {name: self.held_out_batches(name, step, tokens, rows) for name in self.val_streams}
+        return {name: self.measured(each, rows, check) for name, each in batches.items()}
 
     def test(self, micro_rows: int, check: Callable[[], None]) -> dict[str, float]:
         """Loss and bits per byte of all test text, by their names in metrics.jsonl; nothing where there is none."""
         length, rows, world = self.config.model.context_length, self.rows(micro_rows), self.world
-        results = [
-            self.measured(validation_batches(stream, length, rows, 0, world.rank, world.size), rows, check)
-            for stream in self.test_streams.values()
-        ]
+        with self.better_weights():
+            results = [
+                self.measured(validation_batches(stream, length, rows, 0, world.rank, world.size), rows, check)
+                for stream in self.test_streams.values()
+            ]
         if not results:
             return {}
         whole = functools.reduce(operator.add, results)
@@ -103,6 +127,10 @@ class Evaluator:
         if self.compiled:  # another number of rows would be compiled anew
             batches = filled(batches, rows)
         return evaluate_loss(self.model, checked(batches, check), self.token_bytes, self.world.sum)
+
+    def better_weights(self) -> AbstractContextManager[None]:
+        """While entered, the model has the weights that the newest validation found better."""
+        return self.average.in_place() if self.average and self.weights == AVERAGE else nullcontext()
 
     def held_out_batches(self, name: str, step: int, tokens: int, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches for this process of a data set's share of ``tokens`` held-out tokens; 0: of all."""
@@ -128,7 +156,7 @@ class Evaluator:
         shares = 1 if self.together else self.world.size
         scorer = GPTScorer(self.model, self.tokenizer, on_batch=check)
         tasks = self.core_tasks[self.world.rank % shares :: shares]
-        with self.eager():
+        with self.better_weights(), self.eager():
             results = evaluate_core(scorer, tasks, self.config.eval.core_max_per_task).tasks
         return CoreResult(tuple(each for some in self.world.gather(results)[:shares] for each in some))
 
@@ -150,7 +178,7 @@ class Evaluator:
                 top_k=settings.top_k,
                 seed=self.config.train.seed,
             )
-            with self.eager():
+            with self.better_weights(), self.eager():
                 texts[prompt] = prompt + "".join(checked(pieces, check))
         return texts
 
@@ -164,6 +192,11 @@ def filled(batches: Iterable[tuple[Tensor, Tensor]], rows: int) -> Iterator[tupl
     for inputs, targets in batches:
         more = (0, 0, 0, rows - len(inputs))
         yield F.pad(inputs, more), F.pad(targets, more, value=IGNORE)
+
+
+def total(results: Mapping[str, LossResult]) -> LossResult:
+    """Of all data sets together; there must be one."""
+    return functools.reduce(operator.add, results.values())
 
 
 def checked(items: Iterable[T], check: Callable[[], None]) -> Iterator[T]:

@@ -69,7 +69,7 @@ def resolve_init(config: Config) -> Config:
 
 
 def load_initial(model: GPT, config: Config, tokenizer: Tokenizer) -> None:
-    """Fill ``model`` in place with the weights that ``train.init_from`` names; a run's are of its newest checkpoint.
+    """Fill ``model`` in place with the weights that ``train.init_from`` names; a run's are those of its model.
 
     Raises:
         UsageError: the run has another tokenizer.

@@ -19,12 +19,12 @@ import torch.distributed as dist
 from pretrain.errors import CheckpointError, Interrupted, PeerError, PretrainError, TrainingError
 from pretrain.io import read_jsonl
 from pretrain.runs import Run
-from pretrain.runs.checkpoint import CheckpointWriter, newest, not_finite, prune
+from pretrain.runs.checkpoint import CheckpointWriter, lowest, newest, not_finite, prune
 from pretrain.runs.metrics import SMOOTHED_LOSS, Smoothed, comparable_loss, fetch
 from pretrain.tokens import Corpus
 from pretrain.training.callbacks import Callback
 from pretrain.training.console import Console
-from pretrain.training.evaluator import Evaluator
+from pretrain.training.evaluator import Evaluator, total
 from pretrain.training.guard import SPIKE
 from pretrain.training.heartbeat import SAVING
 from pretrain.training.signals import Stopped, StopRequest
@@ -94,6 +94,7 @@ class Trainer:
                 self.wait_for_save(must=True)
                 if failure := self.write_lines():
                     self.save_failed(failure, must=True)
+                best = self.best_model()
             except Stopped:
                 raise self.leave() from None
             except Exception as error:
@@ -111,7 +112,32 @@ class Trainer:
                 parameters=sum(p.numel() for p in self.state.model.parameters()),
                 vocab_size=self.corpus.tokenizer.vocab_size,
                 bytes_per_token=self.bytes_per_token,
+                **best,
             )
+
+    def best_model(self) -> dict[str, Any]:
+        """With ``checkpoint.keep_best``, what summary.json says of a checkpoint that is better than the last one.
+
+        It is looked for among validations that compare, and must then be better over all held-out text too. The model
+        has its weights from now on. Empty, where the last one is the best.
+        """
+        if not self.config.checkpoint.keep_best:
+            return {}
+        found = self.world.run_on_rank0(lambda: lowest(self.run.checkpoints, self.val_losses))
+        if found is None or self.val_losses[found.step] >= self.val_losses.get(self.step, math.inf):
+            return {}
+        last, weights = self.world.run_on_rank0(
+            lambda: (read_jsonl(self.run.metrics)[-1].get("val/loss"), self.run.weights(found.step))
+        )
+        self.state.load_weights(found, weights)
+        check, rows = functools.partial(self.phase, "validating", may_stop=True), self.state.progress.micro_rows
+        best = total(self.evaluator.held_out(found.step, 0, self.evaluator.rows(rows), check))
+        if last is not None and best.loss >= last:
+            return {}
+        left = f"best at step {found.step:,} (val loss {best.loss:.3f}), which sample, eval and export use"
+        self.console.say(f"{left}; the last, of step {self.step:,}, has {math.nan if last is None else last:.3f}")
+        best_numbers = {"val_loss": best.loss, "val_bpb": best.bits_per_byte}
+        return {**best_numbers, "model_step": found.step, "model_weights": weights}
 
     def validate_at_start(self) -> None:
         """Measure the model before its first step: a record of step 0, without the numbers of a step."""
@@ -265,6 +291,8 @@ class Trainer:
         self.state.progress.skipped_batches = before.skipped_batches + spike - checkpoint.step
         self.state.progress.went_back_to, self.state.progress.pending = before.went_back_to, None
         self.waiting = [record for record in self.waiting if record["step"] <= self.step]
+        self.val_losses = {step: loss for step, loss in self.val_losses.items() if step <= self.step}
+        self.evaluator.weights = self.world.run_on_rank0(lambda: self.run.weights(self.step))
         self.notify("on_rollback", self.step)
         if self.world.is_rank0:
             self.smoothed = Smoothed(read_jsonl(self.run.metrics))

@@ -193,6 +193,12 @@ class Parameters:
             norm = square.sqrt()
         return norm
 
+    def reshard(self) -> None:
+        """Before weights change from outside: forget those that FSDP gathered, as an evaluation leaves them."""
+        for module in self.model.modules() if self.sharded else ():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     def zero_grad(self) -> None:
         """Drop all gradients."""
         self.model.zero_grad(set_to_none=True)
@@ -202,11 +208,11 @@ class Parameters:
     def as_dtensor(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor of a checkpoint as torch.distributed.checkpoint must see it to know which part of the whole it is.
 
-        ``tensor`` is on the CPU; ``name`` is ``model.PARAMETER`` or ``optim.PARAMETER.KEY``, or anything else, which
-        is whole.
+        ``tensor`` is on the CPU; ``name`` is ``model.PARAMETER``, ``ema.PARAMETER`` or ``optim.PARAMETER.KEY``, or
+        anything else, which is whole.
         """
         kind, _, rest = name.partition(".")
-        parameter = rest if kind == "model" else rest.rpartition(".")[0] if kind == "optim" else ""
+        parameter = rest if kind in ("model", "ema") else rest.rpartition(".")[0] if kind == "optim" else ""
         whole = self.whole.get(parameter)
         if self.cpu_mesh is None or not isinstance(whole, DTensor) or tensor.shape != whole.to_local().shape:
             return tensor

@@ -17,13 +17,14 @@ from pretrain.io import read_jsonl
 from pretrain.model import GPT
 from pretrain.optim import build_optimizers
 from pretrain.runs import Run
-from pretrain.runs.checkpoint import CheckpointWriter, newest
+from pretrain.runs.checkpoint import LAST, CheckpointWriter, newest
 from pretrain.runs.environment import write_environment
 from pretrain.runs.metrics import Smoothed, comparable_loss
 from pretrain.sizing import meta_model, rows_that_fit
 from pretrain.text.split import TEST, VAL
 from pretrain.tokens import BatchesAhead, LiveBatches, Origin, TrainingBatches, find_text, training_order
-from pretrain.training.callbacks import Callback, RunFiles, TextProblems
+from pretrain.training.average import WeightAverage
+from pretrain.training.callbacks import Callback, RunFiles, TextProblems, Warnings
 from pretrain.training.console import Console
 from pretrain.training.evaluator import Evaluator
 from pretrain.training.guard import Guard, LossScale
@@ -115,7 +116,8 @@ def set_up(
 
     # The state, as the checkpoint has it.
     scale, guard = LossScale(precision), Guard(config.guard, device)
-    state = TrainState(config, world, model, model, parameters, optimizers, scale, guard, batches, progress)
+    average = WeightAverage(config.optim.ema, parameters) if config.optim.ema else None
+    state = TrainState(config, world, model, model, parameters, optimizers, scale, guard, batches, progress, average)
     state.make_moments()
     if checkpoint:
         state.load_state_dict(checkpoint)
@@ -130,16 +132,16 @@ def set_up(
 
     # Callbacks: on rank 0 all of them, elsewhere only the heartbeat.
     losses: dict[int, float] = {}
-    smoothed = Smoothed()
+    smoothed, weights = Smoothed(), LAST
     if world.is_rank0:
         # Without a checkpoint everything comes again, what was measured before the first step too.
         finished = progress.step - bool(state.progress.pending) if checkpoint else -1
         records = [record for record in read_jsonl(run.metrics) if record["step"] <= finished]
         measured = {record["step"]: comparable_loss(record) for record in records}
         losses = {step: loss for step, loss in measured.items() if loss is not None}
-        smoothed = Smoothed(records)
+        smoothed, weights = Smoothed(records), run.weights(finished)
         loggers = [Logger(kind, run.folder, config, finished, say) for kind in chosen(config.log.backends, say)]
-        listeners += [RunFiles(run, finished, say), console, *loggers, *callbacks]
+        listeners += [RunFiles(run, finished, say), console, *loggers, Warnings(run, records), *callbacks]
         write_environment(run.folder, device, step=progress.step, precision=precision.name, processes=world.size)
     val_streams, test_streams = (
         {each.name: each.stream(side) for each in corpus.datasets if each.tokens(side)} for side in (VAL, TEST)
@@ -147,7 +149,8 @@ def set_up(
     tasks = core_tasks(config, world, say)
     together = parameters.sharded or world.size == 1
     evaluator = Evaluator(
-        config, world, model, compiled, together, tokenizer, val_streams, test_streams, training, tasks
+        config, world, model, compiled, together, tokenizer, val_streams, test_streams, training, tasks,
+        average, world.broadcast(weights),
     )
     return Trainer(
         run=run,

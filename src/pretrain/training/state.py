@@ -1,7 +1,8 @@
 """A run in progress, and the one pair of functions that saves it and loads it back.
 
-A checkpoint is tensors by name (``model.NAME``, ``optim.NAME.KEY``, the guard's, the loss scale's, random states) and
-the plain values of :class:`Progress`. Everything else is a function of the step: the data order and the schedules.
+A checkpoint is tensors by name (``model.NAME``, ``ema.NAME``, ``optim.NAME.KEY``, the guard's, the loss scale's, random
+states) and the plain values of :class:`Progress`. Everything else is a function of the step: the data order and the
+schedules.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from typing import Any
 import msgspec
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from pretrain.config import Config
 from pretrain.model import GPT
 from pretrain.optim import Optimizer
-from pretrain.runs.checkpoint import Checkpoint
+from pretrain.runs.checkpoint import Checkpoint, name_in_checkpoint
 from pretrain.tokens import Batches, merge_states
+from pretrain.training.average import WeightAverage
 from pretrain.training.guard import Guard, LossScale
 from pretrain.training.parallel import Parameters
 from pretrain.training.world import World
@@ -73,6 +74,8 @@ class TrainState:
     guard: Guard
     batches: Batches
     progress: Progress
+    average: WeightAverage | None = None
+    """That of the weights, with ``optim.ema``."""
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that a checkpoint holds: tensors of this process, and plain values. All processes call it."""
@@ -84,8 +87,7 @@ class TrainState:
     def load_state_dict(self, checkpoint: Checkpoint, batches: bool = True) -> None:
         """Go back to a checkpoint, saved by any number of processes; ``batches`` False leaves the data where it is."""
         progress, rank = Progress.of(checkpoint), self.world.rank
-        if isinstance(self.model, FSDPModule):
-            self.model.reshard()  # after an evaluation it still holds gathered weights
+        self.parameters.reshard()
         tensors = self.tensors()
         if missing := {name for name in tensors if name.startswith("random.")} - checkpoint.names():
             # Saved without a random state for this rank or type of device: seed anew, differently at each step.
@@ -97,10 +99,18 @@ class TrainState:
             self.batches.restore(progress.batches)
         self.progress = dataclasses.replace(progress, micro_rows=self.progress.micro_rows)
 
+    def load_weights(self, checkpoint: Checkpoint, weights: str) -> None:
+        """Give the model alone the ``last`` weights of a checkpoint or their ``average``."""
+        self.parameters.reshard()
+        values = {name_in_checkpoint(name, weights): p.detach() for name, p in self.parameters.local.items()}
+        checkpoint.load(values, self.parameters.as_dtensor)
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of a checkpoint by name, to be read or filled in place."""
         local = self.parameters.local
         tensors = {f"model.{name}": parameter.detach() for name, parameter in local.items()}
+        if self.average:
+            tensors |= {f"ema.{name}": value for name, value in self.average.values.items()}
         names: dict[Tensor, str] = {parameter: name for name, parameter in local.items()}
         for optimizer in self.optimizers:
             for parameter, values in optimizer.state.items():

@@ -58,7 +58,10 @@ def train_step(state: TrainState, on_phase: Callable[[str], None] = lambda phase
 
     # Judged on the device, so that no step waits for it; the optimizers select the old values where it is skipped.
     not_finite, spike = state.guard.judge(loss, norm)
-    update(state.optimizers, step, config, skip=(not_finite | spike).float())
+    skip = (not_finite | spike).float()
+    update(state.optimizers, step, config, skip)
+    if state.average:
+        state.average.update(step + 1, skip)
     state.parameters.zero_grad()
     state.loss_scale.update(not_finite.float())
     state.progress.step += 1
