@@ -303,18 +303,23 @@ def test_a_run_that_overfits_leaves_its_best(noise: Config, tmp_path: Path, caps
 
 
 def test_the_best_of_a_part_is_measured_on_all(noise: Config, tmp_path: Path, monkeypatch):
-    run = train(change(noise, eval__tokens=64), tmp_path / "run")
+    config = change(noise, eval__tokens=64, data__test_fraction=0.2, optim__ema=0.5)
+    run = train(config, tmp_path / "run")
     records, summary = validations(run), run.summary
     assert summary is not None
     best = summary["model_step"]
+    prefix = {"average": "ema.", "last": "model."}[summary["model_weights"]]
     assert records[best]["val/loss"] == min(
         record.get("val/part_loss", record["val/loss"]) for record in records.values()
     )
-    stream = run.corpus().stream("val")
-    full, rest = divmod(len(stream) - 1, 32)
-    windows = stream.windows(np.arange(full) * 32, 33), stream.windows(np.array([full * 32]), rest + 1)
-    whole, short = (loss_of(run, best, "model.", each) for each in windows)
-    assert summary["val_loss"] == pytest.approx((whole * full * 32 + short * rest) / (len(stream) - 1), rel=1e-5)
+    for side in ("val", "test"):
+        stream = run.corpus().stream(side)
+        full, rest = divmod(len(stream) - 1, 32)
+        windows = stream.windows(np.arange(full) * 32, 33), stream.windows(np.array([full * 32]), rest + 1)
+        whole, short = (loss_of(run, best, prefix, each) for each in windows)
+        expected = (whole * full * 32 + short * rest) / (len(stream) - 1)
+        assert summary[f"{side}_loss"] == pytest.approx(expected, rel=1e-5)
+    assert summary["test_loss"] < read_jsonl(run.metrics)[-1]["test/loss"]
     assert summary["val_loss"] != records[best]["val/loss"]
     assert summary["val_loss"] < summary["last_val_loss"] == records[40]["val/loss"]
 
@@ -323,7 +328,7 @@ def test_the_best_of_a_part_is_measured_on_all(noise: Config, tmp_path: Path, mo
     lines = read_jsonl(run.metrics)
     lines[-1]["val/loss"] = 1.0
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    summary = train(change(noise, eval__tokens=64), run.folder).summary
+    summary = train(config, run.folder).summary
     assert summary is not None
     assert (summary["model_step"], summary["val_loss"]) == (40, 1.0)
 

@@ -71,7 +71,15 @@ def assert_near(run: Run, other: Run) -> None:
     assert [r["step"] for r in mine] == [r["step"] for r in theirs]
     for a, b in zip(mine, theirs, strict=True):
         assert a.keys() == b.keys()
-        measured = ("val/loss", "val/bpb", "val/part_loss", "val/average_loss", "train/eval_loss", "test/loss", "test/bpb")
+        measured = (
+            "val/loss",
+            "val/bpb",
+            "val/part_loss",
+            "val/average_loss",
+            "train/eval_loss",
+            "test/loss",
+            "test/bpb",
+        )
         for name in ("train/loss", "train/grad_norm", *measured):
             if name in b:
                 assert a[name] == pytest.approx(b[name], rel=1e-5 if name != "train/grad_norm" else 2e-4), (a, b)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from pretrain.errors import CheckpointError, Interrupted, PeerError, PretrainError, TrainingError
 from pretrain.io import read_jsonl
 from pretrain.runs import Run
-from pretrain.runs.checkpoint import CheckpointWriter, lowest, newest, not_finite, prune
+from pretrain.runs.checkpoint import LAST, CheckpointWriter, lowest, newest, not_finite, prune
 from pretrain.runs.metrics import SMOOTHED_LOSS, Smoothed, comparable_loss, fetch
 from pretrain.tokens import Corpus
 from pretrain.training.callbacks import Callback
@@ -130,14 +130,16 @@ class Trainer:
             lambda: (read_jsonl(self.run.metrics)[-1].get("val/loss"), self.run.weights(found.step))
         )
         self.state.load_weights(found, weights)
+        self.evaluator.weights = LAST  # those of the model itself now
         check, rows = functools.partial(self.phase, "validating", may_stop=True), self.state.progress.micro_rows
         best = total(self.evaluator.held_out(found.step, 0, self.evaluator.rows(rows), check))
         if last is not None and best.loss >= last:
             return {}
+        test = {name.replace("/", "_"): value for name, value in self.evaluator.test(rows, check).items()}
         left = f"best at step {found.step:,} (val loss {best.loss:.3f}), which sample, eval and export use"
         self.console.say(f"{left}; the last, of step {self.step:,}, has {math.nan if last is None else last:.3f}")
         best_numbers = {"val_loss": best.loss, "val_bpb": best.bits_per_byte}
-        return {**best_numbers, "model_step": found.step, "model_weights": weights}
+        return {**best_numbers, **test, "model_step": found.step, "model_weights": weights}
 
     def validate_at_start(self) -> None:
         """Measure the model before its first step: a record of step 0, without the numbers of a step."""

@@ -149,8 +149,18 @@ def set_up(
     tasks = core_tasks(config, world, say)
     together = parameters.sharded or world.size == 1
     evaluator = Evaluator(
-        config, world, model, compiled, together, tokenizer, val_streams, test_streams, training, tasks,
-        average, world.broadcast(weights),
+        config,
+        world,
+        model,
+        compiled,
+        together,
+        tokenizer,
+        val_streams,
+        test_streams,
+        training,
+        tasks,
+        average,
+        world.broadcast(weights),
     )
     return Trainer(
         run=run,
