@@ -16,6 +16,7 @@ LAYERS = [
     "tokens",
     "sizing",
     "optim",
+    "fitting",
     "runs",
     "hf",
     "evaluation",

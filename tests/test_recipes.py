@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.config import Config, load_config, recipe_names
+from pretrain.config import Config, FitConfig, load_config, recipe_names
 from pretrain.io import read_jsonl
 from pretrain.model import GPT
 from pretrain.model.loss import IGNORE
@@ -28,10 +28,11 @@ def reduced(name: str, text_file: Path) -> Config:
         paths = (*paths, str(other))
     return dataclasses.replace(
         config,
+        fit=FitConfig(),
         data=dataclasses.replace(config.data, paths=paths, val_fraction=0.1, stride=min(config.data.stride, 32)),
         tokenizer=dataclasses.replace(config.tokenizer, kind=kind),
         model=dataclasses.replace(config.model, **shape),
-        train=dataclasses.replace(config.train, steps=20, epochs=0.0, batch_tokens=512, precision="fp32"),
+        train=dataclasses.replace(config.train, steps=20, epochs=0.0, minutes=0.0, batch_tokens=512, precision="fp32"),
         schedule=dataclasses.replace(config.schedule, warmup_steps=min(4, config.schedule.warmup_steps)),
         eval=dataclasses.replace(
             config.eval, every=0, tokens=512, train_tokens=min(512, config.eval.train_tokens), core_every=0

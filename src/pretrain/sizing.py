@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from dataclasses import dataclass
 
 from pretrain.config import Config, ModelConfig
 from pretrain.errors import UsageError
@@ -156,3 +157,31 @@ def rows_up_to(config: Config, limit: int) -> int:
 def parallelism_that_fits(parameters: int, free_bytes: int) -> str:
     """``ddp`` if weights, gradients, two moments and work space fit in 60 % of a device's free memory, else fsdp."""
     return "ddp" if 20 * parameters < 0.6 * free_bytes else "fsdp"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of the parts of a training on one device."""
+
+    micro_step: float
+    """Of a forward and backward pass of the micro-batch."""
+    update: float
+    """Of clipping and the optimizers, once a step."""
+    evaluation: float
+    """Of each token in validation."""
+    sample: float = 0.0
+    """Of each token that is sampled; 0: not measured."""
+
+    def step(self, micro_steps: int) -> float:
+        """Seconds of an optimizer step."""
+        return micro_steps * self.micro_step + self.update
+
+
+def validated_tokens(config: Config, held_out: int) -> int:
+    """Tokens of all validations of a run, of which ``held_out`` are there."""
+    settings = config.eval
+    earlier = len(range(settings.offset or settings.every, config.train.steps, settings.every)) if settings.every else 0
+    earlier += settings.at_start
+    part = settings.tokens if held_out and settings.order == "random" else min(settings.tokens, held_out)
+    last = held_out + (part if part != held_out else 0)
+    return earlier * (part or held_out) + last + (earlier + 1) * settings.train_tokens

@@ -103,7 +103,6 @@ def test_what_is_wrong_is_named_in_one_line(field: str, value: object, expected:
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"layers": 0}, "model.layers must be at least 1, not 0"),
         ({"layers": "4"}, "model.layers must be int, not '4'"),
         ({"mlp": "relu"}, "model.mlp must be one of gelu, gelu_tanh, relu2, swiglu, not 'relu'; did you mean 'relu2'?"),
         ({"dropout": 1}, "model.dropout must be below 1.0, not 1"),
@@ -126,9 +125,10 @@ def test_integers_become_floats_and_lists_tuples():
 
 
 def test_the_dial_sets_what_is_0():
-    assert ModelConfig(depth=4, layers=0, width=0, heads=0).layers == 0
+    """Which the model alone may leave open, but no configuration without a dial."""
+    assert Config(model=ModelConfig(depth=4, layers=0, width=0, heads=0)).model.layers == 0
     with pytest.raises(ValueError, match=r"model\.width must be at least 1, not 0"):
-        ModelConfig(width=0)
+        Config(model=ModelConfig(width=0))
 
 
 def test_toml_files_are_checked_like_everything_else(tmp_path):

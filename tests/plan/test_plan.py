@@ -18,8 +18,6 @@ from pretrain.plan import Plan, describe, make_plan, warnings
 from pretrain.plan.cluster import Layout, group_sizes, memory_parts, traffic, traffic_seconds
 from pretrain.plan.data import look_at_data
 from pretrain.plan.memory import dry_run
-from pretrain.plan.plan import validated_tokens
-from pretrain.plan.speed import measure_speed
 from pretrain.plan.words import rounded, size
 from pretrain.sizing import (
     activation_bytes,
@@ -29,9 +27,11 @@ from pretrain.sizing import (
     meta_model,
     resolve,
     rows_that_fit,
+    validated_tokens,
 )
 from pretrain.text import embedded_documents
 from pretrain.tokenizer import build_tokenizer
+from pretrain.training.speed import measure_speed
 
 
 def test_nanochat_of_2025_at_depth_20():
@@ -528,7 +528,7 @@ def test_a_model_that_does_not_fit_is_not_measured(text_file: Path, monkeypatch:
 
 def test_the_command(capsys, text_file: Path):
     given = [text for name, value in {**SMALL, "tokenizer.kind": "byte"}.items() for text in (f"--{name}", str(value))]
-    assert main(["plan", "--data", str(text_file), *given, "--gpu", "h100", "--json"]) == 0
+    assert main(["plan", "quickstart", "--data", str(text_file), *given, "--gpu", "h100", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["hardware"] == "NVIDIA H100 SXM"
     assert any("epochs: beyond about 4" in warning for warning in shown["warnings"])

@@ -23,7 +23,7 @@ from pretrain.runs.metrics import fetch
 from pretrain.training import Callback, Console, train
 from pretrain.training.evaluator import Evaluator
 from pretrain.training.setup import set_up
-from pretrain.training.start import open_run
+from pretrain.training.start import Draft, make_run, open_run
 from pretrain.training.state import TrainState
 from pretrain.training.step import train_step, train_step_with_oom_retry
 from pretrain.training.world import World
@@ -48,6 +48,13 @@ def learned(run: Run) -> list[dict]:
     return [
         {k: v for k, v in r.items() if k not in ("time", "train/tokens_per_second")} for r in read_jsonl(run.metrics)
     ]
+
+
+def new_run(config: Config, out: Path) -> Run:
+    """A run that has not begun."""
+    draft = open_run(config, out, Console(quiet=True))
+    assert isinstance(draft, Draft)
+    return make_run(draft, draft.config, print)
 
 
 def assert_same_run(one: Run, other: Run) -> None:
@@ -147,7 +154,7 @@ def test_the_micro_batch_changes_nothing_but_rounding(tiny: Config, tmp_path: Pa
 
 
 def test_a_step_with_a_nan_changes_nothing(tiny: Config, tmp_path: Path, monkeypatch):
-    run = open_run(tiny, tmp_path / "run", Console(quiet=True))
+    run = new_run(tiny, tmp_path / "run")
     state = set_up(run, World(torch.device("cpu")), Console(quiet=True), started=0.0).state
     train_step(state)
     before = {name: tensor.clone() for name, tensor in state.tensors().items()}
@@ -318,7 +325,7 @@ def test_a_run_killed_before_its_summary_still_gets_it(tiny: Config, tmp_path: P
 
 
 def test_making_room_for_moments_leaves_the_loss_scale(tiny: Config, tmp_path: Path):
-    run = open_run(change(tiny, train__precision="fp16"), tmp_path / "run", Console(quiet=True))
+    run = new_run(change(tiny, train__precision="fp16"), tmp_path / "run")
     state = set_up(run, World(torch.device("cpu")), Console(quiet=True), started=0.0).state
     assert float(state.loss_scale.scale) == 2.0**16
 

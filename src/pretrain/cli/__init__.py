@@ -43,7 +43,7 @@ HELP = """usage: pretrain COMMAND [ARGUMENTS]
 Pretrain a GPT-style language model from raw text.
 
   pretrain train                       a small GPT from the included text, in minutes
-  pretrain train --data FILE_OR_DIR    the same on your own text
+  pretrain train --data FILE_OR_DIR    one from your own text, with settings that fit it
   pretrain train RECIPE                a published recipe; any field is overridden as --model.layers 6
   pretrain COMMAND --help              everything about one command
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
-from pretrain.config import Config, GroupConfig, load_config
+from pretrain.config import Config, GroupConfig, as_given, load_config
 from pretrain.config.validate import checked
 from pretrain.errors import UsageError
 
@@ -37,7 +37,10 @@ def parse(kind: type[C], args: list[str], name: str) -> C:
     A field ``config`` starts from the recipe, or the run to resume, that the arguments name.
     """
     hints = get_type_hints(kind, include_extras=True)
-    start: dict[str, Any] = {"default": kind(**{"config": _base_config(args)})} if "config" in hints else {}
+    start: dict[str, Any] = {}
+    if "config" in hints:
+        recipe, config = _base_config(args)
+        start = {"default": kind(**{"recipe": recipe, "config": config})}
     # --core may stand without its value, which tyro has no type for.
     pairs = zip(args, [*args[1:], "--"], strict=False)
     filled = [f"{a}=default" if a == "--core" and following.startswith("--") else a for a, following in pairs]
@@ -47,8 +50,10 @@ def parse(kind: type[C], args: list[str], name: str) -> C:
             command = tyro.cli(kind, prog=f"pretrain {name}", args=_gathered(filled, dict(_lists(kind))), **start)
         for field in fields(kind):  # type: ignore[arg-type]
             checked(f"--{field.name.replace('_', '-')}", getattr(command, field.name), hints[field.name])
-        if start and command.recipe not in ("quickstart", *args[:1]):  # type: ignore[attr-defined]
+        if start and command.recipe not in (recipe, *args[:1]):  # type: ignore[attr-defined]
             raise UsageError(f"the recipe comes first: pretrain {name} {command.recipe} ...")  # type: ignore[attr-defined]
+        if start:
+            command.config = as_given(command.config, _typed_fields(args))  # type: ignore[attr-defined]
         command.typed = args
         return command
     except SystemExit as stop:
@@ -101,8 +106,17 @@ def _gathered(args: list[str], lists: dict[str, str]) -> list[str]:
     return rest
 
 
-def _base_config(args: list[str]) -> Config:
-    """What the arguments override: the recipe they begin with, or the configuration of the run to resume."""
+def _typed_fields(args: list[str]) -> set[str]:
+    """The options among the arguments, as fields: both ``--model.context-length`` and ``--model.context_length``."""
+    options = {word.partition("=")[0] for word in args if word.startswith("--")}
+    return {option.removeprefix("--").replace("-", "_") for option in options}
+
+
+def _base_config(args: list[str]) -> tuple[str, Config]:
+    """What the arguments override: the recipe they begin with, or the configuration of the run to resume.
+
+    Without either it is the recipe fit if they name a text, else quickstart. Gives the name of the recipe too.
+    """
     recipe = args[0] if args and not args[0].startswith("-") else ""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--out", nargs="?")
@@ -112,8 +126,11 @@ def _base_config(args: list[str]) -> Config:
 
         config = Run.open(out).config
     else:
-        config = load_config(recipe or "quickstart")
+        typed = _typed_fields(args)
+        fits = typed & {"data", "data.paths"} and not typed & {"init_from", "train.init_from"}
+        recipe = recipe or ("fit" if fits else "quickstart")
+        config = load_config(recipe)
     # tyro has options for the groups that are there already, so those that are named here have to be.
     named = re.findall(r"^--optim\.groups\.([\w-]+)\.", "\n".join(args), re.MULTILINE)
     groups = {name.replace("-", "_"): GroupConfig() for name in named} | config.optim.groups
-    return replace(config, optim=replace(config.optim, groups=groups))
+    return recipe or "quickstart", replace(config, optim=replace(config.optim, groups=groups))

@@ -22,7 +22,8 @@ STARTED = time.monotonic()
 class Train(Command):
     """Train a model, or resume a run that was stopped.
 
-    Without arguments: the recipe 'quickstart' on the embedded corpus. On your own text: --data FILE_OR_FOLDER.
+    Without arguments: the recipe 'quickstart' on the embedded corpus. On your own text: --data FILE_OR_FOLDER, with
+    settings that fit it (the recipe 'fit') and in --train.minutes, 3 by default.
     'pretrain train --out RUN' alone resumes an existing run. The defaults shown below are those of the recipe named:
     'pretrain train laptop --help' shows those of laptop.
     """

@@ -2,6 +2,8 @@
 
 from pretrain.config.load import (
     FREE_SECTIONS,
+    as_chosen,
+    as_given,
     config_from_dict,
     config_to_dict,
     differences,
@@ -15,6 +17,7 @@ from pretrain.config.schema import (
     Config,
     DataConfig,
     EvalConfig,
+    FitConfig,
     GroupConfig,
     GuardConfig,
     LogConfig,

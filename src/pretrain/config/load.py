@@ -6,7 +6,7 @@ import dataclasses
 import os
 import tomllib
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,10 @@ FREE_FIELDS = frozenset(
     {"data.allow_broken", "train.micro_batch", "train.compile", "train.device", "train.activation_checkpointing"}
     | {f"guard.{name}" for name in ("max_skips", "grace_seconds", "hang_factor", "hang_seconds")}
 )
-FREE_SECTIONS = frozenset({"eval", "checkpoint", "parallel", "sample", "log"})
+FREE_SECTIONS = frozenset({"eval", "checkpoint", "parallel", "sample", "log", "fit"})
+
+HORIZONS = ("steps", "epochs", "target_flops", "tokens_per_parameter")
+"""Fields of ``train`` that say how long to train, besides minutes."""
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -50,7 +53,49 @@ def load_config(recipe: str = "quickstart", **overrides: Any) -> Config:
             fields = fields.setdefault(table, {}) if isinstance(fields, dict) else None
         if isinstance(fields, dict):  # config_from_dict refuses anything else
             fields[leaf] = value
-    return config_from_dict(tree, source=recipe)
+    return as_given(config_from_dict(tree, source=recipe), overrides)
+
+
+def as_given(config: Config, names: Collection[str]) -> Config:
+    """The configuration after the fields ``names`` were given by hand, over a recipe or a run.
+
+    They are not chosen any more (``fit.fields``). Of ``train.minutes`` and the other horizons what is given decides.
+    Raises UsageError if both are.
+    """
+    train = config.train
+    given = [name for name in HORIZONS if f"train.{name}" in names and getattr(train, name)]
+    minutes = "train.minutes" in names and train.minutes
+    if minutes and given:
+        both = f"train.{given[0]} {getattr(train, given[0]):g} and train.minutes {minutes:g} both set the horizon"
+        raise UsageError(f"{both}; give one of them")
+    if minutes:
+        train = dataclasses.replace(train, steps=0, epochs=0.0, target_flops=0.0)
+    elif given:
+        train = dataclasses.replace(train, minutes=0.0)
+    settled = {*names, *(["train.steps"] if given else [])}
+    if config.model.depth and "model.depth" in names:
+        settled |= {"model.layers", "model.heads", "model.width"}
+    fields = tuple(name for name in config.fit.fields if name not in settled)
+    return dataclasses.replace(config, train=train, fit=dataclasses.replace(config.fit, fields=fields))
+
+
+def as_chosen(config: Config, before: Config) -> Config:
+    """The configuration with what was chosen ``before`` for a run, so that nothing is chosen a second time.
+
+    Fields that the run was given and this one would choose stay in ``fit.fields``.
+    """
+    tree = config_to_dict(config)
+    theirs = config_to_dict(before)
+    for name in set(config.fit.fields) & set(before.fit.chosen):
+        section, field = name.split(".")
+        tree[section][field] = theirs[section][field]
+    left = [name for name in config.fit.fields if name not in before.fit.chosen]
+    if before.train.minutes and config.train.minutes == before.train.minutes and not config.train.steps:
+        tree["train"]["steps"] = before.train.steps
+    elif config.train.steps and not config.train.minutes:  # steps decide: how the run's were found is a record
+        tree["train"]["minutes"] = before.train.minutes
+    tree["fit"] = {"fields": left, "chosen": before.fit.chosen}
+    return config_from_dict(tree, "the configuration")
 
 
 def recipe_names() -> list[str]:

@@ -22,6 +22,13 @@ Positive = Annotated[float, Meta(gt=0)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 BelowOne = Annotated[float, Meta(ge=0, lt=1)]
 NonEmpty = Annotated[str, Meta(min_length=1)]
+Fitted = Literal[
+    "data.val_fraction", "tokenizer.kind", "tokenizer.vocab_size",
+    "model.layers", "model.heads", "model.width", "model.context_length", "model.dropout",
+    "optim.lr", "optim.embedding_lr", "optim.head_lr", "optim.scalar_lr", "optim.weight_decay",
+    "train.steps", "train.batch_tokens", "train.micro_batch", "eval.every", "checkpoint.every",
+]  # fmt: skip
+"""What ``pretrain.fitting`` can choose."""
 
 
 @dataclass(frozen=True)
@@ -178,11 +185,8 @@ class ModelConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        zeros = [name for name in ("layers", "heads", "width") if not getattr(self, name)]
-        if zeros and not self.depth:
-            raise ValueError(f"model.{zeros[0]} must be at least 1, not 0 (0 needs model.depth)")
-        if zeros:
-            return  # the rest is checked once the dial has set them
+        if not (self.layers and self.heads and self.width):
+            return  # the rest is checked once the dial, or what fits the text, has set them
         if not self.head_width and self.width % self.heads:
             hint = f"try --model.width {_nearest_multiple(self.width, self.heads)}"
             raise ValueError(f"model.heads {self.heads} does not divide model.width {self.width}; {hint}")
@@ -317,7 +321,12 @@ class TrainConfig(Section):
     """The run."""
 
     steps: Natural = 420
-    """Optimizer steps. 0: from epochs, target_flops or tokens_per_parameter, the first of them that is not 0."""
+    """Optimizer steps. 0: from minutes, epochs, target_flops or tokens_per_parameter, the first of them that is not
+    0."""
+    minutes: NonNegative = 0.0
+    """Horizon with steps = 0: length of the whole command in minutes, from its start to the report; the steps that
+    fill it follow from a measurement of some seconds, once. Given for a recipe that has steps, it takes their place.
+    0: not used."""
     epochs: NonNegative = 0.0
     """Horizon with steps = 0: passes over the training windows, instead of tokens_per_parameter. 0: not used."""
     tokens_per_parameter: Positive = 20.0
@@ -478,6 +487,16 @@ class SampleConfig(Section):
 
 
 @dataclass(frozen=True)
+class FitConfig(Section):
+    """What is chosen to fit the text and the machine, instead of being given (docs/your-data.md)."""
+
+    fields: tuple[Fitted, ...] = ()
+    """Fields to choose when the run is made. A field that is given, on the command line or in Python, is not."""
+    chosen: tuple[Fitted, ...] = ()
+    """Those that were chosen: a record of it, which changes nothing."""
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything that decides a run. A recipe is a TOML file over these fields."""
 
@@ -493,15 +512,21 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    fit: FitConfig = field(default_factory=FitConfig)
 
     def __post_init__(self):
+        open_fields = set() if self.model.depth else {"model.layers", "model.heads", "model.width"}
+        for name in sorted(open_fields - set(self.fit.fields)):
+            if not getattr(self.model, name.removeprefix("model.")):
+                raise ValueError(f"{name} must be at least 1, not 0 (0 needs model.depth)")
         tokens, length = self.train.batch_tokens, self.model.context_length
-        if not tokens and not self.model.depth:
+        batch_fits = {"train.batch_tokens", "model.context_length"} & set(self.fit.fields)  # whatever is given
+        if not tokens and not self.model.depth and not batch_fits:
             raise ValueError("train.batch_tokens must be at least 1 (0 needs model.depth)")
-        if tokens % length:
+        if tokens % length and not batch_fits:
             hint = f"try --train.batch_tokens {_nearest_multiple(tokens, length)}"
             raise ValueError(f"train.batch_tokens {tokens} is not a multiple of model.context_length {length}; {hint}")
-        if self.train.micro_batch and self.batch_rows % self.train.micro_batch:
+        if self.train.micro_batch and self.batch_rows % self.train.micro_batch and not batch_fits:
             rows = f"the {self.batch_rows} rows of the batch (train.batch_tokens / model.context_length)"
             raise ValueError(f"train.micro_batch {self.train.micro_batch} does not divide {rows}")
         if self.train.epochs and self.data.stream:

@@ -7,18 +7,15 @@ from dataclasses import dataclass, replace
 
 from pretrain.config import Config
 from pretrain.errors import DataError
-from pretrain.text import ReadStats, embedded_name, problem_lines, read_piece, refuse_broken
-from pretrain.text.pieces import Piece, continues, join_ranges
+from pretrain.text import ReadStats, embedded_name, problem_lines, refuse_broken
+from pretrain.text.pieces import continues, join_ranges
 from pretrain.text.split import SIDES
 from pretrain.tokenizer import build_tokenizer
 from pretrain.tokens import check_boundary
 from pretrain.tokens.datasets import check_marked, check_undivided, is_tokens, open_corpus
 from pretrain.tokens.order import DataOrder
 from pretrain.tokens.shards import bytes_per_token, utf8_bytes
-from pretrain.tokens.source import find_sides
-
-SAMPLE_BYTES = 2_000_000
-"""Text that is read for an estimate, from up to four places."""
+from pretrain.tokens.source import find_sides, read_sample
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ def look_at_data(config: Config) -> DataFacts:
             check_marked(corpus)
         cautions = tuple(corpus.tokenizer.cautions(data.bos))
         sizes = [dataset.tokens("train") for dataset in corpus.datasets] if data.weights else [train]
-        windows = sum(_windows(config, tokens) for tokens in sizes)
+        windows = sum(windows_of(config, tokens) for tokens in sizes)
         size = int(corpus.bytes_per_token * train)
         return DataFacts(corpus.tokenizer.vocab_size, train, val, test, size, windows, True, name, cautions=cautions)
     left_out: list[str] = []
@@ -81,7 +78,8 @@ def look_at_data(config: Config) -> DataFacts:
     size = read if whole else round(share * sum(piece.size for piece in pieces))
     try:
         texts = sample if data.bos else ["".join(sample)]  # of characters, only several documents have a BOS token
-        tokenizer = build_tokenizer(kind, vocab_size, texts, config.tokenizer.pattern, config.tokenizer.bos)
+        fewer = "tokenizer.vocab_size" in config.fit.fields
+        tokenizer = build_tokenizer(kind, vocab_size, texts, config.tokenizer.pattern, config.tokenizer.bos, fewer)
         tokenizer, vocab_size = tokenizer.with_bos(data.bos), tokenizer.vocab_size
         if kind != "char":  # which has a BOS token if there are several documents
             check_boundary(tokenizer, config.model.document_mask)
@@ -105,30 +103,11 @@ def look_at_data(config: Config) -> DataFacts:
         for whole, part in ((sides.val, sides.shares.val), (sides.test, sides.shares.test))
     )
     tokens -= round(tokens * sides.shares.val) + round(tokens * sides.shares.test)
-    windows = _windows(config, tokens)
+    windows = windows_of(config, tokens)
     return DataFacts(vocab_size, tokens, val, test, size, windows, False, source, problem, cautions, tuple(left_out))
 
 
-def _windows(config: Config, tokens: int) -> int:
+def windows_of(config: Config, tokens: int) -> int:
     """Training windows of an epoch of a data set of so many tokens."""
     length, data = config.model.context_length, config.data
     return DataOrder(tokens, length, data.order, data.stride, config.train.seed).windows if tokens > length else 0
-
-
-def read_sample(pieces: list[Piece], field: str, stats: ReadStats) -> tuple[list[str], int, bool]:
-    """Documents of about SAMPLE_BYTES in all, from up to four pieces spread over the whole.
-
-    Gives the texts without those that are blank, their bytes, and whether that is all of the text.
-    """
-    places = pieces[:: max(1, math.ceil(len(pieces) / 4))]
-    whole = len(places) == len(pieces)
-    texts: list[str] = []
-    read = 0
-    for number, piece in enumerate(places, 1):
-        for document in read_piece(piece, field, stats):
-            if read >= SAMPLE_BYTES * number // len(places):
-                whole = False
-                break
-            texts.append(document.text[:SAMPLE_BYTES])
-            read += utf8_bytes(document.text)
-    return [text for text in texts if text.strip()], read, whole

@@ -7,21 +7,33 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from pretrain import device as machine
-from pretrain.config import Config
+from pretrain.config import Config, ModelConfig
 from pretrain.device import GPUS, Precision, free_memory
 from pretrain.errors import UsageError
+from pretrain.fitting import Machine, Text, fit_model, fit_steps, fit_text, look_at_text, settled, with_steps
 from pretrain.optim import find_optimizer
 from pretrain.plan.cluster import Layout, memory_parts, traffic, traffic_seconds
-from pretrain.plan.data import DataFacts, look_at_data
+from pretrain.plan.data import DataFacts, look_at_data, windows_of
 from pretrain.plan.memory import dry_run
-from pretrain.plan.speed import assume_speed, assumed_utilisation, measure_speed
-from pretrain.sizing import count_parameters, flops_per_token, parallelism_that_fits, resolve, rows_that_fit
+from pretrain.plan.speed import assume_speed, assumed_utilisation
+from pretrain.sizing import (
+    Speed,
+    count_parameters,
+    flops_per_token,
+    parallelism_that_fits,
+    resolve,
+    rows_that_fit,
+    validated_tokens,
+)
+from pretrain.tokens.datasets import is_tokens
+from pretrain.training.speed import measure_machine, measure_speed
+from pretrain.training.world import World
 
 CPU_HEAP, GPU_CACHE = 0.4, 0.1
 """What an allocator holds beyond the tensors alive, as a share of all but weights and moments. On a CPU 0.19 to 0.53
@@ -29,6 +41,12 @@ was measured in five runs; on a GPU it is an assumption."""
 
 PROCESS_BYTES, CUDA_BYTES = 480_000_000, 600_000_000
 """What Python with torch, and the driver on a GPU, take before any tensor."""
+
+START_SECONDS = 6.0
+"""About what 'pretrain train' takes to start, to prepare a small text and to measure, of train.minutes."""
+
+WIDTHS = (256, 512, 1024)
+"""Of models whose speed is assumed."""
 
 WRITING = 2
 """Times a checkpoint's bytes lie in the machine's memory while it is written in the background: copied, and packed."""
@@ -66,6 +84,8 @@ class Plan:
     config: Config
     derived: list[str]
     """What :func:`pretrain.sizing.resolve` filled in."""
+    fitted: list[str]
+    """What :mod:`pretrain.fitting` chose, and why."""
     data: DataFacts
     hardware: Hardware
     layout: Layout
@@ -163,9 +183,31 @@ def make_plan(
     """
     optimizer, hardware = find_optimizer(config.optim), choose_hardware(config, gpu)
     precision, device = hardware.precision, hardware.precision.device
+    measure = measure and hardware.here and gpus == 1
+    text, fitted = Text(0), list[str]()
+    if config.fit.fields and not is_tokens(config.data.paths):
+        text = look_at_text(config.data)
+        config, fitted = fit_text(config, text)
     data = look_at_data(config)
     vocab_size = data.vocab_size
-    config, derived = resolve(config, vocab_size, data.windows)
+    size = text.bytes or data.text_bytes or 4 * data.train_tokens
+    tokens = {"train_tokens": data.train_tokens, "val_tokens": data.val_tokens, "test_tokens": data.test_tokens}
+    text = replace(text, bytes=size, vocab_size=vocab_size, **tokens)
+    timed = config.train.minutes > 0 and not config.train.steps
+    left = 60 * config.train.minutes - START_SECONDS if timed else 0.0
+    if config.fit.fields:
+        if config.tokenizer.kind == "bpe":
+            config = replace(config, tokenizer=replace(config.tokenizer, vocab_size=vocab_size))
+        if measure:
+            there = measure_machine(config, vocab_size, precision, left, World(device))
+        else:
+            there = assume_machine(hardware, gpus, left, utilisation)
+        config, said = fit_model(config, text, there)
+        fitted += said
+    unfinished = config
+    if "model.context_length" in config.fit.fields:
+        data = replace(data, windows=windows_of(config, data.train_tokens))
+    config, derived = resolve(with_steps(config, 1) if timed else config, vocab_size, data.windows)
     counts, flops = count_parameters(config.model, vocab_size), flops_per_token(config.model, vocab_size)
     parallelism = config.parallel.kind if parallel == "auto" else parallel
     if parallelism == "auto":
@@ -185,7 +227,6 @@ def make_plan(
             break
         rows //= 2  # as training does when memory runs out
 
-    measure = measure and hardware.here and gpus == 1
     too_large = measure and sum(memory.values()) - PROCESS_BYTES > free_memory(device)
     if measure and not too_large:
         speed, known = measure_speed(config, vocab_size, rows, precision), "measured here"
@@ -197,22 +238,25 @@ def make_plan(
     sent = traffic(config, vocab_size, layout, micro_steps, precision.dtype)
     waiting = traffic_seconds(sent, layout, hardware.gpu) if hardware.gpu else 0.0
     step_seconds = max(speed.step(micro_steps) * rows_each / (rows * micro_steps), waiting)
+    if timed:
+        steps, said = fit_steps(config, text, Speed(step_seconds, 0.0, speed.evaluation, speed.sample), 1, left, gpus)
+        config, derived = resolve(with_steps(unfinished, steps), vocab_size, data.windows)
+        fitted += said
+    config = settled(config) if config.fit.fields else config
     measured = validated_tokens(config, data.val_tokens) + data.test_tokens
     seconds = config.train.steps * step_seconds + speed.evaluation * measured / gpus
     return Plan(
-        config, derived, data, hardware, layout, counts, flops, rows, micro_steps, memory, host_memory, state,
+        config, derived, fitted, data, hardware, layout, counts, flops, rows, micro_steps, memory, host_memory, state,
         disk_rate, sent, waiting, step_seconds, seconds, known,
     )  # fmt: skip
 
 
-def validated_tokens(config: Config, held_out: int) -> int:
-    """Tokens of all validations of a run, of which ``held_out`` are there."""
-    settings = config.eval
-    earlier = len(range(settings.offset or settings.every, config.train.steps, settings.every)) if settings.every else 0
-    earlier += settings.at_start
-    part = settings.tokens if held_out and settings.order == "random" else min(settings.tokens, held_out)
-    last = held_out + (part if part != held_out else 0)
-    return earlier * (part or held_out) + last + (earlier + 1) * settings.train_tokens
+def assume_machine(hardware: Hardware, gpus: int, seconds: float, utilisation: float) -> Machine:
+    """What models the hardware can train, by shares of its peak."""
+    gpu = hardware.precision.device.type != "cpu"
+    shares = {width: utilisation or assumed_utilisation(replace(ModelConfig(), width=width), gpu) for width in WIDTHS}
+    flops = {width: share * hardware.peak * gpus for width, share in shares.items()}
+    return Machine(flops, hardware.memory, seconds, gpu, hardware.precision.dtype.itemsize, gpus)
 
 
 def choose_hardware(config: Config, gpu: str) -> Hardware:

@@ -60,6 +60,8 @@ def describe(plan: Plan, warnings: list[str]) -> str:
         add("loader", f"{size(plan.loader_bytes_per_second)}/s of tokens")
     share = f"{plan.utilisation:.0%} of {flop(plan.hardware.peak * layout.processes)}/s"
     add("time", f"{duration(plan.seconds)}: {plan.tokens_per_second:,.0f} tokens/s, {plan.speed}; {share}")
+    for line in plan.fitted:
+        add("fitted", line)
     for line in plan.derived:
         add("derived", line)
     for warning in warnings:

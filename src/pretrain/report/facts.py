@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from pretrain.config import Config, config_to_dict, load_config
+from pretrain.config import Config, as_chosen, config_to_dict, load_config
 from pretrain.errors import PretrainError
 from pretrain.io import duration, without_secrets
 from pretrain.report.baselines import Baselines, baselines
@@ -246,9 +246,10 @@ def configuration(run: Run, vocabulary: int) -> tuple[str, list[tuple[str, str, 
     starts = read_environment(run.folder)
     program, command, *words = [*(starts[0].get("command") or [] if starts else []), "", ""]
     if (program, command) == ("pretrain", "train"):
-        given = words[0] if words[0] and not words[0].startswith("-") else "quickstart"
+        without = "fit" if run.config.fit.chosen else "quickstart"
+        given = words[0] if words[0] and not words[0].startswith("-") else without
         with suppress(PretrainError):
-            theirs = load_config(given)
+            theirs = as_chosen(load_config(given), run.config)  # what was chosen is as in the recipe
             windows = training_order(run.corpus(), theirs).windows if theirs.train.epochs else 0
             name, recipe = given, resolve(theirs, vocabulary, windows)[0]
     usual = dict(flat(recipe or run.config))

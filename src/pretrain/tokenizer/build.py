@@ -34,7 +34,7 @@ MAX_TOKEN_CHARACTERS = 128  # bytes really, as each is one character here; GPT-2
 
 
 def build_tokenizer(
-    kind: str, vocab_size: int, documents: Iterable[str], pattern: str = "gpt2", bos: str = ""
+    kind: str, vocab_size: int, documents: Iterable[str], pattern: str = "gpt2", bos: str = "", fewer: bool = False
 ) -> Tokenizer:
     """Make the tokenizer of this kind; the same texts give the same tokenizer on any machine.
 
@@ -45,6 +45,7 @@ def build_tokenizer(
         documents: the texts to build ``bpe`` (training text) or ``char`` (all text) from; read once, and only by these.
         pattern: how a ``bpe`` cuts words: the name of a regex in ``patterns.PATTERNS``.
         bos: the token of a tokenizer.json that begins a document; empty: found in its files.
+        fewer: whether a ``bpe`` has fewer tokens where the documents do not support so many.
 
     BOS has the last id; ``char`` has one only if there is more than one document, so that a single text gives exactly
     nanoGPT's vocabulary.
@@ -54,7 +55,7 @@ def build_tokenizer(
     """
     match kind:
         case "bpe":
-            return _train_bpe(vocab_size, documents, pattern)
+            return _train_bpe(vocab_size, documents, pattern, fewer)
         case "char":
             return _char_tokenizer(documents)
         case "byte":  # each byte its own id, so no merges
@@ -70,7 +71,7 @@ def build_tokenizer(
     )
 
 
-def _train_bpe(vocab_size: int, documents: Iterable[str], pattern: str) -> Tokenizer:
+def _train_bpe(vocab_size: int, documents: Iterable[str], pattern: str, fewer: bool) -> Tokenizer:
     """256 bytes, the merges learned from words as ``pattern`` cuts them, and BOS last."""
     if vocab_size < 257:
         raise UsageError(f"tokenizer.vocab_size is {vocab_size}: a bpe has at least 257 (256 bytes + 1 special)")
@@ -85,7 +86,7 @@ def _train_bpe(vocab_size: int, documents: Iterable[str], pattern: str) -> Token
     word = _GPT2_WORD if pattern == "gpt2" else _WORD
     hf.train_from_iterator(_training_pieces(documents, word), trainer)
     largest = hf.get_vocab_size() + 1
-    if largest < vocab_size:
+    if largest < vocab_size and not fewer:
         raise DataError(
             f"the text is too small for tokenizer.vocab_size {vocab_size}: no pair of tokens occurs twice beyond "
             f"{largest} entries; use --tokenizer.vocab_size {largest} or less, or give more text"

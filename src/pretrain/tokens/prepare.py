@@ -87,9 +87,16 @@ def prepare(config: Config, folder: Path, say: Callable[[str], None] = lambda _:
     ``say`` is called with each line to show. Raises what :func:`prepare_text` does; a DataError also if the text is too
     short for one context.
     """
-    length = config.model.context_length
-    masked = config.model.document_mask
-    prepared = prepare_text(config.data, config.tokenizer, folder, progress=Progress(say), length=length, masked=masked)
+    chosen = config.fit.fields  # what is chosen follows from the text: the vocabulary here, the context afterwards
+    prepared = prepare_text(
+        config.data,
+        config.tokenizer,
+        folder,
+        progress=Progress(say),
+        length=1 if "model.context_length" in chosen else config.model.context_length,
+        masked=config.model.document_mask,
+        fewer="tokenizer.vocab_size" in chosen,
+    )
     for line in prepared.manifest.problem_lines():
         say(line)
     return prepared
@@ -112,6 +119,7 @@ def prepare_text(
     progress: Progress | None = None,
     length: int = 0,
     masked: bool = False,
+    fewer: bool = False,
 ) -> Prepared:
     """Make token shards in ``folder``, or resume unfinished ones there; the same bytes in any case.
 
@@ -125,6 +133,7 @@ def prepare_text(
         progress: where to show it.
         length: context length for which each side of the split must suffice.
         masked: whether runs have ``model.document_mask``, which needs a BOS token.
+        fewer: whether a bpe has fewer tokens where the text does not support so many.
 
     Raises:
         DataError: the text is missing, unreadable or too short; the vocabulary does not fit it.
@@ -147,6 +156,7 @@ def prepare_text(
     wanted = {VAL: sides.val or sides.shares.val, TEST: sides.test or sides.shares.test}
     pieces = [*sides.train, *([] if data.val_paths else sides.val), *sides.test]  # of data.paths
     validation = sides.val if data.val_paths else []
+    named = f"{kind} {tokenizer.vocab_size} {tokenizer.pattern}" + " or fewer" * (fewer and kind == "bpe")
     plan = {
         "format": PLAN_FORMAT,
         "text": _sources(pieces),
@@ -159,7 +169,7 @@ def prepare_text(
         "split": data.split,
         "val_fraction": data.val_fraction,
         "test_fraction": data.test_fraction,
-        "tokenizer": given.fingerprint if given else f"{kind} {tokenizer.vocab_size} {tokenizer.pattern}",
+        "tokenizer": given.fingerprint if given else named,
         "shard_tokens": shard_tokens,
     }
     if (folder / MANIFEST).is_file():
@@ -219,7 +229,7 @@ def prepare_text(
             if size == LEARN_BYTES:
                 progress.say(f"tokenizer trained on {size / 1e6:,.0f} MB, taken evenly from all of the text")
             # In a process of its own, whose memory is free afterwards; on this machine also for Ray.
-            task = (training, tokenizer.vocab_size, tokenizer.pattern)
+            task = (training, tokenizer.vocab_size, tokenizer.pattern, fewer)
             for read in filter(None, run("tokenizer", learn_bpe, [task], size, engine="local")):
                 progress.say(f"tokenizer trained on {read / 1e6:,.1f} MB, taken evenly: {TOO_MANY_WORDS}")
 
@@ -254,7 +264,7 @@ def introduce(tokenizer: Tokenizer, bos: bool, say: Callable[[str], None]) -> No
         say(f"warning   {caution}")
 
 
-def learn_bpe(folder: Path, jobs: Sequence[Job], vocab_size: int, pattern: str, report: Report) -> int:
+def learn_bpe(folder: Path, jobs: Sequence[Job], vocab_size: int, pattern: str, fewer: bool, report: Report) -> int:
     """Train a bpe on the training text of the jobs, or on LEARN_BYTES of it, and save it in the folder.
 
     Gives from how many bytes it learned, if their different words were too many to learn from the others; else 0.
@@ -269,7 +279,7 @@ def learn_bpe(folder: Path, jobs: Sequence[Job], vocab_size: int, pattern: str, 
             yield text
         ended = True
 
-    tokenizer = build_tokenizer("bpe", vocab_size, texts(), pattern)
+    tokenizer = build_tokenizer("bpe", vocab_size, texts(), pattern, fewer=fewer)
     write_atomically(folder / TOKENIZER, tokenizer.to_json())
     return 0 if ended else read
 

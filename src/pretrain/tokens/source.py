@@ -35,6 +35,9 @@ FEW_FILES = (
     "data.split last_file needs {} files or more; give more with --data, or use --data.split hash or --data.val_paths"
 )
 
+SAMPLE_BYTES = 2_000_000
+"""Text that is read for an estimate, from up to four places."""
+
 Report = Callable[[int, int], None]
 """Called with the bytes of text and the tokens done since the last call."""
 
@@ -182,3 +185,22 @@ def training_texts(parts: Iterable[Part], limit: float, report: Report = lambda 
         taken += size
         if taken >= limit:
             break
+
+
+def read_sample(pieces: list[Piece], field: str, stats: ReadStats) -> tuple[list[str], int, bool]:
+    """Documents of about SAMPLE_BYTES in all, from up to four pieces spread over the whole.
+
+    Gives the texts without those that are blank, their bytes, and whether that is all of the text.
+    """
+    places = pieces[:: max(1, math.ceil(len(pieces) / 4))]
+    whole = len(places) == len(pieces)
+    texts: list[str] = []
+    read = 0
+    for number, piece in enumerate(places, 1):
+        for document in read_piece(piece, field, stats):
+            if read >= SAMPLE_BYTES * number // len(places):
+                whole = False
+                break
+            texts.append(document.text[:SAMPLE_BYTES])
+            read += utf8_bytes(document.text)
+    return [text for text in texts if text.strip()], read, whole

@@ -193,7 +193,8 @@ def prepare_stream(
     wanted, bos = config.tokenizer, config.data.bos
     read = ReadStats()  # of the text to train on, only its beginning if there is nothing to learn from it
     texts = _learning_texts(text, read)
-    tokenizer = build_tokenizer(kind, wanted.vocab_size, texts, wanted.pattern, wanted.bos).with_bos(bos)
+    fewer = "tokenizer.vocab_size" in config.fit.fields
+    tokenizer = build_tokenizer(kind, wanted.vocab_size, texts, wanted.pattern, wanted.bos, fewer).with_bos(bos)
     check_boundary(tokenizer, config.model.document_mask)
     introduce(tokenizer, bos, say)
     if not read.records:

@@ -1,6 +1,6 @@
 """Where a training begins: the run directory opened or made, its text prepared, and trained on to the last step.
 
-train → open_run, go_back → set_up (setup.py) → Trainer.fit (loop.py) → train_step (step.py)
+train → open_run, go_back, choose → set_up (setup.py) → Trainer.fit (loop.py) → train_step (step.py)
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain.config import Config, TokenizerConfig, differences
-from pretrain.device import keep_freed_memory
+from pretrain.config import Config, TokenizerConfig, as_chosen, differences
+from pretrain.device import Precision, choose_precision, keep_freed_memory
 from pretrain.errors import DataError, Interrupted, PretrainError, UsageError
+from pretrain.fitting import Text, fit_model, fit_steps, fit_text, look_at_text, settled, with_steps
 from pretrain.io import append_jsonl, read_jsonl, without_secrets
 from pretrain.model import meta_model
 from pretrain.optim import build_optimizers, find_optimizer
@@ -22,9 +24,11 @@ from pretrain.runs import Run, checkpoints
 from pretrain.runs.checkpoint import remove
 from pretrain.runs.run import lock_run
 from pretrain.sizing import resolve
+from pretrain.text.split import SIDES
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokenizer.build import KINDS
 from pretrain.tokens import (
+    Corpus,
     Origin,
     check_boundary,
     check_marked,
@@ -44,7 +48,8 @@ from pretrain.training.callbacks import Callback
 from pretrain.training.console import Console
 from pretrain.training.init_from import resolve_init
 from pretrain.training.setup import set_up
-from pretrain.training.world import join_world
+from pretrain.training.speed import measure_machine, measure_training
+from pretrain.training.world import World, join_world
 
 
 def train(
@@ -83,18 +88,21 @@ def train(
         if not world.is_rank0:
             console = Console(quiet=True)
 
-        def open_and_lock() -> Run:
+        def open_and_lock() -> Run | Draft:
             find_optimizer(config.optim)  # refuses an unknown name before any work
             until_the_end.enter_context(lock_run(out))
             try:
                 run = open_run(config, out, console, named)
                 if resume_from:
-                    go_back(run, resume_from, console.say)
+                    go_back(Run(out, run.config), resume_from, console.say)
             except KeyboardInterrupt:
                 raise Interrupted(f"stopped before the first step; resume with: {console.command}") from None
             return run
 
         run = world.run_on_rank0(open_and_lock)
+        if isinstance(run, Draft):
+            draft, config = run, choose(run, world, console, started)
+            run = world.run_on_rank0(lambda: make_run(draft, config, console.say))
         if run.summary is None:
             set_up(run, world, console, started, resume_from, callbacks).fit()
         else:
@@ -102,22 +110,35 @@ def train(
     return run
 
 
-def open_run(config: Config, folder: Path, console: Console, named: bool = True) -> Run:
+@dataclass(frozen=True)
+class Draft:
+    """A run whose text is prepared, before what is left to choose is chosen."""
+
+    folder: Path
+    config: Config
+    """With its tokenizer."""
+    text: Text
+    """With its tokens."""
+
+
+def open_run(config: Config, folder: Path, console: Console, named: bool = True) -> Run | Draft:
     """The run in ``folder``, or a new one with its text prepared; nothing is left behind when that fails."""
     config = with_absolute_paths(config)
     if Run.exists(folder):
-        run = same_data(Run.open(folder), config, named, console.say)
+        run = Run.open(folder)
+        config = as_chosen(config, run.config)
+        run = same_data(run, config, named, console.say)
         if named:
             same_tokenizer(run, config.tokenizer)
         return Run.create(folder, same_configuration(run, config, console.say))
-    config = resolve_init(config)
-    data, vocabulary, origin, windows = config.data, config.tokenizer, Origin(), 0
+    config, text = resolve_init(config), Text(0)
+    data, origin = config.data, Origin()
     if is_tokens(data.paths):
         if data.stream:
             raise UsageError(f"{data.paths[0]} holds tokens already, which need no data.stream; use --data.no-stream")
         check_undivided(data)
-        corpus = open_corpus(data.paths, vocabulary.kind, data.bos, boundary=vocabulary.bos, dtype=data.dtype)
-        windows = training_order(corpus, config).windows  # refuses what is too short, before the run exists
+        kind, boundary = config.tokenizer.kind, config.tokenizer.bos
+        corpus = open_corpus(data.paths, kind, data.bos, boundary=boundary, dtype=data.dtype)
         tokenizer, fingerprint = corpus.tokenizer, corpus.fingerprint
         check_boundary(tokenizer, config.model.document_mask)
         if config.model.document_mask:
@@ -125,23 +146,79 @@ def open_run(config: Config, folder: Path, console: Console, named: bool = True)
         introduce(tokenizer, data.bos, console.say)
     else:
         files = text_now(data)
+        if config.fit.fields:
+            text = look_at_text(data)
+            config, said = fit_text(config, text)
+            data = config.data
+            for line in said:
+                console.say(f"fitted    {line}")
         if data.stream:
-            text = find_text(data, console.say)
-            prepared = prepare_stream(config, text, folder / "data", console.say)
-            origin = Origin(stream=text.fingerprint, whole=True)
+            live = find_text(data, console.say)
+            prepared = prepare_stream(config, live, folder / "data", console.say)
+            origin = Origin(stream=live.fingerprint, whole=True)
         else:
             prepared = prepare(config, folder / "data", console.say)
-            windows = training_order(open_corpus([str(folder / "data")]), config).windows
         tokenizer, fingerprint = prepared.tokenizer, prepared.manifest.fingerprint
+        corpus = open_corpus([str(folder / "data")])
         files = with_hashes(files, data.stream)
         origin = dataclasses.replace(origin, text=files.text, validation=files.validation)
+    if not (data.stream or "model.context_length" in config.fit.fields):
+        training_order(corpus, config)  # refuses what is too short, before the run exists
     tokenizer.save(folder / "tokenizer.json")
-    config, derived = resolve(config, tokenizer.vocab_size, windows)
-    for line in derived:
-        console.say(f"derived   {line}")
-    build_optimizers(meta_model(config.model, tokenizer.vocab_size), config.optim)  # refuses groups of no parameter
     dataclasses.replace(origin, tokens=fingerprint).save(folder)
-    return Run.create(folder, config)
+    if config.tokenizer.kind == "bpe" and "tokenizer.vocab_size" in config.fit.fields:  # perhaps fewer than wanted
+        config = dataclasses.replace(
+            config, tokenizer=dataclasses.replace(config.tokenizer, vocab_size=tokenizer.vocab_size)
+        )
+    return Draft(folder, config, with_tokens(text, corpus, tokenizer.vocab_size))
+
+
+def with_tokens(text: Text, corpus: Corpus, vocab_size: int) -> Text:
+    """The text with its tokens; of token shards also their bytes, about where they do not tell."""
+    tokens = {f"{side}_tokens": corpus.tokens(side) for side in SIDES}
+    size = text.bytes or round((corpus.bytes_per_token or 4) * sum(tokens.values()))
+    return dataclasses.replace(text, bytes=size, vocab_size=vocab_size, **tokens)
+
+
+def choose(draft: Draft, world: World, console: Console, started: float) -> Config:
+    """Choose what is left to choose of a new run, by the speed and the memory of this machine. All processes call it.
+
+    Raises UsageError if what is chosen does not go with what was given, or ``train.minutes`` are too few.
+    """
+    config, text, said = draft.config, draft.text, list[str]()
+    timed = config.train.minutes > 0 and not config.train.steps
+    if not (config.fit.fields or timed):
+        return config
+    precision = Precision(world.broadcast(choose_precision(config.train.precision, world.device).name), world.device)
+    if config.fit.fields:
+        left = world.broadcast(seconds_left(config, started)) if timed else 0.0
+        machine = measure_machine(config, text.vocab_size, precision, left, world)
+        config, said = fit_model(config, text, machine)
+    if timed:
+        shaped, _ = resolve(with_steps(config, 1), text.vocab_size)  # as the dial makes it
+        speed, micro_steps = measure_training(shaped, text.vocab_size, precision, world)
+        left = world.broadcast(seconds_left(config, started))
+        steps, more = fit_steps(shaped, text, speed, micro_steps, left, world.size)
+        config, said = with_steps(config, steps), [*said, *more]
+    for line in said:
+        console.say(f"fitted    {line}")
+    return config
+
+
+def seconds_left(config: Config, started: float) -> float:
+    """Seconds left of ``train.minutes`` for a job that began at ``started``."""
+    return 60 * config.train.minutes - (time.monotonic() - started)
+
+
+def make_run(draft: Draft, config: Config, say: Callable[[str], None]) -> Run:
+    """The run of a draft, with its configuration as it was chosen. Raises UsageError if that contradicts itself."""
+    corpus, vocab_size = Run(draft.folder, config).corpus(), draft.text.vocab_size
+    windows = 0 if config.data.stream else training_order(corpus, config).windows
+    config, derived = resolve(config, vocab_size, windows)
+    for line in derived:
+        say(f"derived   {line}")
+    build_optimizers(meta_model(config.model, vocab_size), config.optim)  # refuses groups of no parameter
+    return Run.create(draft.folder, settled(config))
 
 
 def same_data(run: Run, config: Config, named: bool, say: Callable[[str], None]) -> Run:
@@ -220,7 +297,17 @@ def _urls(paths: Sequence[str]) -> list[str]:
 def same_configuration(run: Run, config: Config, say: Callable[[str], None]) -> Config:
     """The configuration to resume ``run`` with. A UsageError if it would learn something else than a longer run."""
     vocab_size, before = run.tokenizer().vocab_size, run.config
+    if config.fit.fields:
+        name = config.fit.fields[0]
+        section, field = name.split(".")
+        was = f"{name} {getattr(getattr(before, section), field)!r}"
+        raise UsageError(
+            f"{run.folder} was made with another configuration ({was}, which was given); give it again, or choose"
+            f" another --out"
+        )
     given, windows = config, training_order(run.corpus(), config).windows if config.train.epochs else 0
+    if config.train.minutes and not config.train.steps:  # other minutes than those of the run, which are refused
+        given = with_steps(config, before.train.steps)
     config, _ = resolve(given, vocab_size, windows)
     if differences(before, config) and config.train.init_from:  # perhaps as it was given at first
         config, _ = resolve(resolve_init(given), vocab_size, windows)

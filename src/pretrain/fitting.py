@@ -1,0 +1,369 @@
+"""Settings that fit the text and the machine: what ``fit.fields`` names is chosen here, once, and then written down.
+
+    look_at_text ──> Text ──fit_text──> tokenizer, held-out share     before there are tokens
+                     Text, Machine ──fit_model──> model, batch, rates, regularisation
+                     Text, Speed, seconds ──fit_steps──> steps that fill the time, validations, checkpoints
+
+The three are pure functions: a configuration in, another out, with lines that say what was chosen and why. A field that
+``fit.fields`` does not name was given; it stays, and the others are chosen to go with it. The numbers of the rules are
+in ``TIERS``, ``SHAPES`` and the constants beside them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import zlib
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pretrain.config import Config, DataConfig, FitConfig
+from pretrain.errors import DataError, UsageError
+from pretrain.io import duration
+from pretrain.optim import find_optimizer
+from pretrain.sizing import (
+    Speed,
+    activation_bytes,
+    count_parameters,
+    flops_per_token,
+    resolve,
+    rows_up_to,
+    validated_tokens,
+)
+from pretrain.text import ReadStats
+from pretrain.tokens.shards import utf8_bytes
+from pretrain.tokens.source import find_sides, read_sample
+
+# The rules -----------------------------------------------------------------------------------------------------------
+
+LEAST_BYTES = 2000
+"""Of text to train on: with less there is nothing to learn from."""
+HELD_OUT_BYTES, MOST_HELD_OUT = 4000, 0.2
+"""Text held out at least, where that is not more than this share of all: less measures little."""
+RARE_CHARACTERS = 0.25
+"""From this share of characters that come only once on, characters are no tokens to learn."""
+RARE_VOCABULARY = 512
+"""The bpe in their place."""
+HEAD_DIMENSION = 64
+MEMORY_SHARE = 0.5
+"""Of the free memory that training may take."""
+SMALL_TEXT, SMALL_TEXT_MEMORY, PROCESS_BYTES = 10_000_000, 2_000_000_000, 500_000_000
+"""Up to so many bytes of text, training on a CPU takes at most so much memory, of which the process itself so much."""
+VALIDATIONS, CHECKPOINTS = 10, 5
+"""How often a run validates, and saves."""
+USUAL_SHAPE, TOKENS_PER_PARAMETER = 1, 0.25
+"""The shape of quickstart; a larger one is taken while the time lets it see so many tokens for each parameter."""
+DEFAULT_SECONDS = 120.0
+"""Of training, for the choice of a model where no time is given."""
+STEP_SECONDS = 0.0008
+"""Of each step beside its computation: the batch, the metrics, the callbacks."""
+END_SECONDS = 3.0
+"""Of what follows the last step: the model read again, plot, report."""
+
+
+@dataclass(frozen=True)
+class Tier:
+    """What suits texts of a size."""
+
+    below: float
+    """Bytes of text to train on."""
+    vocabulary: int
+    """Of a bpe; 0: characters."""
+    shape: int
+    """The largest of ``SHAPES``, by its place."""
+    context: int
+    dropout: float
+    weight_decay: float
+
+
+SHAPES = ((3, 128), (4, 256), (6, 384), (8, 512), (10, 640), (12, 768))
+"""Layers and width of models, from small to large."""
+TIERS = (
+    Tier(100_000, 0, 0, 128, 0.3, 0.5),
+    Tier(2_000_000, 1024, 1, 128, 0.2, 0.2),
+    Tier(math.inf, 4096, 5, 128, 0.0, 0.0),
+)
+BATCH_TOKENS = 2048
+
+
+# What they go by -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text as far as the rules go by it. Of token shards only the tokens are known, and the bytes if they tell."""
+
+    bytes: int
+    """Of all the text, both sides; about, where it is large."""
+    bytes_per_character: float = 1.0
+    rare_characters: float = 0.0
+    """Share of the different characters of a sample that come only once in it."""
+    compressed: float = 0.0
+    """Size of a sample in a zip file, as a share of its own; 0: not known."""
+    documents: int = 0
+    """In the sample."""
+    vocab_size: int = 0
+    """This and the tokens of each side: 0 before there are tokens."""
+    train_tokens: int = 0
+    val_tokens: int = 0
+    test_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What models a machine can train."""
+
+    flops: Mapping[int, float]
+    """FLOP per second of all processes together in training, by the width of the models that were measured."""
+    memory: int
+    """Bytes free for each process."""
+    seconds: float
+    """Left for training; 0: no time is given."""
+    accelerated: bool = False
+    """Whether it is not a CPU."""
+    value_bytes: int = 4
+    """Of an activation."""
+    processes: int = 1
+
+    def token_seconds(self, config: Config, vocab_size: int) -> float:
+        """Seconds to train on a token; widths between those measured have speeds between theirs."""
+        width, measured = config.model.width, sorted(self.flops.items())
+        speed = measured[0][1] if width <= measured[0][0] else measured[-1][1]
+        for (narrow, slower), (wide, faster) in itertools.pairwise(measured):
+            if narrow < width <= wide:
+                speed = slower + (faster - slower) * math.log(width / narrow) / math.log(wide / narrow)
+        return flops_per_token(config.model, vocab_size) / speed
+
+
+def look_at_text(data: DataConfig) -> Text:
+    """Look at the text that ``data`` names: its size, and a sample of it.
+
+    Raises DataError if it is missing or cannot be read.
+    """
+    sides = find_sides(data)
+    stats = ReadStats()
+    sample, read, whole = read_sample(sides.train, data.field, stats)
+    characters: Counter[str] = Counter()
+    for text in sample:
+        characters.update(text)
+    count = sum(characters.values())
+    share = read / max(1, stats.size)
+    size = read if whole else round(share * sum(piece.size for piece in sides.train))
+    part = "".join(sample)[:1_000_000].encode()
+    return Text(
+        bytes=size + round(share * sum(piece.size for piece in [*sides.val, *sides.test])),
+        bytes_per_character=sum(map(utf8_bytes, sample)) / max(1, count),
+        rare_characters=sum(n == 1 for n in characters.values()) / max(1, len(characters)),
+        compressed=len(zlib.compress(part, 9)) / max(1, len(part)),
+        documents=len(sample),
+    )
+
+
+# What they choose ----------------------------------------------------------------------------------------------------
+
+
+def fit_text(config: Config, text: Text) -> tuple[Config, list[str]]:
+    """Choose the tokenizer and the held-out share. Raises DataError if the text is too little for any to be chosen."""
+    if text.bytes < LEAST_BYTES and "tokenizer.kind" in config.fit.fields:
+        raise DataError(
+            f"the text has {text.bytes:,} bytes, too few to learn from; give {LEAST_BYTES:,} or more with --data.paths"
+        )
+    tier = tier_of(text)
+    characters = not tier.vocabulary and "tokenizer.vocab_size" in config.fit.fields  # a given one is of a bpe
+    held_out = max(0.05, round(min(MOST_HELD_OUT, HELD_OUT_BYTES / max(1, text.bytes)), 3))
+    kind, vocabulary = "char" if characters else "bpe", tier.vocabulary or RARE_VOCABULARY
+    why = f"the text has {text.bytes:,} bytes"
+    if characters and (text.rare_characters > RARE_CHARACTERS or config.data.stream):
+        kind = "bpe"
+        why += " of which a stream does not know all characters" if config.data.stream else ", many characters once"
+    values = {"data.val_fraction": held_out, "tokenizer.kind": kind, "tokenizer.vocab_size": vocabulary}
+    config, said = _chosen(config, values), list[str]()
+    if "tokenizer.kind" in config.fit.fields or "tokenizer.vocab_size" in config.fit.fields:
+        of = {"char": "characters", "bpe": f"up to {config.tokenizer.vocab_size:,} tokens"}.get(config.tokenizer.kind)
+        said += [f"vocabulary of {of}: {why}"] if of else []
+    if "data.val_fraction" in config.fit.fields and held_out > 0.05 and not config.data.val_paths:
+        said.append(f"{held_out:.0%} of the text held out, as less of a small text measures little")
+    return config, said
+
+
+def fit_model(config: Config, text: Text, machine: Machine) -> tuple[Config, list[str]]:
+    """Choose the model, batch, rates and regularisation."""
+    tier = tier_of(text)
+    context = tier.context
+    for tokens in (text.train_tokens, text.val_tokens):
+        while tokens and context >= tokens and context > 8:
+            context //= 2
+    if "model.context_length" in config.fit.fields and "train.batch_tokens" not in config.fit.fields:
+        context = max(n for n in range(1, context + 1) if config.train.batch_tokens % n == 0)
+    config = _chosen(
+        config,
+        {"model.context_length": context, "model.dropout": tier.dropout, "optim.weight_decay": tier.weight_decay},
+    )
+    length = config.model.context_length
+    rows = max(1, round(BATCH_TOKENS / length / max(1, config.train.micro_batch))) * max(1, config.train.micro_batch)
+    config = _chosen(config, {"train.batch_tokens": rows * length})
+
+    def sized(config: Config) -> Config:
+        return resolve(with_steps(config, 1), text.vocab_size)[0]  # with a shape, where the dial has still to make it
+
+    limit, seconds = memory_limit(text, machine), machine.seconds or DEFAULT_SECONDS
+    chosen, why = _shaped(config, *SHAPES[0]), "the smallest"
+    for number, shape in enumerate(SHAPES[: tier.shape + 1]):
+        candidate = sized(_shaped(config, *shape))
+        tokens = seconds / machine.token_seconds(candidate, text.vocab_size)
+        if number > USUAL_SHAPE and tokens < TOKENS_PER_PARAMETER * parameters(candidate, text.vocab_size):
+            why = "a larger one would see too little in this time"
+            break
+        if memory_needed(candidate, text.vocab_size, 1, machine) > limit:
+            why = "a larger one would take too much memory"
+            break
+        chosen, why = _shaped(config, *shape), "as large as suits the text"
+    config, rows = chosen, -(-chosen.batch_rows // machine.processes)
+    if memory_needed(sized(config), text.vocab_size, rows, machine) > limit:
+        while rows > 1 and memory_needed(sized(config), text.vocab_size, rows, machine) > limit:
+            rows //= 2
+        config = _chosen(config, {"train.micro_batch": rows_up_to(config, rows)})
+    model = sized(config).model
+    size = parameters(sized(config), text.vocab_size) / 1e6
+    why = why if {"model.layers", "model.width"} & set(config.fit.fields) else "as given"
+    return config, [
+        f"model of {model.layers} layers, width {model.width}, context {model.context_length} ({size:.2g} million"
+        f" parameters): {why}",
+        f"dropout {model.dropout:g}, weight decay {config.optim.weight_decay:g}, learning rate {config.optim.lr:g}",
+    ]
+
+
+def fit_steps(
+    config: Config, text: Text, speed: Speed, micro_steps: int, seconds: float, processes: int = 1
+) -> tuple[int, list[str]]:
+    """The steps that fill ``seconds``, with all validations and samples.
+
+    Args:
+        config: with a model.
+        text: with its tokens.
+        speed: of the model.
+        micro_steps: in a step.
+        seconds: left of ``train.minutes``.
+        processes: that share validations.
+
+    Raises UsageError if the time is over before the first step.
+    """
+    left = seconds - END_SECONDS
+
+    def takes(steps: int) -> float:
+        return run_seconds(fit_marks(with_steps(config, steps)), speed, micro_steps, text, processes)
+
+    if takes(1) > left:
+        raise UsageError(
+            f"train.minutes {config.train.minutes:g} leave {duration(max(0, left))} for training, and a step with its"
+            f" validation takes {duration(takes(1))}; give more"
+        )
+    steps = _largest(lambda steps: takes(steps) <= left)
+    passes = f", {steps * config.train.batch_tokens / text.train_tokens:.2g} passes" if text.train_tokens else ""
+    minutes = f"{config.train.minutes:g} minute" + "s" * (config.train.minutes != 1)
+    return steps, [f"{steps:,} steps of {speed.step(micro_steps):.2g} s fill {minutes}{passes}"]
+
+
+def fit_marks(config: Config) -> Config:
+    """Choose when to validate and to save, by the steps."""
+    steps = config.train.steps
+    every = {"eval.every": max(1, steps // VALIDATIONS), "checkpoint.every": max(1, steps // CHECKPOINTS)}
+    return _chosen(config, every)
+
+
+def with_steps(config: Config, steps: int) -> Config:
+    """The configuration with so many steps, whatever else would decide them."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps, epochs=0.0))
+
+
+def settled(config: Config) -> Config:
+    """The configuration, with its steps, once all else is chosen: nothing is left to choose, and what was is recorded.
+
+    Raises UsageError if what was chosen does not go with what was given.
+    """
+    config, fit = fit_marks(config), config.fit
+    try:
+        return dataclasses.replace(config, fit=FitConfig(chosen=fit.fields or fit.chosen))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def tier_of(text: Text) -> Tier:
+    """The tier of a text."""
+    return next(tier for tier in TIERS if text.bytes < tier.below)
+
+
+def run_seconds(config: Config, speed: Speed, micro_steps: int, text: Text, processes: int = 1) -> float:
+    """Seconds of all steps, validations, samples and the test."""
+    settings, sampling = config.eval, config.sample
+    validations = config.train.steps // settings.every + 1 if settings.every else 1
+    samples = config.train.steps // sampling.every + 1 if sampling.every else validations
+    sampled = samples * len(sampling.prompts) * sampling.max_tokens
+    steps = config.train.steps * (speed.step(micro_steps) + STEP_SECONDS)
+    measured = validated_tokens(config, text.val_tokens) + text.test_tokens
+    return steps + speed.evaluation * measured / processes + sampled * speed.sample
+
+
+def parameters(config: Config, vocab_size: int) -> int:
+    """How many the model has."""
+    return sum(count_parameters(config.model, vocab_size).values())
+
+
+def memory_limit(text: Text, machine: Machine) -> float:
+    """Bytes that training may take."""
+    limit = MEMORY_SHARE * machine.memory
+    return min(limit, SMALL_TEXT_MEMORY) if text.bytes <= SMALL_TEXT and not machine.accelerated else limit
+
+
+def memory_needed(config: Config, vocab_size: int, rows: int, machine: Machine) -> float:
+    """Bytes that training takes about, with micro-batches of ``rows``."""
+    counts = count_parameters(config.model, vocab_size)
+    state = 4 * sum(counts.values()) + find_optimizer(config.optim).state_bytes(counts)
+    saving = 0 if machine.accelerated else 2 * state
+    gradients = 4 * sum(counts.values())
+    return PROCESS_BYTES + state + saving + gradients + 1.4 * rows * activation_bytes(config, machine.value_bytes)
+
+
+def _shaped(config: Config, layers: int, width: int) -> Config:
+    """The configuration with a model of this shape, as far as it is chosen; what is given decides the rest."""
+    fields, model = set(config.fit.fields), config.model
+    if model.depth and not model.width:
+        return config
+    heads = model.heads if "model.heads" not in fields else 0
+    if "model.width" in fields and heads:
+        width = max(1, round(width / (2 * heads))) * 2 * heads
+    width = width if "model.width" in fields else model.width
+    if not heads:
+        step = model.kv_heads or 1
+        possible = [n for n in range(step, width + 1, step) if width % (2 * n) == 0] or [step]
+        heads = min(possible, key=lambda n: abs(math.log(width / n / HEAD_DIMENSION)))
+    return _chosen(config, {"model.layers": layers, "model.width": width, "model.heads": heads})
+
+
+def _largest(holds: Callable[[int], bool]) -> int:
+    """The largest number for which ``holds``, which does for 1 and not from some number on."""
+    high = 2
+    while holds(high):
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
+
+
+def _chosen(config: Config, values: Mapping[str, Any]) -> Config:
+    """The configuration with those of the values, by dotted name, that are to be chosen."""
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        if name in config.fit.fields:
+            section, field = name.split(".")
+            sections.setdefault(section, {})[field] = value
+    try:
+        parts = {name: dataclasses.replace(getattr(config, name), **each) for name, each in sections.items()}
+        return dataclasses.replace(config, **parts)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
