@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import torch
@@ -16,6 +17,9 @@ class AdamW(Optimizer, torch.optim.AdamW):
     """Each of ``groups`` has its own rate and decay; ``optim.groups`` divides them further. The kernel itself reads
     ``found_inf``.
     """
+
+    # As torch's own without what torch.compile needs of it, as in Optimizer.
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
     def __init__(self, groups: list[dict], config: OptimConfig, model: GPT):
         groups = divided(groups, config, model)

@@ -31,8 +31,9 @@ def plot_run(run: Run) -> Path:
     from matplotlib.figure import Figure
 
     curves, file = Curves(run.metrics), run.folder / "loss.png"
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5))  # with places of its own: to have them found takes as long as to draw
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    figure.subplots_adjust(left=0.1, right=0.98, top=0.9, bottom=0.1, hspace=0.1)
     _draw_losses(losses, curves, "tab:blue", "tab:orange", "")
     if losses.lines:
         losses.legend()
