@@ -41,6 +41,30 @@ def test_training_ends_with_words_and_files(run: Path, text_file: Path, capsys):
     assert config["train"]["steps"] == 12
 
 
+def test_a_picture_that_fails_ends_no_training(run: Path, capsys, monkeypatch):
+    def fail(run) -> None:
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr("pretrain.report.plot_run", fail)
+    assert main(["train", "--out", str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert f"no picture was written (no fonts); try: pretrain report {run} --png" in printed
+    assert "All of it on a page:" in printed
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_training_imports_no_more_than_it_needs(kind: str, text_file: Path, tmp_path: Path):
+    given = ["train", "--data", str(text_file), "--out", str(tmp_path / "run"), "--optim.kind", kind, *options()]
+    code = f"""
+import sys
+from pretrain.cli import main
+assert main({given!r}) == 0
+print("imported", sorted({{"torch._dynamo", "transformers", "pandas", "PIL.ImageShow"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "imported []"
+
+
 def test_eval_gives_the_number_of_training(run: Path, capsys):
     assert main(["eval", str(run), "--json"]) == 0
     numbers = json.loads(capsys.readouterr().out)

@@ -62,12 +62,13 @@ class Train(Command):
             console.say(f"gpus      1 of {unused + 1} will train; all of them with: --nproc gpu")
         run = train(self.config, out, console, STARTED, self.resume_from, named=self._names_data())
         if os.environ.get("RANK", "0") == "0":
-            plot_run(run)
-            try:
+            page = None
+            try:  # a failed report must not make a finished training look failed
                 page = write_report([run], run.folder / "report.html")
-            except Exception as error:  # a failed report must not make a finished training look failed
-                console.say(f"no report was written ({error}); try: pretrain report {out}")
-                page = None
+                plot_run(run)
+            except Exception as error:
+                missing = "no picture" if page else "no report"
+                console.say(f"{missing} was written ({error}); try: pretrain report {out}{' --png' * bool(page)}")
             console.say("\n" + explain(run, page))
         return 0
 
