@@ -351,6 +351,35 @@ def test_one_signal_stops_all_and_saves(base: Config, tmp_path: Path):
     assert [c.step for c in checkpoints(tmp_path / "run" / "checkpoints")] == [done]
 
 
+@pytest.mark.parametrize("behind", [0, 1])
+def test_a_signal_is_noticed_at_the_next_step(base: Config, tmp_path: Path, behind: int):
+    """To one process, in step 6 of 12; numbers fetched every 50 steps and, ``behind``, a step later, as on GPUs."""
+    late = f"""
+import os, signal
+from collections import deque
+from pretrain.training.loop import Trainer
+made, step = Trainer.__post_init__, step_module.train_step
+def later(trainer):
+    made(trainer)
+    trainer.fetch_every, trainer.asked = 50, deque(maxlen=1 + {behind})
+def signalled(state, *hooks):
+    if state.progress.step == 5 and state.world.rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(state, *hooks)
+Trainer.__post_init__, step_module.train_step = later, signalled
+"""
+    process = start(change(base, parallel__kind="ddp", eval__every=0), tmp_path / "run", 2, late)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert f"stopped after step {6 + behind} of 12, all saved" in output + errors
+    run = Run.open(tmp_path / "run")
+    assert [c.step for c in checkpoints(run.checkpoints)] == [4, 6 + behind]
+    assert_near(
+        run_together(change(base, parallel__kind="ddp", eval__every=0), run.folder, 2),
+        train(change(base, eval__every=0), tmp_path / "alone"),
+    )
+
+
 def test_a_mistake_is_said_once(base: Config, tmp_path: Path):
     config = change(base, data__paths=(str(tmp_path / "missing.txt"),))
     process = start(config, tmp_path / "run", 2)

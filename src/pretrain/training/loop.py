@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from pretrain.training.heartbeat import SAVING
 from pretrain.training.signals import Stopped, StopRequest
 from pretrain.training.state import TrainState
 from pretrain.training.step import UPDATE, train_step_with_oom_retry
+from pretrain.training.world import Later
 
 SPEED = "train/tokens_per_second"
 FETCH_EVERY = 10  # steps between fetches of metrics on a GPU, so that no step waits for the device
@@ -56,6 +58,8 @@ class Trainer:
     stop: StopRequest = field(init=False)
     saved: int = field(init=False)
     """The step of the newest checkpoint; 0 for none."""
+    asked: deque[Later] = field(init=False)
+    """How many processes were asked to stop, by the last steps."""
     skips: int = 0
     """Steps skipped in a row."""
     waiting: list[dict[str, Any]] = field(default_factory=list)
@@ -69,7 +73,9 @@ class Trainer:
         self.config, self.world = self.state.config, self.state.world
         self.stop = StopRequest(self.config.guard.grace_seconds)
         self.first = self.saved = self.step
-        self.fetch_every = 1 if self.world.device.type == "cpu" else FETCH_EVERY
+        waits = self.world.device.type == "cpu"
+        self.fetch_every = 1 if waits else FETCH_EVERY
+        self.asked = deque(maxlen=1 if waits else 2)
 
     @property
     def step(self) -> int:
@@ -162,7 +168,9 @@ class Trainer:
         def on_phase(name: str) -> None:  # a step may be cut short until it changes something, by one process alone
             self.phase(name, may_stop=self.world.size == 1 and name != UPDATE)
 
-        numbers = train_step_with_oom_retry(self.state, on_phase, functools.partial(self.event, "out_of_memory"))
+        on_retry = functools.partial(self.event, "out_of_memory")
+        numbers = train_step_with_oom_retry(self.state, on_phase, on_retry, lambda: self.stop.requested)
+        self.asked.append(Later(numbers.pop("stop")))
         seconds = time.monotonic() - begin
         if self.step == self.first + 1:  # only the first step may compile for minutes
             self.world.shorten_timeout(self.config.parallel.timeout_seconds, self.state.parameters.groups)
@@ -217,9 +225,8 @@ class Trainer:
         best = self.is_lowest(record) and config.checkpoint.keep_best
         if (due or best) and not last and self.saved != step:
             self.save(must=False)
-        # Asking the others waits for the device; on a GPU it is done as often as the numbers are fetched.
-        if not last and step % self.fetch_every == 0:
-            self.check_stop()
+        if not last and self.asked_to_stop():
+            raise Stopped
 
     def is_lowest(self, record: dict[str, Any]) -> bool:
         """Note the held-out loss of a record, if it has one; whether it is the lowest so far."""
@@ -380,6 +387,15 @@ class Trainer:
         self.notify("on_phase", self.step, name, seconds)
         if may_stop:
             self.check_stop()
+
+    def asked_to_stop(self) -> bool:
+        """Whether a process was asked to stop, the same answer in all: by what came with the loss of a step.
+
+        On a GPU that of the step before, so that the host does not wait for this one.
+        """
+        if self.world.size == 1:
+            return self.stop.requested
+        return len(self.asked) == self.asked.maxlen and self.asked[0].read() > 0
 
     def check_stop(self) -> None:
         """Raise Stopped, in all processes at once, if one of them was asked to stop."""

@@ -20,13 +20,18 @@ from pretrain.training.state import TrainState, random_state, set_random_state, 
 FORWARD, BACKWARD, UPDATE = "in a forward pass", "in a backward pass", "updating"
 
 
-def train_step(state: TrainState, on_phase: Callable[[str], None] = lambda phase: None) -> dict[str, Any]:
+def train_step(
+    state: TrainState,
+    on_phase: Callable[[str], None] = lambda phase: None,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
     """One optimizer step on one global batch; a step that is skipped changes no bit of parameters and moments.
 
     ``on_phase`` is called with FORWARD, BACKWARD and UPDATE; it may raise before UPDATE, when nothing has changed yet.
 
-    Returns the mean loss, the scheduled value of ``optim.lr``, the gradient norm before clipping and, if the step was
-    skipped, why; the tensors among them are still being computed on the device.
+    Returns the mean loss, the scheduled value of ``optim.lr``, the gradient norm before clipping, if the step was
+    skipped, why, and as ``stop`` how many processes were asked to stop by ``stop_requested``; the tensors among them
+    are still being computed on the device.
     """
     config, world, step = state.config, state.world, state.progress.step
     batch_tokens, clip = config.train.batch_tokens, config.train.grad_clip
@@ -49,7 +54,8 @@ def train_step(state: TrainState, on_phase: Callable[[str], None] = lambda phase
         loss += part.detach()
 
     on_phase(UPDATE)
-    world.sum(loss)
+    # That one process was asked to stop travels with the loss: all know it of the same step.
+    loss, stop = world.sum(torch.stack((loss, torch.full_like(loss, stop_requested())))).unbind()
     gradients = state.parameters.gradients()
     state.loss_scale.unscale(gradients)
     norm = state.parameters.gradient_norm(gradients)
@@ -70,11 +76,15 @@ def train_step(state: TrainState, on_phase: Callable[[str], None] = lambda phase
         "train/lr": config.optim.lr * learning_rate_factor(config.schedule, step, config.train.steps),
         "train/grad_norm": norm,
         "train/skipped": NOT_FINITE * not_finite + SPIKE * spike,
+        "stop": stop,
     }
 
 
 def train_step_with_oom_retry(
-    state: TrainState, on_phase: Callable[[str], None], on_retry: Callable[[str], None]
+    state: TrainState,
+    on_phase: Callable[[str], None],
+    on_retry: Callable[[str], None],
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """:func:`train_step`, retried with half the micro-batch while its passes run out of memory.
 
@@ -96,7 +106,7 @@ def train_step_with_oom_retry(
     while True:
         before = random_state(world.rank, world.device) if config.model.dropout else {}
         try:
-            return train_step(state, noted)
+            return train_step(state, noted, stop_requested)
         except Stopped:
             set_random_state(before, world.rank, world.device)
             raise

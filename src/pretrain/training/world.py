@@ -173,6 +173,23 @@ class World:
         return TrainingError(f"waiting for other processes failed: {names} ({str(error).splitlines()[0][:200]})")
 
 
+class Later:
+    """The number that a tensor is now, read when the device has come so far: the host waits for nothing after it."""
+
+    def __init__(self, tensor: Tensor):
+        self.copy, self.copied = tensor, None
+        if tensor.is_cuda:
+            self.copy = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+
+    def read(self) -> float:
+        """The number."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.copy.item()
+
+
 @contextmanager
 def join_world(device: str, config: ParallelConfig) -> Iterator[World]:
     """The world that torchrun describes in the environment, left again at the end; without torchrun this process alone.
