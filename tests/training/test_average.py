@@ -281,10 +281,15 @@ def test_a_run_that_overfits_leaves_its_best(noise: Config, tmp_path: Path, caps
     card = (tmp_path / "hf" / "README.md").read_text(encoding="utf-8")
     assert f"Held-out loss: {losses[best]:.4f}" in card
     assert f"(after step {best})" in card
+    assert main(["report", str(run.folder)]) == 0
+    page = (run.folder / "report.html").read_text(encoding="utf-8")
+    assert f"<dt>model</dt><dd>of step {best}" in page
+    assert f"That is the model of step {best}, the best, which sample, eval and export use." in page
+    assert f"<dt>held-out loss</dt><dd>{losses[best]:.4f}</dd>" in page
     texts = []
     for options in ([], ["--step", str(best)], ["--step", "40"]):
         assert main(["sample", str(run.folder), "--prompt", "abc", "--temperature", "0", *options]) == 0
-        texts.append(capsys.readouterr().out)
+        texts.append(capsys.readouterr().out.splitlines()[-1])
     assert texts[0] == texts[1] != texts[2]
 
     # Killed before its summary, and longer: from the newest, as if there had been no best.

@@ -19,14 +19,13 @@ from pretrain.report.baselines import Baselines, baselines
 from pretrain.report.curves import OF_ALL, Curves
 from pretrain.report.words import choices, held_out_in_words, suggested_prompt, test_in_words
 from pretrain.runs import Run
+from pretrain.runs.checkpoint import AVERAGE
 from pretrain.runs.environment import read_environment
-from pretrain.runs.metrics import SMOOTHED_LOSS
+from pretrain.runs.metrics import OVERFIT, SMOOTHED_LOSS
 from pretrain.sizing import count_parameters, flops_per_token, resolve
 from pretrain.text.split import TEST
 from pretrain.tokens import Manifest, training_order
 
-OVERFIT = 0.02
-"""Nats by which the held-out loss must have risen from its lowest before that is remarked on."""
 RECENT_STEPS = 50
 """Steps that the time left is estimated from."""
 
@@ -80,12 +79,15 @@ def results(run: Run, curves: Curves, vocabulary: int, parameters: int, flops: i
     def shown(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
-    _, loss, bits = newest_held_out(curves) or (None, None, None)
+    at, loss, bits = model_held_out(run, curves) or (None, None, None)
+    test, test_bits = model_test(run, curves)
+    average = ", average of the weights" if at is not None and run.weights(int(at)) == AVERAGE else ""
     return {
+        "model": f"of step {at:,.0f}{average}" if average or earlier_best(run) else "",
         "held-out loss": shown(loss, ".4f"),
         "bits per byte": shown(bits, ".4f"),
-        "test loss": shown(val.last("test/loss"), ".4f"),
-        "test, bits per byte": shown(val.last("test/bpb"), ".4f"),
+        "test loss": shown(test, ".4f"),
+        "test, bits per byte": shown(test_bits, ".4f"),
         "CORE": shown(val.last("val/core"), ".4f"),
         "training loss, smoothed": shown(train.last(SMOOTHED_LOSS), ".4f"),
         "steps": f"{step:,.0f}" + ("" if run.summary else f" of {run.config.train.steps:,}"),
@@ -128,6 +130,26 @@ def newest_held_out(curves: Curves) -> Validation | None:
     return max(newest, key=lambda row: row[0], default=None)
 
 
+def earlier_best(run: Run) -> dict[str, Any] | None:
+    """The summary of a finished run whose model is of an earlier step than its last (checkpoint.keep_best)."""
+    summary = run.summary
+    return summary if summary and summary.get("model_step", summary["steps"]) != summary["steps"] else None
+
+
+def model_held_out(run: Run, curves: Curves) -> Validation | None:
+    """Of the model that the run leaves, over all held-out text if that was measured; before its end of the newest."""
+    if best := earlier_best(run):
+        return best["model_step"], best["val_loss"], best["val_bpb"]
+    return newest_held_out(curves)
+
+
+def model_test(run: Run, curves: Curves) -> tuple[float | None, float | None]:
+    """Loss and bits per byte of that model on the test text."""
+    if best := earlier_best(run):
+        return best.get("test_loss"), best.get("test_bpb")
+    return curves.val.last("test/loss"), curves.val.last("test/bpb")
+
+
 def losses(run: Run, curves: Curves, counted: Baselines | None, manifest: Manifest | None) -> list[dict[str, Any]]:
     """What losses mean: guessing without a model, and this model in the course of its training."""
     rows: list[dict[str, Any]] = []
@@ -156,9 +178,12 @@ def losses(run: Run, curves: Curves, counted: Baselines | None, manifest: Manife
             add(f"held-out text, {which}", loss, bits, f"this model after step {step:,.0f}", ours=True)
     for step, loss, bits in held_out(curves, OF_ALL)[-1:]:
         add("all held-out text", loss, bits, f"this model after step {step:,.0f}; the others are a part", ours=True)
-    if (loss := curves.val.last("test/loss")) is not None:
-        meaning = "this model at its end, on text that nothing was chosen by"
-        add("test text", loss, curves.val.last("test/bpb"), meaning, ours=True)
+    if best := earlier_best(run):
+        meaning = f"this model after step {best['model_step']:,}, the best, which the run leaves"
+        add("all held-out text", best["val_loss"], best["val_bpb"], meaning, ours=True)
+    loss, bits = model_test(run, curves)
+    if loss is not None:
+        add("test text", loss, bits, "the model that the run leaves, on text that nothing was chosen by", ours=True)
     if loss := curves.train.last(SMOOTHED_LOSS):
         bytes_per_token = manifest.bytes_per_token if manifest else (run.summary or {}).get("bytes_per_token")
         bits = loss / (math.log(2) * bytes_per_token) if bytes_per_token else None
@@ -174,24 +199,29 @@ def remarks(
     said: list[str] = [f"{caution[:1].upper()}{caution[1:]}."] if caution else []
     if measured := held_out(curves):
         loss = measured[-1][1]
-        _, of_all, bits = newest_held_out(curves) or measured[-1]
+        best, (_, of_all, bits) = earlier_best(run), model_held_out(run, curves) or measured[-1]
         said += held_out_in_words(of_all, bits)
-        said += test_in_words(run, curves.val.last("test/loss"), curves.val.last("test/bpb"))
-        if of_all != loss:
+        said += test_in_words(run, *model_test(run, curves))
+        if best:
+            said.append(
+                f"That is the model of step {best['model_step']:,}, the best, which sample, eval and export use."
+            )
+        elif of_all != loss:
             said.append(
                 f"That is of all held-out text. The validations before, and the curve, take"
                 f" {run.config.eval.tokens:,} tokens of it: over these it is {loss:.3f} now."
             )
-        if counted and loss > counted.unigram:
+        left = of_all if best else loss
+        if counted and left > counted.unigram:
             said.append("That is no better yet than knowing how frequent each token is.")
-        elif counted and loss > counted.bigram:
+        elif counted and left > counted.bigram:
             said.append("That is better than knowing how frequent each token is, but not yet than counting pairs.")
         at, lowest, _ = min(measured, key=lambda row: row[1])
         if loss > lowest + OVERFIT:
             said.append(
                 f"The held-out loss was lowest, {lowest:.3f}, after step {at:,.0f}, and has risen to {loss:.3f} since:"
-                f" the model memorises its training text. Fewer steps, more text or dropout help;"
-                f" --checkpoint.keep_best keeps the weights of the lowest."
+                f" the model memorises its training text. Fewer steps, more text or dropout help"
+                + ("." if best else "; --checkpoint.keep_best keeps the weights of the lowest.")
             )
         if counted and not counted.compressed:
             said.append(

@@ -12,6 +12,8 @@ from torch import Tensor
 SMOOTHED_LOSS = "train/smoothed_loss"
 SMOOTHING = 0.9
 """What the smoothed loss keeps of itself at each step, as in nanochat: about ten steps weigh."""
+OVERFIT = 0.02
+"""Nats by which the held-out loss must have risen from its lowest before that is remarked on; less may be chance."""
 
 
 def fetch(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -11,16 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.io import append_jsonl, keep_steps, read_jsonl, sync_file
 from pretrain.runs import Run
-from pretrain.runs.metrics import SMOOTHED_LOSS, comparable_loss
+from pretrain.runs.metrics import OVERFIT, SMOOTHED_LOSS, comparable_loss
 from pretrain.text import ReadStats
 
 if TYPE_CHECKING:
     from pretrain.training.loop import Trainer
 
-OVERFIT = 0.02
-"""Nats by which held-out losses must be above the lowest before a run is said to overfit; less may be chance."""
 VALIDATIONS = 2
-"""How many of them in a row."""
+"""How many of them in a row must be above the lowest by OVERFIT before a run is said to overfit."""
 
 
 class Callback:
