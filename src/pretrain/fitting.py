@@ -193,7 +193,7 @@ def fit_model(config: Config, text: Text, machine: Machine) -> tuple[Config, lis
     """Choose the model, batch, rates and regularisation."""
     tier = tier_of(text)
     context = tier.context
-    for tokens in (text.train_tokens, text.val_tokens):
+    for tokens in (text.train_tokens, text.val_tokens, text.test_tokens):
         while tokens and context >= tokens and context > 8:
             context //= 2
     if "model.context_length" in config.fit.fields and "train.batch_tokens" not in config.fit.fields:

@@ -483,9 +483,9 @@ def test_a_model_larger_than_the_text_is_not_warned_of(text_file: Path, steps: i
     assert plan.tokens < 20 * sum(plan.parameters.values())
     said = warnings(plan)
     assert not any("parameter" in warning for warning in said)
-    helps = "where text is repeated, --model.dropout 0.1 and --optim.weight_decay and --checkpoint.keep_best help."
+    helps = "repeated, --model.dropout 0.1, --optim.weight_decay, --optim.ema and --checkpoint.keep_best help."
     assert any(helps in warning for warning in said) == (steps == 1000)
-    given = {"model.dropout": 0.2, "optim.weight_decay": 0.1, "train.steps": 1000}
+    given = {"model.dropout": 0.2, "optim.weight_decay": 0.1, "optim.ema": 0.99, "train.steps": 1000}
     (epochs,) = (warning for warning in warnings(tiny_plan(text_file, **given)) if "epochs" in warning)
     assert epochs.endswith("; where text is repeated, --checkpoint.keep_best helps.")
 

@@ -38,10 +38,12 @@ def _text(plan: Plan) -> Iterator[str]:
         missing = {
             "--model.dropout 0.1": not config.model.dropout,
             "--optim.weight_decay": not config.optim.weight_decay,
+            "--optim.ema": not config.optim.ema,
             "--checkpoint.keep_best": not config.checkpoint.keep_best,
         }
-        given = " and ".join(option for option, absent in missing.items() if absent)
-        helps = f"; where text is repeated, {given} help{'s' * (' and ' not in given)}" if given else ""
+        *others, last = [option for option, absent in missing.items() if absent] or [""]
+        given = f"{', '.join(others)} and {last} help" if others else f"{last} helps"
+        helps = f"; where text is repeated, {given}" if last else ""
         yield (
             f"{plan.epochs:,.0f} epochs: beyond about {EPOCHS}, text seen again teaches less and less (arXiv"
             f" 2305.16264), and the held-out loss may rise again while the training loss falls{helps}."
