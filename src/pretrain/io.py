@@ -157,6 +157,10 @@ class Output:
             pass
 
 
+LONGEST_GRACE = 600.0
+"""Seconds after a signal in which a process leaves, saved or not, unless ``guard.grace_seconds`` is longer."""
+
+
 def signals_to_handle(*names: str) -> list[int]:
     """The named signals that this system has, without those that are ignored: nohup ignores SIGHUP, and it stays so."""
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]

@@ -11,7 +11,16 @@ import torch
 
 import pretrain.runs.checkpoint as checkpoint_module
 from pretrain.config import CheckpointConfig
-from pretrain.runs.checkpoint import COMMIT, CheckpointWriter, checkpoints, newest, not_finite, prune, save_checkpoint
+from pretrain.runs.checkpoint import (
+    COMMIT,
+    CheckpointWriter,
+    checkpoints,
+    newest,
+    not_finite,
+    prune,
+    save_checkpoint,
+    shares,
+)
 
 
 def tensors(seed: int) -> dict[str, torch.Tensor]:
@@ -161,3 +170,14 @@ def test_what_is_not_finite_is_named():
     for bad in (math.nan, math.inf, -math.inf):
         assert not_finite({**good, "d": torch.tensor([1.0, bad])}) == "d"
     assert not_finite({**good, "d": torch.tensor([3e38, 3e38])}) == ""  # only their sum is not
+
+
+def test_each_process_saves_its_share_of_what_all_have():
+    """Every name once, by one that has it, and evenly; what one alone has it saves."""
+    same = {f"layer.{i}": 100 + i for i in range(40)}
+    holdings = [{**same, f"random.cpu.{rank}": 5056, **({"moment": 7} if rank == 2 else {})} for rank in range(4)]
+    given = shares(holdings)
+    assert sorted(name for names in given for name in names) == sorted({name for held in holdings for name in held})
+    assert all(names <= holdings[rank].keys() for rank, names in enumerate(given))
+    sizes = [sum(holdings[rank][name] for name in names) for rank, names in enumerate(given)]
+    assert max(sizes) - min(sizes) <= 139

@@ -175,6 +175,24 @@ def test_after_the_grace_period_it_leaves_with_what_it_has(tiny: Config, tmp_pat
     assert_same_run(train(config, tmp_path / "run"), train(config, tmp_path / "undisturbed"))
 
 
+@pytest.mark.slow
+def test_a_checkpoint_that_takes_longer_than_the_grace_period_is_saved(tiny: Config, tmp_path: Path):
+    """The grace period is at least twice what the last save took."""
+    config = change(tiny, guard__grace_seconds=0.5, train__steps=2000)
+    slow = (
+        "import pretrain.runs.checkpoint as c\nw = c._write_tensors\n"
+        "c._write_tensors = lambda *a: (w(*a), time.sleep(2.0))"
+    )
+    process = run_command(config, tmp_path / "run", slow)
+    wait_for(tmp_path / "run" / "checkpoints" / "step-00000004" / "COMMIT", process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "not saved within" not in errors
+    done = len(read_jsonl(tmp_path / "run" / "metrics.jsonl"))
+    assert [c.step for c in checkpoints(tmp_path / "run" / "checkpoints")][-1] == done > 4
+
+
 # ---------------------------------------------------------------- kill -9
 
 

@@ -380,6 +380,28 @@ Trainer.__post_init__, step_module.train_step = later, signalled
     )
 
 
+def test_each_process_copies_only_its_share_to_save(base: Config, tmp_path: Path):
+    """Under DDP, where all have the same; and what they saved goes on as if nothing had happened."""
+    note = f"""
+from pretrain.runs.checkpoint import CheckpointWriter
+save = CheckpointWriter.save
+def noted(writer, step, tensors, *rest):
+    save(writer, step, tensors, *rest)
+    copied = [sum(tensor.nbytes for tensor in each.values()) for each in (writer._copies, tensors)]
+    import os
+    Path({str(tmp_path)!r}, f"copied-{{os.environ['RANK']}}").write_text(" ".join(map(str, copied)))
+CheckpointWriter.save = noted
+"""
+    config = change(base, parallel__kind="ddp", **NANOCHAT)
+    run = run_together(config, tmp_path / "run", 2, note)
+    sizes = [tuple(map(int, (tmp_path / f"copied-{rank}").read_text().split())) for rank in range(2)]
+    for copied, there in sizes:
+        assert copied < 0.6 * there
+    shutil.rmtree(run.checkpoint(12).folder)
+    run.reopen()
+    assert_near(run_together(config, run.folder, 2), train(config, tmp_path / "alone"))
+
+
 def test_a_mistake_is_said_once(base: Config, tmp_path: Path):
     config = change(base, data__paths=(str(tmp_path / "missing.txt"),))
     process = start(config, tmp_path / "run", 2)

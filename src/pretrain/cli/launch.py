@@ -15,7 +15,7 @@ import signal
 import socket
 
 from pretrain.errors import Interrupted, PeerError, PretrainError, UsageError
-from pretrain.io import cores, signals_to_handle
+from pretrain.io import LONGEST_GRACE, cores, signals_to_handle
 
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
 """Which process of this machine this is."""
@@ -55,7 +55,8 @@ def count_processes(nproc: str, device: str) -> int:
 def launch(arguments: list[str], count: int, grace_seconds: float, command: str) -> int:
     """Run ``python -m pretrain ARGUMENTS`` in ``count`` processes of this machine and give their exit code.
 
-    When stopped by a signal they get ``grace_seconds`` to save and exit. ``command`` is the one that resumes the run.
+    When stopped by a signal they get ``grace_seconds`` to save and exit, or longer, as long as each of them finds that
+    it needs (:meth:`Trainer.grace_seconds`). ``command`` is the one that resumes the run.
 
     Raises:
         PeerError: stopped by a signal (130); the processes have said what is saved.
@@ -69,7 +70,7 @@ def launch(arguments: list[str], count: int, grace_seconds: float, command: str)
     # SIGUSR1 is SLURM's warning before its time limit.
     passed_on = signals_to_handle("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(signal.Signals(number).name for number in passed_on))
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(math.ceil(grace_seconds) + 10))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(math.ceil(max(grace_seconds, LONGEST_GRACE)) + 10))
     # The processes share the cores; torchrun would give each only one.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
     options = [f"--nproc-per-node={count}"]

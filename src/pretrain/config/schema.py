@@ -433,7 +433,8 @@ class GuardConfig(Section):
     """What to do with a spike. skip: that step changes nothing; roll_back: go back to the last checkpoint and skip the
     batches since then."""
     grace_seconds: NonNegative = 20.0
-    """Time to save after a signal to stop; then the process exits with the last checkpoint."""
+    """Time to save after a signal to stop; more, up to 10 minutes, where the checkpoint takes more. Then the process
+    exits with the last one."""
     hang_factor: Annotated[float, Meta(ge=1)] = 20.0
     """Report the stack of every thread after no progress for this many times a usual step, and for hang_seconds."""
     hang_seconds: NonNegative = 300.0

@@ -222,7 +222,8 @@ def make_plan(
         micro_steps = math.ceil(rows_each / rows)
         alone, _ = dry_run(config, vocab_size, rows, micro_steps, precision)
         parts = memory_parts(alone, config, vocab_size, layout, micro_steps, precision.dtype)
-        memory, host_memory = with_surroundings(parts, device, state // layout.shards)
+        saved_here = state // (gpus if layout.parallelism == "ddp" else layout.shards)
+        memory, host_memory = with_surroundings(parts, device, saved_here)
         if rows == 1 or sum(memory.values()) <= hardware.memory:
             break
         rows //= 2  # as training does when memory runs out

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from pretrain.io import read_bounded, sha256_of, sync_file, sync_folder, write_a
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as no_dist says
 
 SAVE_TIMEOUT = timedelta(hours=1)
+ASSUMED_SPEED = 1e8
+"""Bytes of a checkpoint written in a second, hashing included, before any was: a slow disk's."""
 COMMIT = "COMMIT"
 STATE = "state.json"
 STATE_BYTES = 2**28
@@ -173,16 +176,44 @@ class CheckpointWriter:
         # A group of its own, since the main thread may be talking through the others meanwhile.
         self.group: Any = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT) if several else None
         self._copies: dict[str, Tensor] = {}
+        self._elsewhere: set[str] = set()
+        self._bytes, self._seconds = 0, 0.0  # of all tensors here; of the last save
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+
+    def allocate(self, tensors: Mapping[str, Tensor], same: bool = False) -> None:
+        """Get the memory for copies of these tensors: to lock it takes long, and there may be little time to save.
+
+        With ``same`` all processes have the same values (DDP), and each saves a part of the names. All call it.
+        """
+        sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+        self._bytes = sum(sizes.values())
+        if same and self.group is not None:
+            everybody: list[Any] = [None] * dist.get_world_size(self.group)
+            dist.all_gather_object(everybody, sizes, group=self.group)
+            self._elsewhere = sizes.keys() - shares(everybody)[dist.get_rank(self.group)]
+        for name, tensor in tensors.items():
+            if name not in self._elsewhere:
+                self._copy_of(name, tensor)
+
+    def _copy_of(self, name: str, tensor: Tensor) -> Tensor:
+        if name not in self._copies:
+            self._copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        return self._copies[name]
+
+    @property
+    def seconds(self) -> float:
+        """What a save takes, by the last one, or at 100 MB/s before the first; twice that while one is under way."""
+        seconds = self._seconds or self._bytes / ASSUMED_SPEED
+        return 2 * seconds if self._thread is not None and self._thread.is_alive() else seconds
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], after: Callable[[], None]) -> None:
         """Begin to save; ``after`` is called once it is committed. Raises as :meth:`wait` for the save before."""
         self.wait()
+        begin = time.monotonic()
         for name, tensor in tensors.items():  # to memory that is used again each time
-            if name not in self._copies:
-                self._copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-            self._copies[name].copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+            if name not in self._elsewhere:
+                self._copy_of(name, tensor).copy_(tensor.detach(), non_blocking=tensor.is_cuda)
         if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.synchronize()
 
@@ -190,6 +221,7 @@ class CheckpointWriter:
             try:
                 parts = {name: self.as_dtensor(name, copy) for name, copy in self._copies.items()}
                 save_checkpoint(self.folder, step, parts, state, self.group)
+                self._seconds = time.monotonic() - begin
                 after()
             except BaseException as error:  # raised again where somebody waits
                 self._error = error
@@ -205,6 +237,21 @@ class CheckpointWriter:
         error, self._error = self._error, None
         if error is not None:
             raise error
+
+
+def shares(holdings: list[dict[str, int]]) -> list[set[str]]:
+    """The names that each process saves, from the sizes of those that it has: as evenly as the largest first allows."""
+    holders: dict[str, list[int]] = {}
+    for rank, sizes in enumerate(holdings):
+        for name in sizes:
+            holders.setdefault(name, []).append(rank)
+    size = {name: holdings[ranks[0]][name] for name, ranks in holders.items()}
+    given, loads = [set[str]() for _ in holdings], [0] * len(holdings)
+    for name in sorted(holders, key=lambda name: (-size[name], name)):
+        rank = min(holders[name], key=loads.__getitem__)
+        given[rank].add(name)
+        loads[rank] += size[name]
+    return given
 
 
 def not_finite(tensors: dict[str, Tensor]) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import torch.distributed as dist
 
 from pretrain.errors import CheckpointError, Interrupted, PeerError, PretrainError, TrainingError
-from pretrain.io import read_jsonl
+from pretrain.io import LONGEST_GRACE, read_jsonl
 from pretrain.runs import Run
 from pretrain.runs.checkpoint import LAST, CheckpointWriter, lowest, newest, not_finite, prune
 from pretrain.runs.metrics import SMOOTHED_LOSS, Smoothed, comparable_loss, fetch
@@ -71,7 +71,7 @@ class Trainer:
 
     def __post_init__(self):
         self.config, self.world = self.state.config, self.state.world
-        self.stop = StopRequest(self.config.guard.grace_seconds)
+        self.stop = StopRequest(self.grace_seconds)
         self.first = self.saved = self.step
         waits = self.world.device.type == "cpu"
         self.fetch_every = 1 if waits else FETCH_EVERY
@@ -81,6 +81,10 @@ class Trainer:
     def step(self) -> int:
         """Steps done."""
         return self.state.progress.step
+
+    def grace_seconds(self) -> float:
+        """Time to save after a signal: ``guard.grace_seconds``, or twice what saving is known to take, if longer."""
+        return max(self.config.guard.grace_seconds, min(LONGEST_GRACE, round(2 * self.writer.seconds, 1)))
 
     def fit(self) -> None:
         """Train to the last step, and write ``summary.json``."""

@@ -162,12 +162,14 @@ def set_up(
         average,
         world.broadcast(weights),
     )
+    writer = CheckpointWriter(run.checkpoints, parameters.as_dtensor, world.size > 1)
+    writer.allocate(state.tensors(), same=parallelism == "ddp")
     return Trainer(
         run=run,
         corpus=corpus,
         state=state,
         evaluator=evaluator,
-        writer=CheckpointWriter(run.checkpoints, parameters.as_dtensor, world.size > 1),
+        writer=writer,
         callbacks=listeners,
         console=console,
         clock_start=started - progress.seconds,

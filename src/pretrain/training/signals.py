@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 
@@ -27,18 +28,18 @@ class Stopped(BaseException):
 
 
 class StopRequest:
-    """While entered, ``requested`` says whether a signal asked the process to stop; ``grace_seconds`` later it leaves.
+    """While entered, ``requested`` says whether a signal asked the process to stop; after ``grace`` it leaves.
 
     In a thread other than the main one, where Python cannot install handlers, it never says so.
     """
 
-    def __init__(self, grace_seconds: float):
+    def __init__(self, grace: Callable[[], float]):
+        """``grace`` says, after the signal, how many seconds it may take to save, as far as is known by then."""
         self.requested = False
-        self.grace_seconds = grace_seconds
+        self.grace = grace
         self._first = 0.0
         self._previous = {}
-        self._timer = threading.Timer(grace_seconds, self._leave)
-        self._timer.daemon = True
+        self._ended = threading.Event()
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -48,20 +49,23 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
+        self._ended.set()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self.requested:
             self.requested, self._first = True, time.monotonic()
-            self._timer.start()
+            threading.Thread(target=self._leave, name="grace", daemon=True).start()
         elif time.monotonic() - self._first > TOGETHER:
             raise KeyboardInterrupt
 
     def _leave(self) -> None:
         """The end of the grace period: whatever the main thread hangs in, nothing committed is lost."""
-        message = f"pretrain: not saved within {self.grace_seconds:g} s of the signal; the last checkpoint is safe"
+        while (left := self._first + self.grace() - time.monotonic()) > 0:
+            if self._ended.wait(left):
+                return
+        message = f"pretrain: not saved within {self.grace():g} s of the signal; the last checkpoint is safe"
         with suppress(OSError):  # nobody may be there to read it
             print(message, file=sys.stderr, flush=True)
         os._exit(Interrupted.exit_code)
