@@ -54,6 +54,8 @@ SMALL_TEXT, SMALL_TEXT_MEMORY, PROCESS_BYTES = 10_000_000, 2_000_000_000, 500_00
 """Up to so many bytes of text, training on a CPU takes at most so much memory, of which the process itself so much."""
 VALIDATIONS, CHECKPOINTS = 10, 5
 """How often a run validates, and saves."""
+MOST_VALIDATION, EVALUATION_SHARE = 0.1, 1 / 3
+"""It validates less often where that would take more than this share of the time of training; a token's part of it."""
 USUAL_SHAPE, TOKENS_PER_PARAMETER = 1, 0.25
 """The shape of quickstart; a larger one is taken while the time lets it see so many tokens for each parameter."""
 DEFAULT_SECONDS = 120.0
@@ -254,7 +256,7 @@ def fit_steps(
     left = seconds - END_SECONDS
 
     def takes(steps: int) -> float:
-        return run_seconds(fit_marks(with_steps(config, steps)), speed, micro_steps, text, processes)
+        return run_seconds(fit_marks(with_steps(config, steps), text), speed, micro_steps, text, processes)
 
     if takes(1) > left:
         raise UsageError(
@@ -267,10 +269,15 @@ def fit_steps(
     return steps, [f"{steps:,} steps of {speed.step(micro_steps):.2g} s fill {minutes}{passes}"]
 
 
-def fit_marks(config: Config) -> Config:
+def fit_marks(config: Config, text: Text) -> Config:
     """Choose when to validate and to save, by the steps."""
     steps = config.train.steps
-    every = {"eval.every": max(1, steps // VALIDATIONS), "checkpoint.every": max(1, steps // CHECKPOINTS)}
+    measured = min(config.eval.tokens or text.val_tokens, text.val_tokens) * EVALUATION_SHARE
+    least = math.ceil(measured / MOST_VALIDATION / config.train.batch_tokens)
+    every = {
+        "eval.every": max(1, steps // VALIDATIONS, least),
+        "checkpoint.every": max(1, steps // CHECKPOINTS),
+    }
     return _chosen(config, every)
 
 
@@ -279,12 +286,12 @@ def with_steps(config: Config, steps: int) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps, epochs=0.0))
 
 
-def settled(config: Config) -> Config:
+def settled(config: Config, text: Text) -> Config:
     """The configuration, with its steps, once all else is chosen: nothing is left to choose, and what was is recorded.
 
     Raises UsageError if what was chosen does not go with what was given.
     """
-    config, fit = fit_marks(config), config.fit
+    config, fit = fit_marks(config, text), config.fit
     try:
         return dataclasses.replace(config, fit=FitConfig(chosen=fit.fields or fit.chosen))
     except ValueError as error:

@@ -211,7 +211,7 @@ def test_what_is_chosen_goes_with_what_is_given(given: dict[str, int], size: int
     text = Text(size, vocab_size=300, train_tokens=size // 2, val_tokens=max(200, size // 20))
     config, _ = fit_text(config_with(**given), text)
     config, said = fit_model(config, text, Machine({128: 1e10, 512: 4e10}, 2**34, 150.0))
-    made = settled(config)
+    made = settled(config, text)
     assert not made.fit.fields
     tree = config_to_dict(made)
     for name, value in given.items():

@@ -243,7 +243,7 @@ def make_plan(
         steps, said = fit_steps(config, text, Speed(step_seconds, 0.0, speed.evaluation, speed.sample), 1, left, gpus)
         config, derived = resolve(with_steps(unfinished, steps), vocab_size, data.windows)
         fitted += said
-    config = settled(config) if config.fit.fields else config
+    config = settled(config, text) if config.fit.fields else config
     measured = validated_tokens(config, data.val_tokens) + data.test_tokens
     seconds = config.train.steps * step_seconds + speed.evaluation * measured / gpus
     return Plan(

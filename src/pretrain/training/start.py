@@ -218,7 +218,7 @@ def make_run(draft: Draft, config: Config, say: Callable[[str], None]) -> Run:
     for line in derived:
         say(f"derived   {line}")
     build_optimizers(meta_model(config.model, vocab_size), config.optim)  # refuses groups of no parameter
-    return Run.create(draft.folder, settled(config))
+    return Run.create(draft.folder, settled(config, draft.text))
 
 
 def same_data(run: Run, config: Config, named: bool, say: Callable[[str], None]) -> Run:
