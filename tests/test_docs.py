@@ -174,7 +174,15 @@ def finished(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("docs") / "run"
     options = {**TINY, "data.paths": str(text_file)}
     assert (
-        main(["train", "--out", str(out), *[word for name, v in options.items() for word in (f"--{name}", str(v))]])
+        main(
+            [
+                "train",
+                "quickstart",
+                "--out",
+                str(out),
+                *[word for name, v in options.items() for word in (f"--{name}", str(v))],
+            ]
+        )
         == 0
     )
     return out

@@ -18,7 +18,8 @@ from tests.training.test_loop import change, learned, weights
 from tests.training.test_validation import EVALS
 
 from pretrain.cli import main
-from pretrain.config import Config, GroupConfig
+from pretrain.config import Config, GroupConfig, load_config
+from pretrain.fitting import END_SECONDS
 from pretrain.io import read_jsonl
 from pretrain.runs import Run
 from pretrain.runs.checkpoint import checkpoints
@@ -203,6 +204,32 @@ def test_the_average_and_the_best_of_several_processes(base: Config, tmp_path: P
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert run.summary is not None
     assert all(run.summary[name] == first[name] for name in first if name not in ("seconds", "tokens_per_second"))
+
+
+MEASURED = """
+import os
+import pretrain.training.start as start_module
+from pretrain.sizing import Speed
+measure = start_module.measure_training
+def made_up(*arguments):
+    measure(*arguments)  # all of them do, and exchange gradients
+    return Speed(5.0, 0.0, 0.0), 1
+start_module.measure_training = made_up
+start_module.seconds_left = lambda config, started: 60 * config.train.minutes + 100 * int(os.environ["RANK"])
+"""
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_what_fits_is_chosen_once_for_all(text_file: Path, tmp_path: Path, kind: str):
+    """The time that is left is rank 0's, and the run goes on with what was chosen."""
+    given = {"data.paths": [str(text_file)], "train.minutes": 1, "parallel.kind": kind, "train.precision": "fp32"}
+    given |= {"model.layers": 1, "model.width": 32, "sample.max_tokens": 0, "log.backends": ["none"]}
+    config = load_config("fit", **given)
+    run = run_together(config, tmp_path / "run", 2, MEASURED)
+    assert run.config.train.steps == int((60 - END_SECONDS) // 5)
+    assert set(run.config.fit.chosen) == set(config.fit.fields)
+    again = run_together(config, tmp_path / "run", 2, "import pretrain.training.start as s; del s.measure_training")
+    assert again.config == run.config
 
 
 def test_moved_text_is_found_by_all(base: Config, tmp_path: Path):

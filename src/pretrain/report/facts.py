@@ -281,7 +281,8 @@ def configuration(run: Run, vocabulary: int) -> tuple[str, list[tuple[str, str, 
         with suppress(PretrainError):
             theirs = as_chosen(load_config(given), run.config)  # what was chosen is as in the recipe
             windows = training_order(run.corpus(), theirs).windows if theirs.train.epochs else 0
-            name, recipe = given, resolve(theirs, vocabulary, windows)[0]
+            # Without what was given where it would be chosen, nothing follows from the rest.
+            name, recipe = given, theirs if theirs.fit.fields else resolve(theirs, vocabulary, windows)[0]
     usual = dict(flat(recipe or run.config))
     return name, [(field, ours, "" if ours == usual[field] else usual[field]) for field, ours in flat(run.config)]
 

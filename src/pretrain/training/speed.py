@@ -24,6 +24,9 @@ SECONDS = 5.0
 MINIMUM = 4
 """Measurements that are taken all the same: single ones may be twice the usual."""
 
+MEASUREMENT_SHARE = 0.03
+"""Of train.minutes, at most, for a measurement of the steps."""
+
 PROBES = {"cpu": (128, 384), "cuda": (256, 1024), "mps": (128, 512)}
 """Widths of the small models that tell how fast a device is, before one is chosen."""
 PROBE_SECONDS = 0.5
@@ -135,7 +138,8 @@ def measure_training(config: Config, vocab_size: int, precision: Precision, worl
     each = world.rows_per_rank(config.batch_rows)
     fit = rows_that_fit(config, precision.dtype.itemsize, free_memory(precision.device))
     rows = min(config.train.micro_batch or world.broadcast(fit), each)
-    speed = measure_speed(config, vocab_size, rows, precision, world=world)
+    seconds = min(SECONDS, MEASUREMENT_SHARE * 60 * config.train.minutes)
+    speed = measure_speed(config, vocab_size, rows, precision, seconds, world)
     release(precision)
     return speed, -(-each // rows)
 
