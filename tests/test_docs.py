@@ -173,18 +173,8 @@ def finished(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run, for the commands that look at one."""
     out = tmp_path_factory.mktemp("docs") / "run"
     options = {**TINY, "data.paths": str(text_file)}
-    assert (
-        main(
-            [
-                "train",
-                "quickstart",
-                "--out",
-                str(out),
-                *[word for name, v in options.items() for word in (f"--{name}", str(v))],
-            ]
-        )
-        == 0
-    )
+    given = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    assert main(["train", "quickstart", "--out", str(out), *given]) == 0
     return out
 
 
