@@ -54,8 +54,9 @@ SMALL_TEXT, SMALL_TEXT_MEMORY, PROCESS_BYTES = 10_000_000, 2_000_000_000, 500_00
 """Up to so many bytes of text, training on a CPU takes at most so much memory, of which the process itself so much."""
 VALIDATIONS, CHECKPOINTS = 10, 5
 """How often a run validates, and saves."""
-MOST_VALIDATION, EVALUATION_SHARE = 0.1, 1 / 3
-"""It validates less often where that would take more than this share of the time of training; a token's part of it."""
+MOST_VALIDATION, EVALUATION_SHARE, FEWEST_VALIDATIONS = 0.1, 1 / 3, 3
+"""It validates less often, but so often, where that would take more than this share of the time of training; a token in
+validation takes this part of one in training."""
 USUAL_SHAPE, TOKENS_PER_PARAMETER = 1, 0.25
 """The shape of quickstart; a larger one is taken while the time lets it see so many tokens for each parameter."""
 DEFAULT_SECONDS = 120.0
@@ -275,7 +276,7 @@ def fit_marks(config: Config, text: Text) -> Config:
     measured = min(config.eval.tokens or text.val_tokens, text.val_tokens) * EVALUATION_SHARE
     least = math.ceil(measured / MOST_VALIDATION / config.train.batch_tokens)
     every = {
-        "eval.every": max(1, steps // VALIDATIONS, least),
+        "eval.every": max(1, steps // VALIDATIONS, min(least, steps // FEWEST_VALIDATIONS)),
         "checkpoint.every": max(1, steps // CHECKPOINTS),
     }
     return _chosen(config, every)
