@@ -252,6 +252,9 @@ def test_what_a_dry_run_tells_apart():
     (small, _), (large, peak) = (dry_run(config, 300, rows, 1, BF16) for rows in (4, 8))
     assert small["weights"] == small["gradients"] == 4 * sum(counts.values())
     assert small["moments"] == pytest.approx(find_optimizer(config.optim).state_bytes(counts), rel=1e-2)
+    averaged, peak_averaged = dry_run(load_config("quickstart", **SMALL, **{"optim.ema": 0.9}), 300, 8, 1, BF16)
+    assert averaged == {**large, "average": 4 * sum(counts.values())}
+    assert peak_averaged == peak + 4 * sum(counts.values())
     assert small["weight copies"] == 2 * matrices(counts)
     assert large["activations"] == pytest.approx(2 * small["activations"], rel=0.05)
     _, peak_again = dry_run(config, 300, 8, 2, BF16)  # its gradients lie beside the next activations

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.training.test_loop import assert_same_run, change, weights
+from tests.training.test_loop import assert_same_run, change, new_run, weights
 from tests.training.test_reliability import heard, nan_in
 from tests.training.test_validation import validations
 
@@ -26,7 +26,6 @@ from pretrain.training import Callback, Console, evaluator, train
 from pretrain.training.average import EVERY, WeightAverage
 from pretrain.training.callbacks import Validation, overfitting
 from pretrain.training.setup import set_up
-from pretrain.training.start import open_run
 from pretrain.training.state import TrainState
 from pretrain.training.step import train_step
 from pretrain.training.world import World
@@ -187,7 +186,7 @@ def test_a_signal_while_the_average_is_measured(averaged: Config, tmp_path: Path
 
 
 def test_whatever_is_raised_the_weights_are_back(averaged: Config, tmp_path: Path, monkeypatch):
-    run = open_run(averaged, tmp_path / "run", Console(quiet=True))
+    run = new_run(averaged, tmp_path / "run")
     state = set_up(run, World(torch.device("cpu")), Console(quiet=True), started=0.0).state
     assert state.average is not None
     for _ in range(6):
@@ -289,7 +288,9 @@ def test_a_run_that_overfits_leaves_its_best(noise: Config, tmp_path: Path, caps
     texts = []
     for options in ([], ["--step", str(best)], ["--step", "40"]):
         assert main(["sample", str(run.folder), "--prompt", "abc", "--temperature", "0", *options]) == 0
-        texts.append(capsys.readouterr().out.splitlines()[-1])
+        printed = capsys.readouterr()
+        texts.append(printed.out.splitlines()[-1])
+        assert (f"of step {best}, the lowest validation loss" in printed.err) == (not options)
     assert texts[0] == texts[1] != texts[2]
 
     # Killed before its summary, and longer: from the newest, as if there had been no best.

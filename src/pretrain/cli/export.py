@@ -32,11 +32,9 @@ class Export(Command):
     def __call__(self) -> int:
         from pretrain.hf.export import export_run
         from pretrain.runs import Run
-        from pretrain.runs.checkpoint import AVERAGE
 
         run = Run.open(self.run)
         checkpoint = run.model_checkpoint(self.step)
         how = export_run(run, self.format, Path(self.out), checkpoint)
-        what = " average of the" if run.weights(checkpoint.step) == AVERAGE else ""
-        print(f"Wrote {self.out}, the{what} weights of step {checkpoint.step:,}. In Python:  {how}")
+        print(f"Wrote {self.out}, {run.model_in_words(checkpoint)}. In Python:  {how}")
         return 0

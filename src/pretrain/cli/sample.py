@@ -53,13 +53,19 @@ class Sample(Command):
         from pretrain.generation import encode_prompt, sample_text, sample_texts
         from pretrain.generation.terminal import converse, print_as_it_comes, read_prompts
         from pretrain.runs import Run
+        from pretrain.runs.checkpoint import AVERAGE
 
         run = Run.open(self.run)
         prompts = [sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt for prompt in self.prompt]
         prompts += read_prompts(self.prompts_file) if self.prompts_file else []
         prompts = prompts or [""]
         device = choose_device(self.device)
-        model = run.load_model(device, run.model_checkpoint(self.step))
+        checkpoint, summary = run.model_checkpoint(self.step), run.summary or {}
+        left_earlier = not self.step and checkpoint.step == summary.get("model_step") != summary.get("steps")
+        if left_earlier or run.weights(checkpoint.step) == AVERAGE:
+            best = ", the lowest validation loss" if left_earlier else ""
+            print(f"pretrain: {run.model_in_words(checkpoint)}{best}", file=sys.stderr)
+        model = run.load_model(device, checkpoint)
         # On a CPU fp32, in which a text is the same in any batch; elsewhere bf16 for its speed.
         model.activation_dtype = choose_precision("fp32" if device.type == "cpu" else "auto", device).dtype
         tokenizer, options, context = run.tokenizer(), vars(self.options), model.config.context_length

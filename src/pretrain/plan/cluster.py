@@ -74,6 +74,7 @@ def memory_parts(
         "weights": 4 * shard,
         "gradients": 4 * shard,
         "moments": round(alone["moments"] * shard / (blocks + root)),
+        **({"average": 4 * shard} if "average" in alone else {}),
         "weight copies": dtype.itemsize * (root + gathered),
         "temporary": math.ceil(alone["temporary"] / layout.shards),
         "whole gradients": 4 * (blocks + root if wait else max(root, 2 * largest)),

@@ -89,10 +89,12 @@ def dry_run(
         "weights": weights,
         "gradients": gradients,
         "moments": moments,
+        **({"average": weights} if config.optim.ema else {}),
         "weight copies": copies,
         "activations": max(0, kept - head_gradient - copies),
         "logits chunk": LOGIT_BYTES * head_rows * min(chunk_rows(device, head_rows), tokens.numel()),
     }
+    peak += parts.get("average", 0)  # the dry run does not have it
     return {**parts, "temporary": max(0, peak - sum(parts.values()))}, peak
 
 

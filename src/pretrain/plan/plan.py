@@ -285,7 +285,7 @@ def choose_hardware(config: Config, gpu: str) -> Hardware:
 
 def with_surroundings(parts: dict[str, int], device: torch.device, state: int) -> tuple[dict[str, int], dict[str, int]]:
     """Add what the allocator, the process and saving take; gives the memory of the device and of the machine beside."""
-    churned = sum(parts.values()) - parts["weights"] - parts["moments"]
+    churned = sum(parts.values()) - parts["weights"] - parts["moments"] - parts.get("average", 0)
     around = {"process": PROCESS_BYTES, "checkpoint being saved": WRITING * state}
     if device.type == "cuda":
         return {**parts, "allocator": round(GPU_CACHE * churned), "CUDA itself": CUDA_BYTES}, around

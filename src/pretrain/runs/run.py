@@ -230,6 +230,11 @@ class Run:
         newest = next((weights for weights in reversed(said) if weights is not None), LAST)
         return AVERAGE if newest == AVERAGE else LAST
 
+    def model_in_words(self, checkpoint: Checkpoint) -> str:
+        """Which weights are the model of a checkpoint."""
+        average = "average of the " if self.weights(checkpoint.step) == AVERAGE else ""
+        return f"the {average}weights of step {checkpoint.step:,}"
+
     def load_model(self, device: torch.device | None = None, checkpoint: Checkpoint | None = None) -> GPT:
         """The model of a checkpoint, by default of :meth:`model_checkpoint`, in evaluation mode.
 
