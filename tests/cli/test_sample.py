@@ -20,7 +20,7 @@ def run(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     out = str(tmp_path_factory.mktemp("sample") / "run")
     settings = {**TINY, "sample.max_tokens": 0}
     options = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-    assert main(["train", "--data", str(text_file), "--out", out, *options]) == 0
+    assert main(["train", "quickstart", "--data", str(text_file), "--out", out, *options]) == 0
     return out
 
 
