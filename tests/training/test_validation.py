@@ -59,7 +59,7 @@ def test_before_the_first_step_and_at_an_offset_by_the_command(text_file: Path, 
     settings = {**TINY, "data.paths": str(text_file), "eval.offset": 1, "eval.train_tokens": 512}
     options = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
     out = tmp_path / "run"
-    assert main(["train", "--out", str(out), *options, "--eval.at-start", "--checkpoint.keep-best"]) == 0
+    assert main(["train", "quickstart", "--out", str(out), *options, "--eval.at-start", "--checkpoint.keep-best"]) == 0
     run, printed = Run.open(out), capsys.readouterr().out
     records = validations(run)
     assert list(records) == [0, 1, 6, 11, 12]
@@ -200,7 +200,7 @@ def test_random_held_out_windows_are_drawn_anew_each_time(tiny: Config, tmp_path
 def test_the_last_validation_says_both(tiny: Config, text_file: Path, tmp_path: Path, capsys):
     settings = {**TINY, "data.paths": str(text_file), "checkpoint.keep_last": 0, "checkpoint.every": 5}
     options = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-    assert main(["train", "--out", str(tmp_path / "run"), *options]) == 0
+    assert main(["train", "quickstart", "--out", str(tmp_path / "run"), *options]) == 0
     run, printed = Run.open(tmp_path / "run"), capsys.readouterr().out
     records, stream = validations(run), run.corpus().stream("val")
     assert len(stream) > 257
@@ -224,7 +224,7 @@ def test_the_last_validation_says_both(tiny: Config, text_file: Path, tmp_path: 
 def test_the_test_is_measured_once_at_the_end(text_file: Path, tmp_path: Path, capsys):
     settings = {**TINY, "data.paths": str(text_file), "data.test_fraction": 0.1}
     options = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-    assert main(["train", "--out", str(tmp_path / "run"), *options, "--checkpoint.keep-best"]) == 0
+    assert main(["train", "quickstart", "--out", str(tmp_path / "run"), *options, "--checkpoint.keep-best"]) == 0
     run, printed = Run.open(tmp_path / "run"), capsys.readouterr().out
     text = text_file.read_text(encoding="utf-8")
     corpus, characters = run.corpus(), len(text)
@@ -282,13 +282,13 @@ def test_tokens_bring_their_own_test(text_file: Path, tmp_path: Path, capsys):
     refused = ["train", "--data", shards, *options, "--data.test_fraction", "0.1", "--out", str(tmp_path / "run")]
     assert main(refused) == 2
     assert "hold a test out when they are made: pretrain data prepare --test-fraction 0.1" in capsys.readouterr().err
-    assert main(["plan", "--data", shards, "--data.test_fraction", "0.1", "--no-measure"]) == 2
-    assert main(["train", "--data", shards, *options, "--out", str(tmp_path / "run")]) == 0
+    assert main(["plan", "quickstart", "--data", shards, "--data.test_fraction", "0.1", "--no-measure"]) == 2
+    assert main(["train", "quickstart", "--data", shards, *options, "--out", str(tmp_path / "run")]) == 0
     summary = Run.open(tmp_path / "run").summary
     assert summary is not None
     assert 0 < summary["test_loss"] < 6
     capsys.readouterr()
-    assert main(["plan", "--data", shards, "--no-measure", "--json"]) == 0
+    assert main(["plan", "quickstart", "--data", shards, "--no-measure", "--json"]) == 0
     exact = json.loads(capsys.readouterr().out)["data"]
     command = ["plan", "--data", str(text_file), "--tokenizer.kind", "byte", "--no-measure", "--json"]
     assert main([*command, "--data.test_fraction", "0.1"]) == 0
