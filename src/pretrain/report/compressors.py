@@ -36,7 +36,7 @@ def xz(text: bytes) -> int:
 
 def ppmd(text: bytes, order: int) -> int:
     """Bytes of a text as PPMd packs it (Shkarin 2002, variant I)."""
-    import pyppmd
+    import pyppmd  # pyright: ignore[reportMissingImports]
 
     return len(pyppmd.compress(text, max_order=order, mem_size=min(2**29, max(2**24, 64 * len(text)))))
 
