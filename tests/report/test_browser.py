@@ -51,6 +51,7 @@ def test_other_axes(run: Run, tmp_path: Path, browser: Browser):
             "training, each step": "2.075",
             "training, smoothed": "2.116",
             "held out": "2.275",
+            "held out, lowest": "2.275",
         }
         assert browser.drawn("loss") > 1000
     browser.find("#logarithmic").click()
@@ -199,14 +200,17 @@ def test_before_the_first_step_and_both_of_the_last(make_run, tmp_path: Path, br
     run = make_run(steps=0)
     append_jsonl(run.metrics, {"step": 0, "tokens": 0, "time": 1.0, "val/loss": 5.5, "train/eval_loss": 5.6})
     browser.open(write_report([run], tmp_path / "page.html"))
-    assert browser.legend("loss") == {"step": "0", "training, in evaluation": "5.6", "held out": "5.5"}
-    last = {"val/loss": 2.5, "val/part_loss": 2.1, "val/bpb": 3.5, "val/part_bpb": 3.1, "train/eval_loss": 2.0}
+    first = {"training, in evaluation": "5.6", "held out": "5.5", "held out, lowest": "5.5"}
+    assert browser.legend("loss") == {"step": "0", **first}
+    last = {"test/loss": 2.6, "test/bpb": 3.6}
+    last |= {"val/loss": 2.5, "val/part_loss": 2.1, "val/bpb": 3.5, "val/part_bpb": 3.1, "train/eval_loss": 2.0}
     append_jsonl(run.metrics, *records(1, 39), *records(40, 40, **last))
     browser.open(write_report([run], tmp_path / "page.html"))
     shown = browser.legend("loss")
-    names = ("training, in evaluation", "held out", "all held-out text")
-    assert [shown[name] for name in names] == ["2", "2.1", "2.5"]
-    assert browser.legend("bpb") == {"step": "40", "held out": "3.1", "all held-out text": "3.5"}
+    names = ("training, in evaluation", "held out", "all held-out text", "held out, lowest", "test")
+    assert [shown[name] for name in names] == ["2", "2.1", "2.5", "2.1", "2.6"]
+    assert browser.legend("bpb") == {"step": "40", "held out": "3.1", "all held-out text": "3.5", "test": "3.6"}
+    assert browser.run(LABELS) == PLOTS
     assert {"#00755a", "#b84a00", "#0b62b0"} <= browser.colors("loss")
     for axis in ("tokens", "time", "flops"):
         browser.find(f"input[value={axis}]").click()

@@ -61,6 +61,7 @@
         { table: "val", column: "val/loss", label: "held out", points: true, shade: 1 },
         { table: "val", column: "val/loss of all", label: "all held-out text", points: true, shade: 1, single: true },
         { table: "val", column: "val/loss lowest", label: "held out, lowest", points: true, shade: 1, single: true },
+        { table: "val", column: "test/loss", label: "test", points: true, shade: 3, single: true },
       ],
       rules: (run) => Object.entries(run.baselines ?? {}).map(([label, value]) => ({ label, value })),
     },
@@ -69,6 +70,7 @@
       lines: [
         { table: "val", column: "val/bpb", label: "held out", points: true },
         { table: "val", column: "val/bpb of all", label: "all held-out text", points: true, single: true },
+        { table: "val", column: "test/bpb", label: "test", points: true, shade: 3, single: true },
       ],
     },
     {
