@@ -422,7 +422,7 @@ def test_the_speed_of_a_device_that_computes_later(tiny: Config, tmp_path: Path,
     monkeypatch.setattr(Evaluator, "validate", validate)
     monkeypatch.setattr(TrainState, "state_dict", save)
     config = change(tiny, train__steps=30, eval__every=11, checkpoint__every=13)
-    run = open_run(config, tmp_path / "run", Console(quiet=True))
+    run = new_run(config, tmp_path / "run")
     trainer = set_up(run, World(torch.device("cpu")), Console(quiet=True), started=0.0)
     trainer.fetch_every = 4
     trainer.fit()
