@@ -290,7 +290,7 @@ def test_tokens_bring_their_own_test(text_file: Path, tmp_path: Path, capsys):
     capsys.readouterr()
     assert main(["plan", "quickstart", "--data", shards, "--no-measure", "--json"]) == 0
     exact = json.loads(capsys.readouterr().out)["data"]
-    command = ["plan", "--data", str(text_file), "--tokenizer.kind", "byte", "--no-measure", "--json"]
+    command = ["plan", "quickstart", "--data", str(text_file), "--tokenizer.kind", "byte", "--no-measure", "--json"]
     assert main([*command, "--data.test_fraction", "0.1"]) == 0
     estimated = json.loads(capsys.readouterr().out)["data"]
     for side in ("train_tokens", "val_tokens", "test_tokens"):
