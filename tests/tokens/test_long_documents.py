@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.conftest import TINY
+from tests.training.test_loop import new_run
 
 from pretrain.cli import main
 from pretrain.config import DataConfig, TokenizerConfig, load_config
@@ -24,8 +25,7 @@ from pretrain.tokens import ORIGIN, Manifest, find_text, jobs
 from pretrain.tokens.prepare import PLAN, prepare_text
 from pretrain.tokens.source import HASH, read_parts
 from pretrain.tokens.stream import LiveBatches
-from pretrain.training.console import Console
-from pretrain.training.start import open_run, train
+from pretrain.training.start import train
 
 prepare_module = importlib.import_module("pretrain.tokens.prepare")  # the name is that of a function, too
 
@@ -314,7 +314,7 @@ def test_a_stream_of_an_earlier_version_goes_on_as_it_began(tmp_path: Path, smal
     config = load_config("quickstart", **{**TINY, **settings})
     losses = {}
     for name in ("new", "old", "resumed"):
-        run = open_run(config, tmp_path / name, Console(quiet=True))
+        run = new_run(config, tmp_path / name)
         if name != "new":  # as an earlier version wrote it
             tree = json.loads((run.folder / ORIGIN).read_text())
             assert tree.pop("whole") is True
