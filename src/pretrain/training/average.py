@@ -11,7 +11,7 @@ from torch import Tensor
 from pretrain.training.parallel import Parameters
 
 EVERY = 5
-"""Steps between updates: one costs 2 % of a step of quickstart's model on a CPU, so that all cost 0.4 %."""
+"""Steps between updates: one takes 2.7 % of a step of quickstart's model on a CPU, so that all take 0.5 %."""
 
 
 class WeightAverage:
