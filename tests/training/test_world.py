@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.evaluation.test_core import write_bundle
 from tests.training.test_loop import change, learned, weights
 from tests.training.test_validation import EVALS
 
@@ -427,6 +428,33 @@ CheckpointWriter.save = noted
     shutil.rmtree(run.checkpoint(12).folder)
     run.reopen()
     assert_near(run_together(config, run.folder, 2), train(config, tmp_path / "alone"))
+
+
+def test_processes_share_the_questions_of_core_and_one_may_take_longer(base: Config, tmp_path: Path):
+    """Than processes wait for each other in training; each question is answered by one, with the same result."""
+    bundle = write_bundle(tmp_path / "bundle")
+    core = {"eval__core_every": 12, "eval__core_bundle": str(bundle), "checkpoint__every": 0}
+    config = change(base, parallel__kind="ddp", parallel__timeout_seconds=5.0, **core)
+    slow = f"""
+import os, time
+import pretrain.evaluation.core as core_module
+ask, slow_once = core_module.prepare_questions, [0] * 100 + [1]
+def counted(scorer, task, indices):
+    with open(Path({str(tmp_path)!r}, "asked-" + os.environ["RANK"]), "a") as asked:
+        asked.writelines(f"{{task.label}} {{index}}\\n" for index in indices)
+    if os.environ["RANK"] == "1" and slow_once.pop():
+        time.sleep(8)
+    return ask(scorer, task, indices)
+core_module.prepare_questions = counted
+"""
+    run = run_together(config, tmp_path / "run", 2, slow)
+    asked = [(tmp_path / f"asked-{rank}").read_text().splitlines() for rank in range(2)]
+    alone = train(change(base, **core), tmp_path / "alone")
+    names = [name for name in learned(alone)[-1] if name.startswith("core/")]
+    assert names
+    assert [learned(run)[-1][name] for name in names] == [learned(alone)[-1][name] for name in names]
+    assert len(set(asked[0]) | set(asked[1])) == len(asked[0]) + len(asked[1])
+    assert abs(len(asked[0]) - len(asked[1])) <= len(names) / 2
 
 
 def test_a_mistake_is_said_once(base: Config, tmp_path: Path):

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from pretrain.evaluation.bundle import CORE_TASKS, Task
 from pretrain.evaluation.scorer import Scorer, evaluating
@@ -100,7 +101,14 @@ class CoreResult:
 
 
 def evaluate_core(
-    scorer: Scorer, tasks: Iterable[Task], max_per_task: int = 0, done: Callable[[TaskResult], None] = lambda _: None
+    scorer: Scorer,
+    tasks: Iterable[Task],
+    max_per_task: int = 0,
+    done: Callable[[TaskResult], None] = lambda _: None,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> CoreResult:
     """Measure a model on tasks; the global random state is not touched.
 
@@ -109,21 +117,26 @@ def evaluate_core(
         tasks: of :func:`pretrain.evaluation.read_tasks`.
         max_per_task: questions of each task; 0 for all. Fewer are the first of them, with the same solved examples.
         done: called after each task.
+        rank: of this process, among those that share the questions of each task.
+        world: how many these are.
+        reduce: adds up a float64 tensor on the CPU over them.
     """
     results = []
     for task in tasks:
         start = time.perf_counter()
-        answers = answer_task(scorer, task, max_per_task)
-        accuracy = sum(answer.correct for answer in answers) / len(answers)
+        answers = answer_task(scorer, task, max_per_task, rank, world)
+        sums = [sum(answer.correct for answer in answers), len(answers)]
+        correct, questions = reduce(torch.tensor(sums, dtype=torch.float64)).tolist()
+        accuracy = correct / questions
         centered = (accuracy - task.baseline) / (1 - task.baseline)
-        results.append(TaskResult(task.label, accuracy, centered, len(answers), time.perf_counter() - start))
+        results.append(TaskResult(task.label, accuracy, centered, int(questions), time.perf_counter() - start))
         done(results[-1])
     return CoreResult(tuple(results))
 
 
-def answer_task(scorer: Scorer, task: Task, max_per_task: int = 0) -> list[Answer]:
-    """The model's answers to the questions of a task, in order."""
-    indices = range(len(task.examples))[: max_per_task or None]
+def answer_task(scorer: Scorer, task: Task, max_per_task: int = 0, rank: int = 0, world: int = 1) -> list[Answer]:
+    """The model's answers to the questions of a task, in order; of ``world`` processes to those of this ``rank``."""
+    indices = range(len(task.examples))[: max_per_task or None][rank::world]
     answers = []
     with evaluating(scorer.model):
         for start in range(0, len(indices), BLOCK):

@@ -152,13 +152,12 @@ class Evaluator:
         return tokens > 0 and drawn
 
     def core(self, check: Callable[[], None]) -> CoreResult:
-        """CORE, or the mean over as many of its tasks as the bundle has; each process takes some of the tasks."""
-        shares = 1 if self.together else self.world.size
+        """CORE, or the mean over as many of its tasks as the bundle has; each process takes some of the questions."""
+        world = self.world
+        shared = {} if self.together else {"rank": world.rank, "world": world.size, "reduce": world.sum}
         scorer = GPTScorer(self.model, self.tokenizer, on_batch=check)
-        tasks = self.core_tasks[self.world.rank % shares :: shares]
         with self.better_weights(), self.eager():
-            results = evaluate_core(scorer, tasks, self.config.eval.core_max_per_task).tasks
-        return CoreResult(tuple(each for some in self.world.gather(results)[:shares] for each in some))
+            return evaluate_core(scorer, self.core_tasks, self.config.eval.core_max_per_task, **shared)
 
     def sample(self, check: Callable[[], None]) -> dict[str, str]:
         """The text that each prompt of ``config.sample`` begins; none in a process that rank 0 does not need for it.

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 STACKS = "hang.txt"
 SAVING = "saving"
 """The phase of waiting for a checkpoint to be written, which may take longer than any other."""
+MEASURING = {"validating", "measuring CORE", "sampling"}
+"""The phases in which processes wait for each other as long as at the start: some have more to do than others."""
 WARNED_AFTER = 0.7
-"""Stragglers are named after this fraction of ``parallel.timeout_seconds``: at its end NCCL aborts the process before
+"""Stragglers are named after this fraction of the time that processes wait: at its end NCCL aborts the process before
 Python can."""
 
 
@@ -74,7 +76,9 @@ class Heartbeat(Callback):
         guard, usual = self.config.guard, statistics.median(self._steps or [0.0])
         limit = max(guard.hang_seconds, guard.hang_factor * usual)
         if self.world.size > 1 and self._steps and self.phase != SAVING:
-            limit = min(limit, WARNED_AFTER * self.config.parallel.timeout_seconds)
+            parallel = self.config.parallel
+            waits = parallel.start_seconds if self.phase in MEASURING else parallel.timeout_seconds
+            limit = min(limit, WARNED_AFTER * waits)
         return limit
 
     def _publish(self) -> None:

@@ -177,7 +177,7 @@ class Trainer:
         self.asked.append(Later(numbers.pop("stop")))
         seconds = time.monotonic() - begin
         if self.step == self.first + 1:  # only the first step may compile for minutes
-            self.world.shorten_timeout(self.config.parallel.timeout_seconds, self.state.parameters.groups)
+            self.world.set_timeout(self.config.parallel.timeout_seconds, self.state.parameters.groups)
         known = self.fetch_every == 1  # a GPU is still computing
         self.phase("between steps", seconds=seconds if known else None)
         return {
@@ -200,6 +200,9 @@ class Trainer:
         first = step == self.first + 1
         if first or evaluate or measure_core or sample or due:
             self.settle()  # what follows takes time that is not the steps'; the first may have been compiled
+        measures = self.world.size > 1 and (evaluate or measure_core or sample)
+        if measures:  # of which some do more than others, or one alone
+            self.world.set_timeout(config.parallel.start_seconds, self.state.parameters.groups)
         if last and self.saved != step:  # the weights first: what is measured then may fail, or take long
             self.save(must=True)
         if evaluate:
@@ -217,6 +220,10 @@ class Trainer:
         if sample:
             check = functools.partial(self.phase, "sampling", may_stop=evaluator.together)
             samples = evaluator.sample(check) if config.sample.max_tokens else {}
+        if measures:
+            self.world.any(False)  # all are done
+            if step > self.first:  # and the first step, which may compile for minutes, is over
+                self.world.set_timeout(config.parallel.timeout_seconds, self.state.parameters.groups)
         progress.pending = None
 
         self.waiting.append(record)

@@ -111,8 +111,8 @@ class World:
                     f" rank 0: {', '.join(map(str, different))}); start them all alike"
                 )
 
-    def shorten_timeout(self, seconds: float, groups: Sequence[dist.ProcessGroup]) -> None:
-        """After the first step, which may compile for minutes, wait less for processes that do not answer.
+    def set_timeout(self, seconds: float, groups: Sequence[dist.ProcessGroup]) -> None:
+        """Wait so long from now on for processes that do not answer.
 
         ``groups`` are those that the model is sharded over.
         """
