@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pretrain.config import ModelConfig
 from pretrain.model import GPT, meta_model
 from pretrain.model.cache import KVCache
-from pretrain.model.transformer import dropout
+from pretrain.model.transformer import attend, dropout
 
 
 def build(config: ModelConfig, vocab_size: int = 40, dtype: torch.dtype = torch.float32) -> GPT:
@@ -246,3 +246,20 @@ def test_nanochats_initialisations():
     assert of_2026["embedding.weight"][0] == pytest.approx(0.8, rel=0.02)
     assert of_2026["value_embeddings.0.weight"][0] == pytest.approx(unit, rel=0.02)
     assert of_2026["value_embeddings.0.weight"][1] == pytest.approx(3**0.5 * unit, rel=0.01)
+
+
+def test_a_gpu_is_not_given_a_mask_and_groups_together(monkeypatch):
+    """No kernel of its own takes both; the result is that of the CPU."""
+    asked, kernel = [], F.scaled_dot_product_attention
+
+    def noted(q, k, v, mask, *rest, enable_gqa, **more):
+        asked.append((mask is not None, enable_gqa))
+        return kernel(q, k, v, mask, *rest, enable_gqa=enable_gqa, **more)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    q, k, v = (torch.randn(2, heads, 8, 16, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2))
+    mask = torch.ones(8, 8, dtype=torch.bool).tril().triu(-2)
+    for given in (None, mask):
+        on_gpu, on_cpu = (attend(q, k, v, given, 0.25, 0.0, device) for device in ("cuda", "cpu"))
+        assert torch.allclose(on_gpu, on_cpu, atol=1e-6)
+    assert asked == [(False, True), (True, False)]

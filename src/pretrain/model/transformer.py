@@ -122,6 +122,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, p
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         scores = torch.where(mask, (q @ k.mT) * scale, -torch.inf)
         return dropout(scores.softmax(dim=-1), p, training=True) @ v
+    if device_type == "cuda" and T > 1 and mask is not None and k.shape[1] != q.shape[1]:
+        # With a mask the kernels that hold no scores take no groups: torch would fall back to one that does.
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     causal, gqa = mask is None and T > 1, k.shape[1] != q.shape[1]
     return F.scaled_dot_product_attention(q, k, v, mask, p, causal, scale=scale, enable_gqa=gqa)
 
