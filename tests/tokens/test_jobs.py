@@ -627,7 +627,7 @@ def test_memory_is_bounded(tmp_path: Path):
 def test_the_tokenizer_learns_from_all_of_a_long_text_evenly(library: Path, tmp_path: Path, monkeypatch):
     seen: list[str] = []
 
-    def build(kind, vocab_size, texts, pattern):
+    def build(kind, vocab_size, texts, pattern, fewer):
         seen.extend(texts)
         return build_tokenizer("byte", 0, [])
 
@@ -635,7 +635,7 @@ def test_the_tokenizer_learns_from_all_of_a_long_text_evenly(library: Path, tmp_
     monkeypatch.setattr(prepare_module, "LEARN_BYTES", 30_000)
     pieces = find_pieces([str(library)], "body")
     planned = plan_jobs(pieces, TRAIN, shard_tokens=2000, field="body")
-    prepare_module.learn_bpe(tmp_path, planned, 300, "gpt2", lambda *_: None)
+    prepare_module.learn_bpe(tmp_path, planned, 300, "gpt2", False, lambda *_: None)
     texts = texts_of(library)
     assert len(set(seen)) == len(seen)
     places = [texts.index(text) for text in seen]
