@@ -3,6 +3,9 @@
 import json
 import lzma
 import random
+import sys
+import types
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -28,10 +31,11 @@ def words(count: int, seed: int) -> bytes:
 
 
 @pytest.fixture
-def stand_in(tmp_path: Path, monkeypatch):
-    (tmp_path / "modules").mkdir()
-    (tmp_path / "modules" / "pyppmd.py").write_text(STAND_IN)
-    monkeypatch.syspath_prepend(tmp_path / "modules")
+def stand_in(monkeypatch: pytest.MonkeyPatch):
+    module = types.ModuleType("pyppmd")
+    module.__spec__ = ModuleSpec("pyppmd", None)
+    exec(STAND_IN, vars(module))
+    monkeypatch.setitem(sys.modules, "pyppmd", module)
 
 
 def test_xz_is_that_of_the_program():

@@ -574,15 +574,16 @@ def test_slow_steps_are_no_hang(watch: Callable[..., Heartbeat], hangs: list[str
     assert hangs == []
 
 
-def test_others_time_out_earlier_but_not_while_saving(watch: Callable[..., Heartbeat], hangs: list[str]):
+def test_others_time_out_earlier_but_not_while_saving_or_measuring(watch: Callable[..., Heartbeat], hangs: list[str]):
     heartbeat = watch(timeout_seconds=0.3 / 0.7, processes=2, hang_seconds=0.4, hang_factor=1000)
     heartbeat.on_phase(1, "saving", 1.0)
     time.sleep(0.6)
     assert not hangs
-    heartbeat.on_phase(1, "validating")
+    heartbeat.on_phase(1, "validating")  # in which some have more to do than others
+    assert heartbeat.limit == 1000
     for _ in range(6):
+        heartbeat.on_phase(1, "waiting for data")
         time.sleep(0.1)
-        heartbeat.on_phase(1, "validating")
     assert not hangs
     wait_until(lambda: hangs)
-    assert "while validating after step 1" in hangs[0]
+    assert "while waiting for data after step 1" in hangs[0]
