@@ -311,7 +311,8 @@ def run_seconds(config: Config, speed: Speed, micro_steps: int, text: Text, proc
     samples = config.train.steps // sampling.every + 1 if sampling.every else validations
     sampled = samples * len(sampling.prompts) * sampling.max_tokens
     steps = config.train.steps * (speed.step(micro_steps) + STEP_SECONDS)
-    measured = validated_tokens(config, text.val_tokens) + text.test_tokens
+    both = 2 if config.optim.ema else 1  # the weights and their average
+    measured = both * validated_tokens(config, text.val_tokens) + text.test_tokens
     return steps + speed.evaluation * measured / processes + sampled * speed.sample
 
 

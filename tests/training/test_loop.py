@@ -125,7 +125,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tiny: Config, text_file: Path
     overrides = {**TINY, "train.steps": 300, "eval.every": 50, "checkpoint.every": 0, "data.paths": str(text_file)}
     options = [text for name, value in overrides.items() for text in (f"--{name}", str(value))]
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "pretrain", "train", "--out", str(out), *options]
+    command = [sys.executable, "-m", "pretrain", "train", "quickstart", "--out", str(out), *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while len(read_jsonl(out / "metrics.jsonl")) < 20 and time.monotonic() < deadline:

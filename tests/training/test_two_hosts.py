@@ -87,7 +87,7 @@ def hosts() -> Iterator[tuple[Host, Host]]:
 
 
 def test_two_hosts_learn_what_one_does(hosts: tuple[Host, Host], text_file: Path, tmp_path: Path):
-    settings = ["--data", str(text_file), *options(sample__max_tokens=0), "--out"]
+    settings = ["quickstart", "--data", str(text_file), *options(sample__max_tokens=0), "--out"]
     together = [host.start(hosts[0].address, *settings, str(tmp_path / "together")) for host in hosts]
     for process in together:
         output, errors = process.communicate(timeout=180)
