@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.conftest import TINY
-from tests.training.test_loop import assert_same_run
+from tests.training.test_loop import assert_same_run, killed_at
 
 from pretrain.cli import main
 from pretrain.io import read_jsonl
@@ -39,20 +39,8 @@ def books(tmp_path: Path) -> Path:
 
 def stop_at(step: int, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     """Train until something ends the process at a step."""
-    from pretrain.training.step import train_step
-
-    class Killed(Exception):
-        pass
-
-    def killed(state, *hooks):
-        if state.progress.step == step:
-            raise Killed
-        return train_step(state, *hooks)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("pretrain.training.step.train_step", killed)
-        with pytest.raises(Killed):
-            train(*arguments)
+    with killed_at(step, monkeypatch):
+        train(*arguments)
 
 
 def replace_same_size(file: Path) -> None:

@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -55,6 +57,24 @@ def new_run(config: Config, out: Path) -> Run:
     draft = open_run(config, out, Console(quiet=True))
     assert isinstance(draft, Draft)
     return make_run(draft, draft.config, print)
+
+
+@contextmanager
+def killed_at(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What is trained here ends after so many steps, as if something killed the process."""
+
+    class Killed(Exception):
+        pass
+
+    def killed(state, *hooks):
+        if state.progress.step == step:
+            raise Killed
+        return train_step(state, *hooks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pretrain.training.step.train_step", killed)
+        with pytest.raises(Killed):
+            yield
 
 
 def assert_same_run(one: Run, other: Run) -> None:

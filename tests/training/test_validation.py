@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from tests.conftest import TINY
-from tests.training.test_loop import assert_same_run, change, learned, weights
+from tests.training.test_loop import assert_same_run, change, killed_at, learned, weights
 
 from pretrain.cli import main
 from pretrain.config import Config, load_config
@@ -23,8 +23,6 @@ from pretrain.runs import Run
 from pretrain.runs.checkpoint import checkpoints
 from pretrain.tokens import TokenStream, TrainingBatches, training_order, window_batches
 from pretrain.training import evaluator, train
-from pretrain.training.state import TrainState
-from pretrain.training.step import train_step
 
 EVALS = {
     "eval__at_start": True,
@@ -88,22 +86,12 @@ def test_measuring_changes_nothing_of_training(tiny: Config, measured: Config, t
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("killed_at", [2, 9])  # before the first checkpoint, and after the second
-def test_a_killed_run_has_every_validation_once(measured: Config, tmp_path: Path, monkeypatch, killed_at: int):
+@pytest.mark.parametrize("killed", [2, 9])  # before the first checkpoint, and after the second
+def test_a_killed_run_has_every_validation_once(measured: Config, tmp_path: Path, monkeypatch, killed: int):
     undisturbed = train(measured, tmp_path / "undisturbed")
 
-    class Killed(Exception):
-        pass
-
-    def die(state: TrainState, *hooks):
-        if state.progress.step == killed_at:
-            raise Killed
-        return train_step(state, *hooks)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("pretrain.training.step.train_step", die)
-        with pytest.raises(Killed):
-            train(measured, tmp_path / "killed")
+    with killed_at(killed, monkeypatch):
+        train(measured, tmp_path / "killed")
     assert 0 in validations(Run.open(tmp_path / "killed"))
     assert_same_run(train(measured, tmp_path / "killed"), undisturbed)
 
