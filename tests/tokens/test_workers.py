@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import pytest
@@ -146,6 +148,31 @@ def test_ctrl_c_reaches_the_workers_at_any_moment_and_the_parent_decides():
         os.killpg(process.pid, signal.SIGINT)
         printed, error = process.communicate(timeout=50)  # which ends when no worker holds the pipes any more
         assert (process.returncode, printed, error) == (0, "stopped\n", "")
+
+
+def test_ctrl_c_while_a_worker_starts_leaves_none(monkeypatch: pytest.MonkeyPatch):
+    """Also when a thread of a library takes the signal, as those of OpenBLAS may."""
+    end = threading.Event()
+    thread = threading.Thread(target=end.wait)
+    thread.start()
+    start = SpawnProcess._Popen
+    begun = []
+
+    def interrupted(*arguments):
+        begun.append(start(*arguments))
+        signal.pthread_kill(thread.ident or 0, signal.SIGINT)
+        time.sleep(0.1)  # where Python interrupts
+        return begun[-1]
+
+    monkeypatch.setattr(SpawnProcess, "_Popen", staticmethod(interrupted))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_in_processes(sleep, [(60,)] * 2, lambda *_: None, 2)
+        assert [process.poll() for process in begun] == [-signal.SIGKILL] * 2
+    finally:
+        end.set()
+        for process in begun:
+            process.kill()
 
 
 def sleep(seconds: float, report) -> None:

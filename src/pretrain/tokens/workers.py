@@ -90,16 +90,35 @@ def _starting_workers() -> Iterator[None]:
     # A spawned process imports the main module of its parent: a user's script without a main guard would run again.
     main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
     os.environ.update(added)
-    # Ctrl-C goes to all processes of a terminal, and the parent decides; what is blocked here stays so in a child.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]) if hasattr(signal, "pthread_sigmask") else None
     try:
-        yield
+        with _interrupts_later():
+            yield
     finally:
         sys.modules["__main__"] = main
         for name in added:
             del os.environ[name]
+
+
+@contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Ctrl-C in the body acts at its end, so that no process has begun that we do not know of.
+
+    Ctrl-C goes to all processes of a terminal, and the parent decides: what is blocked here stays so in a child. Here a
+    block is not enough: a thread of a library may take the signal, and then Python interrupts the main thread.
+    """
+    came: list[int] = []
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number)) if main else None
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]) if hasattr(signal, "pthread_sigmask") else None
+    try:
+        yield
+    finally:
         if mask is not None:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # one that waited comes now
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _death(codes: Sequence[int | None]) -> str:
