@@ -63,6 +63,8 @@ DEFAULT_SECONDS = 120.0
 """Of training, for the choice of a model where no time is given."""
 STEP_SECONDS = 0.0008
 """Of each step beside its computation: the batch, the metrics, the callbacks."""
+COMPILE_SECONDS = 90.0
+"""Training on a CPU that lasts longer is compiled, which takes up to half a minute."""
 END_SECONDS = 3.0
 """Of what follows the last step: the model read again, plot, report."""
 
@@ -212,6 +214,9 @@ def fit_model(config: Config, text: Text, machine: Machine) -> tuple[Config, lis
     def sized(config: Config) -> Config:
         return resolve(with_steps(config, 1), text.vocab_size)[0]  # with a shape, where the dial has still to make it
 
+    config = _chosen(
+        config, {"train.compile": "on" if machine.seconds > COMPILE_SECONDS and not machine.accelerated else "auto"}
+    )
     limit, seconds = memory_limit(text, machine), machine.seconds or DEFAULT_SECONDS
     chosen, why = _shaped(config, *SHAPES[0]), "the smallest"
     for number, shape in enumerate(SHAPES[: tier.shape + 1]):

@@ -177,6 +177,15 @@ class Speed:
         return micro_steps * self.micro_step + self.update
 
 
+VALIDATION_TOKENS = 8192
+"""Tokens in a validation batch at least: without a backward pass it may be larger than a micro-batch."""
+
+
+def validation_rows(micro_rows: int, length: int) -> int:
+    """Rows of a validation batch."""
+    return max(micro_rows, VALIDATION_TOKENS // length)
+
+
 def validated_tokens(config: Config, held_out: int) -> int:
     """Tokens of all validations of a run, of which ``held_out`` are there."""
     settings = config.eval

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pretrain.model.loss import IGNORE, linear_cross_entropy, softcap
+from pretrain.model.loss import IGNORE, ChunkLoss, linear_cross_entropy, softcap
 
 
 def reference(x, weight, targets, cap, reduction):
@@ -22,9 +22,13 @@ def case():
 
 @pytest.mark.parametrize("cap", [0.0, 15.0, 2.0])
 @pytest.mark.parametrize("chunk", [1, 4, 1000])  # 4: a ragged last chunk; 1000: all at once
-def test_loss_and_gradients_equal_pytorch(case, cap: float, chunk: int):
+@pytest.mark.parametrize("compiled", [False, True])  # where other operations are used
+def test_loss_and_gradients_equal_pytorch(case, cap: float, chunk: int, compiled: bool):
     x, weight, targets = case
-    ours = linear_cross_entropy(x, weight, targets, cap, "sum", 50, chunk)
+    chunk_loss = ChunkLoss()
+    if compiled:
+        chunk_loss.compile(backend="aot_eager", dynamic=False)
+    ours = linear_cross_entropy(x, weight, targets, cap, "sum", 50, chunk, chunk_loss)
     theirs = reference(x, weight, targets, cap, "sum")
     torch.testing.assert_close(ours, theirs)
     ours_gradients = torch.autograd.grad(3 * ours, (x, weight))
@@ -50,10 +54,14 @@ def test_bf16_keeps_the_softmax_in_fp32(case):
 
 
 @pytest.mark.parametrize("cap", [0.0, 15.0])
-def test_padding_rows_are_as_if_absent(case, cap: float):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_padding_rows_are_as_if_absent(case, cap: float, compiled: bool):
     x, weight, targets = case
     padded = torch.cat((weight, 100 * torch.randn(14, 16)))
-    ours = linear_cross_entropy(x, padded, targets, cap, "sum", 50, 512)
+    chunk_loss = ChunkLoss()
+    if compiled:
+        chunk_loss.compile(backend="aot_eager", dynamic=False)
+    ours = linear_cross_entropy(x, padded, targets, cap, "sum", 50, 512, chunk_loss)
     theirs = reference(x, weight, targets, cap, "sum")
     torch.testing.assert_close(ours, theirs)
     for a, b in zip(torch.autograd.grad(ours, (x, weight)), torch.autograd.grad(theirs, (x, weight)), strict=True):

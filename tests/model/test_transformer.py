@@ -183,6 +183,18 @@ def test_dropout_drops_each_value_alone(p: float):
     assert dropout(x, p, training=False) is x
 
 
+def test_dropout_draws_the_same_where_it_is_compiled():
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return dropout(x, 0.3, True) + 10 * dropout(x, 0.5, True)
+
+    x, found = torch.ones(33, 7), []
+    for function in (twice, torch.compile(twice, backend="aot_eager", dynamic=False)):
+        torch.manual_seed(0)
+        found += [function(x), function(x)]
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+    assert not torch.equal(found[0], found[1])
+
+
 def test_the_seed_fixes_the_weights():
     config = ModelConfig(**SMALL)
     models = [GPT(config, 40) for _ in range(3)]

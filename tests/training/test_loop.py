@@ -115,9 +115,10 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("name", [*RESUMED, pytest.param("compiled", marks=pytest.mark.slow)])
 def test_a_killed_run_ends_as_if_it_had_not_been(tiny: Config, tmp_path: Path, name: str, monkeypatch):
-    config = change(tiny, **RESUMED[name])
+    compiled = {"train__compile": "on", "model__dropout": 0.2, "optim__ema": 0.9}
+    config = change(tiny, **RESUMED.get(name, compiled))
     undisturbed = train(config, tmp_path / "undisturbed")
 
     class Killed(Exception):
@@ -133,6 +134,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tiny: Config, tmp_path: Path, n
         train(config, tmp_path / "killed")
     monkeypatch.undo()
     torch.manual_seed(999)
+    torch.compiler.reset()
     assert [r["step"] for r in learned(Run.open(tmp_path / "killed"))][-1] == 9  # one past the checkpoint of step 8
     assert_same_run(train(config, tmp_path / "killed"), undisturbed)
 

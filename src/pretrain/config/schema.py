@@ -26,7 +26,7 @@ Fitted = Literal[
     "data.val_fraction", "tokenizer.kind", "tokenizer.vocab_size",
     "model.layers", "model.heads", "model.width", "model.context_length", "model.dropout",
     "optim.lr", "optim.embedding_lr", "optim.head_lr", "optim.scalar_lr", "optim.weight_decay",
-    "train.steps", "train.batch_tokens", "train.micro_batch", "eval.every", "checkpoint.every",
+    "train.steps", "train.batch_tokens", "train.micro_batch", "train.compile", "eval.every", "checkpoint.every",
 ]  # fmt: skip
 """What ``pretrain.fitting`` can choose."""
 
@@ -355,7 +355,7 @@ class TrainConfig(Section):
     fp8: bool = False
     """Matrix products of the blocks in fp8 (Hopper and later GPUs; needs the extra 'fp8')."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile. auto: on a GPU."""
+    """torch.compile. auto: on a GPU, and for runs of some minutes on a CPU."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train. auto: cuda, else mps, else cpu."""
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 1337

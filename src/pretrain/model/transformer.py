@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pretrain.config import ModelConfig
 from pretrain.model.cache import KVCache
-from pretrain.model.loss import chunk_rows, linear_cross_entropy, softcap
+from pretrain.model.loss import ChunkLoss, chunk_rows, linear_cross_entropy, softcap
 
 
 class Linear(nn.Linear):
@@ -47,14 +47,21 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     PyTorch's own takes 4 to 5 times as long on a CPU, where it draws 32 bits for each number, one by one: here 16, four
     at a time, so ``p`` is exact to 1 / 65,536.
     """
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if x.device.type != "cpu":
         return F.dropout(x, p, training)
     if not training or not p:
         return x
     limit = round(p * 2**16)
-    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    kept = bits.view(torch.int16)[: x.numel()] >= limit - 2**15
+    bits = torch.empty(math.ceil(x.numel() / 4) * 4, dtype=torch.int16)
+    fill_with_random_bits(bits)
+    kept = bits[: x.numel()] >= limit - 2**15
     return x * kept.view(torch.uint8).to(x.dtype).mul_(2**16 / (2**16 - limit)).view(x.shape)
+
+
+@torch.library.custom_op("pretrain::fill_with_random_bits", mutates_args=("bits",))
+def fill_with_random_bits(bits: Tensor) -> None:
+    """Fill a multiple of 4 int16; an operation of its own, as the compiler would draw each number by itself again."""
+    bits.view(torch.int64).random_(-(2**63), None)
 
 
 class Dropout(nn.Dropout):
@@ -247,6 +254,7 @@ class GPT(nn.Module):
         )
         self.norm = Norm(config, config.width)
         self.head = Linear(config.width, rows, bias=False)
+        self.chunk_loss = ChunkLoss()
         self._tie_head()
 
     def _tie_head(self) -> None:
@@ -281,8 +289,8 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(x[:, -1:] if last_only else x)
         chunk = chunk_rows(self.device_type or tokens.device.type, self.head.weight.shape[0])
-        cap = self.config.logit_softcap
-        return linear_cross_entropy(self.norm(x), self.head.weight, targets, cap, reduction, self.vocab_size, chunk)
+        x, weight, cap = self.norm(x), self.head.weight, self.config.logit_softcap
+        return linear_cross_entropy(x, weight, targets, cap, reduction, self.vocab_size, chunk, self.chunk_loss)
 
     def stream(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """The residual stream (B, T, C) of ``tokens`` (B, T) after the last layer; ``cache`` as in :meth:`forward`."""

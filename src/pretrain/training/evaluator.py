@@ -20,6 +20,7 @@ from pretrain.generation import sample_text
 from pretrain.model import GPT
 from pretrain.model.loss import IGNORE
 from pretrain.runs.checkpoint import AVERAGE, LAST
+from pretrain.sizing import validation_rows
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokens import DataOrder, MixedOrder, TokenStream, validation_batches, window_batches
 from pretrain.tokens.order import HELD_OUT, key
@@ -27,9 +28,6 @@ from pretrain.training.average import EVERY, WeightAverage
 from pretrain.training.world import World
 
 T = TypeVar("T")
-
-VALIDATION_TOKENS = 8192
-"""Tokens in a validation batch at least: without a backward pass it may be larger than a micro-batch."""
 
 
 @dataclass
@@ -120,7 +118,7 @@ class Evaluator:
 
     def rows(self, micro_rows: int) -> int:
         """Rows of a validation batch."""
-        return max(micro_rows, VALIDATION_TOKENS // self.config.model.context_length)
+        return validation_rows(micro_rows, self.config.model.context_length)
 
     def measured(self, batches: Iterable[tuple[Tensor, Tensor]], rows: int, check: Callable[[], None]) -> LossResult:
         """The loss over batches of up to ``rows`` that all processes share."""

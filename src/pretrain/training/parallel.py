@@ -1,9 +1,9 @@
 """What is applied to the model from outside, in one function, and the parameters as each process then holds them.
 
 The order matters: fp8 exchanges layers, so it comes first; then activation checkpointing, so that the compiler sees
-what is computed again; then torch.compile, block by block where several processes train, so that a block's gradients
-are on their way while the next block's are computed; then FSDP, which spreads the parameters, or DDP, which adds up
-their gradients. None of it changes a name or what is learned.
+what is computed again; then torch.compile, of the whole on one GPU, else by parts: on a CPU that takes half the time,
+and where several processes train a block's gradients are on their way while the next block's are computed; then FSDP,
+which spreads the parameters, or DDP, which adds up their gradients. None of it changes a name or what is learned.
 """
 
 from __future__ import annotations
@@ -29,13 +29,18 @@ from pretrain.errors import UsageError
 from pretrain.model import GPT, meta_model
 from pretrain.model.transformer import Block
 from pretrain.optim import Optimizer, alone, replicated, row_sharded
-from pretrain.sizing import count_parameters, parallelism_that_fits
+from pretrain.sizing import count_parameters, flops_per_token, parallelism_that_fits
 from pretrain.training.world import World
 
 VARIANTS = 16
 """How often torch.compile may compile the same code before it leaves it uncompiled, for all of these: blocks that see
 all tokens or a window, with or without value embeddings; in training, in its last and smaller micro-batch, evaluated.
 """
+
+
+CPU_COMPILE_FLOPS = 1e14
+"""From here on a run on a CPU is compiled: some minutes at 3e11 FLOP a second. Compiling takes half a minute, or some
+seconds where the same was compiled before, and makes steps 1.4 to 1.7 times as fast."""
 
 
 def choose_parallelism(config: Config, vocab_size: int, world: World) -> str:
@@ -64,12 +69,13 @@ def parallelize(
     if train.activation_checkpointing:
         for block in model.blocks:
             block.forward = types.MethodType(recomputed, block)
-    if train.compile == "on" or (train.compile == "auto" and device.type == "cuda"):  # a CPU takes a minute for it
+    if repays_compiling(config, vocab_size=model.vocab_size, device=device):
         if problem := compiler_problem(device):
             say(f"torch.compile does not work here ({problem}); continuing without it")
         else:
             torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
-            for module in [model] if parallelism == "none" else model.blocks:
+            whole = parallelism == "none" and device.type == "cuda"
+            for module in [model] if whole else [*model.blocks, model.chunk_loss]:
                 module.compile(dynamic=False)
             compiled = True
     if parallelism in ("fsdp", "hsdp"):
@@ -84,6 +90,15 @@ def parallelize(
         fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     model.to_empty(device=device)
     return compiled
+
+
+def repays_compiling(config: Config, vocab_size: int, device: torch.device) -> bool:
+    """Whether ``train.compile`` wants the model compiled: on a CPU, for auto, a run so long that it repays."""
+    train = config.train
+    if train.compile == "auto" and device.type == "cpu":
+        work = train.steps * train.batch_tokens * flops_per_token(config.model, vocab_size)
+        return work > CPU_COMPILE_FLOPS
+    return train.compile == "on" or (train.compile == "auto" and device.type == "cuda")
 
 
 def recomputed(block: Block, *inputs: Any) -> Tensor:

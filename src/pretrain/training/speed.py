@@ -6,7 +6,8 @@ import dataclasses
 import gc
 import time
 from collections.abc import Callable
-from statistics import median
+from contextlib import nullcontext
+from statistics import fmean
 
 import torch
 
@@ -14,7 +15,7 @@ from pretrain.config import Config
 from pretrain.device import Precision, free_memory, keep_freed_memory, synchronize
 from pretrain.fitting import Machine
 from pretrain.optim import build_optimizers
-from pretrain.sizing import Speed, flops_per_token, meta_model, rows_that_fit
+from pretrain.sizing import Speed, flops_per_token, meta_model, rows_that_fit, validation_rows
 from pretrain.training.parallel import Parameters, choose_parallelism, parallelize, set_gradient_sync, training_forward
 from pretrain.training.state import update
 from pretrain.training.world import World
@@ -22,7 +23,7 @@ from pretrain.training.world import World
 SECONDS = 5.0
 """How long a measurement takes."""
 MINIMUM = 4
-"""Measurements that are taken all the same: single ones may be twice the usual."""
+"""Measurements that are taken all the same. Their mean counts: single ones may be twice the usual, in training too."""
 
 MEASUREMENT_SHARE = 0.03
 """Of train.minutes, at most, for a measurement of the steps."""
@@ -62,7 +63,7 @@ def measure_speed(
         parallelism = choose_parallelism(config, vocab_size, world)
         model = meta_model(config.model, vocab_size, bos_id=0)
         model.activation_dtype = precision.dtype
-        parallelize(model, parallelism, config, world, precision, say=lambda _: None)
+        compiled = parallelize(model, parallelism, config, world, precision, say=lambda _: None)
         parameters = Parameters(model, parallelism, world)
         optimizers = build_optimizers(model, config.optim)
         parameters.distribute(optimizers)
@@ -73,7 +74,8 @@ def measure_speed(
                 parameter.data.fill_(0.01)
         forward = training_forward(model, parallelism, world)
         set_gradient_sync(forward, last=True, reshard=config.parallel.reshard)
-        tokens = torch.randint(vocab_size, (rows, length), generator=torch.Generator().manual_seed(0)).to(device)
+        held_out = torch.randint(vocab_size, (validation_rows(rows, length), length)).to(device)
+        tokens = held_out[:rows]
 
         def micro_step(rows: int) -> None:
             (forward(tokens[:rows], tokens[:rows]) / (rows * length)).backward()
@@ -84,32 +86,36 @@ def measure_speed(
             update(optimizers, 0, config, skip=torch.zeros((), device=device))
             parameters.zero_grad()
 
+        @torch.no_grad()
         def evaluate() -> None:
-            model(tokens[:measured], tokens[:measured])
+            model.eval()
+            model(held_out, held_out)
+            model.train()
 
+        @torch.no_grad()
         def sample() -> None:
-            model(tokens[:1, : length // 2])
+            with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+                model(tokens[:1, : length // 2])
 
+        measured = rows
+        if not compiled:  # which would be done anew for each number of rows
+            first = world.broadcast(timed(lambda: micro_step(1)))
+            while measured > 1 and first * measured > seconds:  # at the latest one row is measured
+                measured = -(-measured // 2)
+            held_out = held_out[:measured]
+        works = (lambda: micro_step(measured), optimizer_step, evaluate, sample)
+        for work in works:  # once unmeasured: memory is fetched and programs are compiled
+            work()
         begin = time.perf_counter()
-        first, measured = world.broadcast(timed(lambda: micro_step(1))), rows
-        while measured > 1 and first * measured > seconds:  # at the latest one row is measured
-            measured = -(-measured // 2)
-        micro_step(measured)  # once unmeasured: memory is fetched and programs are compiled
-        optimizer_step()
-        micro, updates, evaluation, sampling = [], [], [], []
+        micro, updates, evaluation, sampling = times = [[], [], [], []]
         going_on = True
         while going_on:
-            micro.append(timed(lambda: micro_step(measured)))
-            updates.append(timed(optimizer_step))
-            with torch.no_grad():
-                evaluation.append(timed(evaluate))
-                sampling.append(timed(sample))
+            for work, each in zip(works, times, strict=True):
+                each.append(timed(work))
             limit = seconds if len(micro) >= MINIMUM else 3 * seconds
             going_on = world.broadcast(time.perf_counter() - begin < limit)
     return world.broadcast(
-        Speed(
-            median(micro) * rows / measured, median(updates), median(evaluation) / (measured * length), median(sampling)
-        )
+        Speed(fmean(micro) * rows / measured, fmean(updates), fmean(evaluation) / held_out.numel(), fmean(sampling))
     )
 
 
