@@ -1,11 +1,12 @@
 # `make train` on a fresh machine: a virtual environment, the package, and a small GPT trained on the embedded text.
 # `make test`: the same environment with the test extras, and the quick tests; `make test-all`: the slow ones too.
+# `make gpu-check`: ten minutes that show whether a machine's GPUs compute, learn and resume as they should, and how fast.
 # PYTHON chooses the interpreter (3.11 or newer).
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test test-all lint docs clean
+.PHONY: train test test-all gpu-check lint docs clean
 
 train: $(VENV)/.installed
 	$(BIN)/pretrain train
@@ -15,6 +16,9 @@ test: $(VENV)/.installed-dev
 
 test-all: test
 	$(BIN)/pytest -m slow
+
+gpu-check: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/gpu_check.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

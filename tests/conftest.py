@@ -28,14 +28,18 @@ def write_shard(folder: Path, split: str, index: int, texts: Iterable[str], toke
         return writer.close()
 
 
-@pytest.fixture(scope="session")
-def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made_up_text() -> str:
     """About 20 kB of made-up sentences with structure to learn, some of it not ASCII."""
     draw = random.Random(0)
     names, verbs = ["Ada", "Noël", "the fox", "王さん", "a child"], ["sees", "hears", "finds", "calls"]
-    lines = [f"{draw.choice(names)} {draw.choice(verbs)} {draw.choice(names)}." for _ in range(900)]
+    return "\n".join(f"{draw.choice(names)} {draw.choice(verbs)} {draw.choice(names)}." for _ in range(900))
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of :func:`made_up_text`."""
     file = tmp_path_factory.mktemp("text") / "tiny.txt"
-    file.write_text("\n".join(lines), encoding="utf-8")
+    file.write_text(made_up_text(), encoding="utf-8")
     return file
 
 
