@@ -509,11 +509,10 @@ class Graphs(Callback):
 
 
 @contextmanager
-def only_counted(report: Report, length: int) -> Iterator[None]:
-    """Validation batches of 16 rows of ``length``; where there is no GPU, graphs are made but run as they are."""
+def graphs_alone(report: Report) -> Iterator[None]:
+    """Where there is no GPU, graphs are made all the same, and run as they are: compiling would take minutes."""
     compile = nn.Module.compile
     with ExitStack() as patches:
-        patches.enter_context(mock.patch("pretrain.training.evaluator.VALIDATION_TOKENS", 16 * length))
         if not report.cuda:
             patches.enter_context(mock.patch("pretrain.training.parallel.compiler_problem", return_value=""))
             eager = partial(compile, backend="eager")
@@ -523,12 +522,12 @@ def only_counted(report: Report, length: int) -> Iterator[None]:
 
 def compiles_once(report: Report) -> None:
     """(5) A compiled run learns what an eager one does; nothing in it breaks a graph or is compiled again."""
-    length = tiny(report).model.context_length
+    # Blocks of three kinds, and more held-out tokens than one batch of validation takes.
     config = tiny(
         report, model__layers=3, model__window_pattern="SSL", model__window=8, model__value_embeddings=True,
-        data__val_fraction=0.2, eval__tokens=40 * length, eval__train_tokens=9 * length,
+        train__micro_batch=4, data__val_fraction=0.6, eval__tokens=10_000,
     )  # fmt: skip
-    with only_counted(report, length):
+    with graphs_alone(report):
         eager = train(config, report.folder / "eager")
         for checkpointing in (False, True):
             name = f"activation checkpointing {'on' if checkpointing else 'off'}"
@@ -877,6 +876,7 @@ SMALL = {
     "model.context_length": 64,
     "model.window": 17,
     "train.batch_tokens": 1024,
+    "train.compile": "off",
 }
 """What becomes of them without a GPU."""
 
@@ -942,7 +942,14 @@ def speed(recipe: str, report: Report) -> None:
         micro, model = state.progress.micro_rows, config.model
         del state.forward, state.model, state.parameters, state.optimizers
         each, _, targets = loss_alone(
-            device, precision.name, "auto", vocabulary, model.width, micro, model.context_length, model.logit_softcap
+            device,
+            precision.name,
+            config.train.compile,
+            vocabulary,
+            model.width,
+            micro,
+            model.context_length,
+            model.logit_softcap,
         )
         by_itself = seconds_of(lambda: each(targets, targets).backward(), device, times=3)
         report.fact("share of the loss", by_itself * whole / micro / seconds)
