@@ -266,6 +266,17 @@ def test_what_a_dry_run_tells_apart():
     assert on_gpu["activations"] < large["activations"]
 
 
+def test_a_gpu_holds_no_masks_unless_it_must():
+    """With torch.compile, windows and documents take the memory of plain attention, and otherwise that of masks."""
+    groups = {"model.context_length": 128, "model.kv_heads": 1}
+    hidden = groups | {"model.window_pattern": "SL", "model.document_mask": True}
+    on_gpu = Precision("bf16", torch.device("cuda"))
+    for change in ({}, {"train.compile": "off"}, {"model.context_length": 120, "train.batch_tokens": 960}):
+        configs = (load_config("quickstart", **SMALL | fields | change) for fields in (hidden, groups))
+        with_masks, without = (dry_run(config, 300, 8, 1, on_gpu)[0]["activations"] for config in configs)
+        assert with_masks - without > 8 * 120 * 120 if change else with_masks == without
+
+
 def test_a_dry_run_needs_neither_a_compiler_nor_fp8():
     config = load_config("quickstart", **SMALL, **{"train.compile": "on", "train.fp8": True})
     without = load_config("quickstart", **SMALL)

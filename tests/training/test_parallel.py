@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.attention.flex_attention
 from tests.training.test_loop import change
 from tests.training.test_world import assert_near
 from torch import nn
@@ -16,7 +17,14 @@ from pretrain.model import GPT, meta_model
 from pretrain.model.packed import for_inference
 from pretrain.model.transformer import Block
 from pretrain.training import train
-from pretrain.training.parallel import init_parameters, parallelize, repays_compiling, use_fp8
+from pretrain.training.parallel import (
+    choose_attention,
+    init_parameters,
+    parallelize,
+    repays_compiling,
+    training_forward,
+    use_fp8,
+)
 from pretrain.training.world import World
 
 
@@ -123,6 +131,35 @@ def test_nothing_is_compiled_twice(
     assert_near(run, eager)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("parallelism", ["none", "fsdp"])
+def test_a_run_in_blocks_is_the_run_with_masks(
+    parallelism: str, tiny: Config, tmp_path: Path, graphs: list, one_process: None, monkeypatch
+):
+    """Trained, validated and sampled from, with no more compiled: what is not compiled has masks.
+
+    By PyTorch's reference of the operation, which it does not offer on a CPU otherwise.
+    """
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)
+    monkeypatch.setattr("pretrain.training.setup.choose_parallelism", lambda *_: parallelism)
+    sizes = {"model__context_length": 128, "train__batch_tokens": 512, "eval__tokens": 11 * 128}
+    config = change(tiny, **VARIED | sizes, model__document_mask=True, train__compile="on")
+    runs, compiled = [], []
+    for in_blocks in (False, True):
+
+        def parallelized(model: GPT, *given: Any, in_blocks: bool = in_blocks) -> bool:
+            model.in_blocks = in_blocks
+            return parallelize(model, *given)
+
+        monkeypatch.setattr("pretrain.training.setup.parallelize", parallelized)
+        torch.compiler.reset()
+        graphs.clear()
+        runs.append(train(config, tmp_path / str(in_blocks)))
+        compiled.append(len(graphs))
+    assert compiled == ([2, 2] if parallelism == "none" else [4, 6])  # a mask does not tell windows and none apart
+    assert_near(*runs)
+
+
 @pytest.mark.parametrize("parallelism", ["none", "ddp", "fsdp"])
 def test_activation_checkpointing_is_compiled_too(
     parallelism: str, graphs: list[torch.fx.GraphModule], one_process: None
@@ -146,6 +183,68 @@ def test_activation_checkpointing_is_compiled_too(
     assert plain == compiled > 1
     assert (none, again) == (0, compiled - 1)  # all but the loss
     assert norms[0] == norms[1]
+
+
+@pytest.mark.parametrize("parallelism", ["none", "ddp", "fsdp"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_attention_in_blocks_is_compiled_once(
+    parallelism: str, checkpointing: bool, graphs: list[torch.fx.GraphModule], one_process: None, monkeypatch
+):
+    """For all batches, though their documents differ, with the gradients of masks; and it is said at the start.
+
+    By PyTorch's reference of the operation, which it does not offer on a CPU otherwise.
+    """
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)
+    cpu, found = torch.device("cpu"), []
+    shape = {"model.layers": 2, "model.width": 32, "model.heads": 2, "model.kv_heads": 1, "model.context_length": 256}
+    masks = {"model.window_pattern": "SL", "model.window": 100, "model.document_mask": True}
+    batches = torch.randint(0, 64, (3, 2, 2, 256), generator=torch.Generator().manual_seed(0))
+    for in_blocks in (False, True):
+        torch.compiler.reset()
+        graphs.clear()
+        config = load_config(
+            "quickstart", **shape, **masks, **{"train.compile": "on", "train.activation_checkpointing": checkpointing}
+        )
+        model = meta_model(config.model, 64, bos_id=0)
+        parallelize(model, parallelism, config, World(cpu), Precision("fp32", cpu), print)
+        model.in_blocks = in_blocks
+        init_parameters(model, World(cpu), lambda whole: whole.init_weights(torch.Generator().manual_seed(0)))
+        forward, norms = training_forward(model, parallelism, World(cpu)), []
+        for tokens, targets in batches:
+            forward(tokens, targets).backward()
+            norms += [p.grad.norm().item() for p in model.parameters() if p.grad is not None]
+        operations = [
+            str(node.target) for graph in graphs for part in graph.modules() if isinstance(part, torch.fx.GraphModule)
+            for node in part.graph.nodes
+        ]  # fmt: skip
+        found.append(norms)
+        assert operations.count("flex_attention") == 2 * in_blocks  # once in each of two layers
+        assert len(graphs) == (2 if in_blocks and parallelism != "none" else 1)  # one layer has a window
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem", "in_blocks", "words"),
+    [
+        ({}, "", False, "by PyTorch's causal kernel"),
+        ({"model.window_pattern": "SL"}, "", True, "by flex_attention, which skips what windows and documents hide"),
+        ({"model.document_mask": True}, "", True, "by flex_attention, which skips what windows and documents hide"),
+        (
+            {"model.document_mask": True}, "no memory", False,
+            "by masks, so that windows and documents save no time (no memory)",
+        ),
+        (
+            {"model.window_pattern": "SL", "model.dropout": 0.1}, "", False,
+            "by masks, so that windows and documents save no time (model.dropout drops weights of attention)",
+        ),
+    ],
+)  # fmt: skip
+def test_how_a_gpu_computes_attention(fields: dict, problem: str, in_blocks: bool, words: str, monkeypatch):
+    monkeypatch.setattr("pretrain.training.parallel.kernel_problem", lambda *_: problem)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = load_config("quickstart", **{"model.layers": 2, "model.context_length": 256} | fields)
+    precision = Precision("bf16", torch.device("cuda"))
+    assert choose_attention(meta_model(config.model, 64, bos_id=0), precision, True) == (in_blocks, words)
 
 
 def test_a_copy_of_a_model_with_activation_checkpointing_is_its_own():

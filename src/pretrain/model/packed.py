@@ -23,6 +23,7 @@ def for_inference(model: GPT, dtype: torch.dtype | None = None) -> GPT:
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     light = copy.deepcopy(model, shared).eval()
     light.activation_dtype = dtype = dtype or model.activation_dtype
+    light.in_blocks = False  # which is slow where it is not compiled
     packs = torch.backends.mkldnn.is_available() and (
         dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )

@@ -16,8 +16,10 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from pretrain.config import ModelConfig
+from pretrain.model.attention import BLOCK, attend_in_blocks, block_mask
 from pretrain.model.cache import KVCache
 from pretrain.model.loss import ChunkLoss, chunk_rows, linear_cross_entropy, softcap
 
@@ -113,12 +115,17 @@ PLAIN_LIMIT = 256
 """Longest context on a CPU for which plain matrix products beat PyTorch's blockwise kernel (benchmarks/train.py)."""
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, p: float, device_type: str) -> Tensor:
+Mask = Tensor | BlockMask | None
+"""Who may look at whom: True where allowed (broadcast to (B, H, T, S)), or in blocks, or None for plain causal."""
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, p: float, device_type: str) -> Tensor:
     """Attention of queries (B, H, T, D) over keys and values (B, G, S, D), G dividing H → (B, H, T, D).
 
-    ``mask`` (broadcast to (B, H, T, S)) is True where looking is allowed; None is causal, or everything if T is 1.
-    ``p`` is the dropout of the weights.
+    Without a mask it is causal, or everything is seen if T is 1. ``p`` is the dropout of the weights.
     """
+    if isinstance(mask, BlockMask):
+        return attend_in_blocks(q, k, v, mask, scale)
     T, S = q.shape[2], k.shape[2]
     # The CPU kernel works in blocks made for long contexts: on short ones plain products are up to twice as fast, and
     # with dropout on all. On a GPU they would write all scores to memory, which its kernel never does.
@@ -156,9 +163,9 @@ class Attention(nn.Module):
             self.value_gate = Linear(min(VALUE_GATE_CHANNELS, config.width), self.kv_heads, bias=False)
 
     def forward(
-        self, x: Tensor, rope: Rope | None, mask: Tensor | None, value_embedding: Tensor | None, cache: KVCache | None
+        self, x: Tensor, rope: Rope | None, mask: Mask, value_embedding: Tensor | None, cache: KVCache | None
     ) -> Tensor:
-        """X (B, T, C) → (B, T, C). ``mask`` (..., T, S) is True where attention is allowed; None is plain causal."""
+        """X (B, T, C) → (B, T, C)."""
         B, T, _ = x.shape
         q = self.q_norm(self.q(x).view(B, T, self.heads, self.head_dim)).transpose(1, 2)
         k = self.k_norm(self.k(x).view(B, T, self.kv_heads, self.head_dim)).transpose(1, 2)
@@ -211,7 +218,7 @@ class Block(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, rope: Rope | None, mask: Tensor | None, value_embedding: Tensor | None, cache: KVCache | None
+        self, x: Tensor, rope: Rope | None, mask: Mask, value_embedding: Tensor | None, cache: KVCache | None
     ) -> Tensor:
         """X (B, T, C) → (B, T, C)."""
         x = x + self.dropout(self.attention(self.attention_norm(x), rope, mask, value_embedding, cache))
@@ -233,6 +240,8 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int, bos_id: int | None = None):
         super().__init__()
         self.config, self.vocab_size, self.bos_id = config, vocab_size, bos_id
+        self.in_blocks = False
+        """Whether windows and documents are attended to in blocks (attention.py), set from outside."""
         rows = math.ceil(vocab_size / config.vocab_multiple) * config.vocab_multiple
         self.embedding = Embedding(rows, config.width)
         if config.position == "learned":
@@ -316,7 +325,8 @@ class GPT(nn.Module):
             starts = tokens == self.bos_id
             documents = starts.cumsum(1) if cache is None else cache.extend_documents(starts)
         kinds = layer_kinds(config)
-        masks = {kind: self._mask(positions, seen, kind, documents) for kind in set(kinds)}
+        in_blocks = self.in_blocks and cache is None and T % BLOCK == 0
+        masks = {kind: self._mask(positions, seen, kind, documents, in_blocks) for kind in set(kinds)}
         for layer, (block, kind) in enumerate(zip(self.blocks, kinds, strict=True)):
             if self.stream_scale is not None and self.embedding_scale is not None:
                 stream, again = self.stream_scale[layer].to(x.dtype), self.embedding_scale[layer].to(x.dtype)
@@ -344,14 +354,17 @@ class GPT(nn.Module):
         cos, sin = cache.rope[0][positions], cache.rope[1][positions]
         return (cos, sin) if positions.dim() == 1 else (cos[:, None], sin[:, None])
 
-    def _mask(self, positions: Tensor, S: int, kind: str, documents: Tensor | None) -> Tensor | None:
+    def _mask(self, positions: Tensor, S: int, kind: str, documents: Tensor | None, in_blocks: bool) -> Mask:
         """Where the tokens at ``positions``, (T,) or (B, T), may look among the S so far: (T, S), or (B, 1, T, S).
 
-        None stands for plain causal attention, which needs no mask. ``documents`` (B, S) numbers each token's document.
+        With ``in_blocks`` they are all S, and the mask is made of blocks. None stands for plain causal attention, which
+        needs no mask. ``documents`` (B, S) numbers each token's document.
         """
         T, same = positions.shape[-1], positions.dim() == 1
         if kind == "L" and documents is None and same and T in (1, S):
             return None
+        if in_blocks:
+            return block_mask(T, window_length(self.config) if kind == "S" else None, documents, positions.device)
         keys = torch.arange(S, device=positions.device)
         mask = keys <= positions[..., None]
         if kind == "S":

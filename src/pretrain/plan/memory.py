@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_leaves
 
 from pretrain.config import Config
 from pretrain.device import Precision
+from pretrain.model.attention import obstacle
 from pretrain.model.loss import chunk_rows
-from pretrain.model.transformer import Linear
+from pretrain.model.transformer import Linear, head_dim
 from pretrain.optim import build_optimizers
 from pretrain.sizing import meta_model
 from pretrain.training.parallel import parallelize
@@ -45,6 +46,12 @@ def dry_run(
         micro_steps: such passes in an optimizer step; from the second on, gradients lie beside activations.
         precision: of activations, and the device whose memory is counted; the dry run itself takes place on the CPU.
     """
+    compiled, length = config.train.compile != "off", config.model.context_length
+    if not obstacle(precision.device, compiled, length, head_dim(config.model), config.model.dropout):
+        # In blocks it holds what plain attention holds, and no mask.
+        config = dataclasses.replace(
+            config, model=dataclasses.replace(config.model, window_pattern="L", document_mask=False)
+        )
     # Neither the compiler nor fp8 runs on tensors without memory.
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, compile="off", fp8=False))
     device, dtype = precision.device.type, precision.dtype

@@ -6,7 +6,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -179,9 +179,15 @@ class Evaluator:
                 texts[prompt] = prompt + "".join(checked(pieces, check))
         return texts
 
-    def eager(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def eager(self) -> Iterator[None]:
         """Without torch.compile while entered: where all lengths differ, each would be compiled anew."""
-        return torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
+        in_blocks, self.model.in_blocks = self.model.in_blocks, False  # which is slow where it is not compiled
+        try:
+            with torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():
+                yield
+        finally:
+            self.model.in_blocks = in_blocks
 
 
 def filled(batches: Iterable[tuple[Tensor, Tensor]], rows: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -27,7 +27,8 @@ from pretrain.config import Config
 from pretrain.device import Precision, free_memory
 from pretrain.errors import UsageError
 from pretrain.model import GPT, meta_model
-from pretrain.model.transformer import Block
+from pretrain.model.attention import kernel_problem, obstacle
+from pretrain.model.transformer import Block, head_dim, layer_kinds
 from pretrain.optim import Optimizer, alone, replicated, row_sharded
 from pretrain.sizing import count_parameters, flops_per_token, parallelism_that_fits
 from pretrain.training.world import World
@@ -78,6 +79,9 @@ def parallelize(
             for module in [model] if whole else [*model.blocks, model.chunk_loss]:
                 module.compile(dynamic=False)
             compiled = True
+    if device.type == "cuda":
+        model.in_blocks, how = choose_attention(model, precision, compiled)
+        say(f"attention {how}")
     if parallelism in ("fsdp", "hsdp"):
         mesh = device_mesh(parallelism, world, device.type)
         # Weights travel in the dtype of the products; their fp32 originals stay sharded, gradients are added in fp32.
@@ -251,6 +255,28 @@ def use_fp8(model: GPT, emulate: bool = False) -> None:
         return isinstance(layer, torch.nn.Linear) and layer.in_features % 16 == layer.out_features % 16 == 0
 
     convert_to_float8_training(model.blocks, config=Float8LinearConfig(emulate=emulate), module_filter_fn=in_tiles)
+
+
+def choose_attention(model: GPT, precision: Precision, compiled: bool) -> tuple[bool, str]:
+    """Whether a GPU attends to windows and documents in blocks, and in words for the console what computes attention.
+
+    Layers that see all tokens always take PyTorch's causal kernel, and a cache takes masks.
+    """
+    config, device = model.config, precision.device
+    if not hides_tokens(model):
+        return False, "by PyTorch's causal kernel"
+    D, kv_heads = head_dim(config), config.kv_heads or config.heads
+    if problem := (
+        obstacle(device, compiled, config.context_length, D, config.dropout)
+        or kernel_problem(device, precision.dtype, config.heads, kv_heads, D)
+    ):
+        return False, f"by masks, so that windows and documents save no time ({problem})"
+    return True, "by flex_attention, which skips what windows and documents hide"
+
+
+def hides_tokens(model: GPT) -> bool:
+    """Whether windows or documents hide tokens in any layer."""
+    return "S" in layer_kinds(model.config) or (model.config.document_mask and model.bos_id is not None)
 
 
 def compiler_problem(device: torch.device) -> str:
