@@ -181,7 +181,7 @@ def test_the_kernels_of_a_gpu_give_what_a_mask_gives(kind: str, dtype: torch.dty
         pytest.skip("there is no CUDA device")
     window = T // 4 + 1 if "window" in KINDS[kind] else None
     documents = documents_of(2, T).cuda() if "documents" in KINDS[kind] else None
-    q, k, v, weight = inputs(*heads, T, D, device="cuda", dtype=dtype)
+    q, k, v, weight = inputs(heads[0], heads[1], T, D, device="cuda", dtype=dtype)
     compiled = torch.compile(attend_in_blocks, dynamic=False, fullgraph=True)
     found = compiled(q, k, v, block_mask(T, window, documents, q.device), 0.2)
     wanted = exact(q, k, v, by_the_rules(T, window, None if documents is None else documents.cpu()))

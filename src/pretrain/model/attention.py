@@ -80,20 +80,20 @@ def kernel_problem(device: torch.device, dtype: torch.dtype, heads: int, kv_head
     Tried forward and backward on two documents and a window, and compared with a mask: its kernels are made for the
     GPU at hand, which may have too little fast memory for them.
     """
-    T = 2 * BLOCK
+    T = 4 * BLOCK
     generator = torch.Generator(device).manual_seed(0)
     q, k, v, weight = (
         torch.randn(1, h, T, head_dim, device=device, dtype=dtype, generator=generator).requires_grad_()
         for h in (heads, kv_heads, kv_heads, heads)
     )
     positions = torch.arange(T, device=device)
-    documents = (positions[None] >= T // 3).int()
+    documents = (positions[None] >= T // 8).int()
     try:
-        mask = block_mask(T, T // 2, documents, device)
+        mask = block_mask(T, 2 * BLOCK + 1, documents, device)  # with blocks of all kinds
         found = torch.compile(attend_in_blocks, dynamic=False)(q, k, v, mask, 0.1)
-        dense = mask.mask_mod(positions.new_zeros(()), positions.new_zeros(()), positions[:, None], positions)
-        groups = [x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v)]
-        wanted = F.scaled_dot_product_attention(q, *groups, dense, scale=0.1)
+        seen = mask.mask_mod(positions.new_zeros(()), positions.new_zeros(()), positions[:, None], positions)
+        all_k, all_v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
+        wanted = F.scaled_dot_product_attention(q, all_k, all_v, seen, scale=0.1)
         for a, b in zip(
             (found, *torch.autograd.grad(found, (q, k, v), weight)),
             (wanted, *torch.autograd.grad(wanted, (q, k, v), weight)),
