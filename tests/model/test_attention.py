@@ -171,24 +171,21 @@ def attend_by_mask(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("heads", "D"), [*itertools.product(HEADS.values(), (64, 128))])
-@pytest.mark.parametrize("T", [1024, 2048])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_kernels_of_a_gpu_give_what_a_mask_gives(kind: str, dtype: torch.dtype, T: int, heads: tuple, D: int):
-    """Forward and backward, against fp32 by definition."""
+@pytest.mark.parametrize(("heads", "D"), [*zip(HEADS.values(), (64, 128), strict=True)])
+@pytest.mark.parametrize("kind", ["window", "documents", "both"])
+def test_the_kernels_of_a_gpu_give_what_a_mask_gives(kind: str, heads: tuple[int, int], D: int):
+    """Forward and backward in bf16, against fp32 by definition; ``make gpu-check`` has more sizes."""
     if not torch.cuda.is_available():
         pytest.skip("there is no CUDA device")
-    window = T // 4 + 1 if "window" in KINDS[kind] else None
+    T, window = 1024, 257 if "window" in KINDS[kind] else None
     documents = documents_of(2, T).cuda() if "documents" in KINDS[kind] else None
-    q, k, v, weight = inputs(heads[0], heads[1], T, D, device="cuda", dtype=dtype)
+    q, k, v, weight = inputs(heads[0], heads[1], T, D, device="cuda", dtype=torch.bfloat16)
     compiled = torch.compile(attend_in_blocks, dynamic=False, fullgraph=True)
     found = compiled(q, k, v, block_mask(T, window, documents, q.device), 0.2)
     wanted = exact(q, k, v, by_the_rules(T, window, None if documents is None else documents.cpu()))
-    tolerance = 1e-3 if dtype == torch.float32 else 0.015  # a product in TF32 rounds to 0.0005, bf16 to 0.004
     pairs = zip(*((y, *torch.autograd.grad(y, (q, k, v), weight.to(y.dtype))) for y in (found, wanted)), strict=True)
     for a, b in pairs:
-        assert (a.float() - b.float()).norm() < tolerance * b.float().norm()
+        assert (a.float() - b.float()).norm() < 0.015 * b.float().norm()  # bf16 rounds to 0.004
 
 
 @pytest.mark.gpu
@@ -196,5 +193,4 @@ def test_the_kernels_of_a_gpu_give_what_a_mask_gives(kind: str, dtype: torch.dty
 def test_the_kernels_pass_their_trial_on_a_gpu(dtype: torch.dtype):
     if not torch.cuda.is_available():
         pytest.skip("there is no CUDA device")
-    for heads, kv_heads, D in ((4, 4, 64), (4, 1, 128), (6, 3, 16)):
-        assert kernel_problem(torch.device("cuda"), dtype, heads, kv_heads, D) == ""
+    assert kernel_problem(torch.device("cuda"), dtype, 4, 2, 128) == ""

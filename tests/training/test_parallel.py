@@ -142,6 +142,7 @@ def test_a_run_in_blocks_is_the_run_with_masks(
     """
     monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)
     monkeypatch.setattr("pretrain.training.setup.choose_parallelism", lambda *_: parallelism)
+    monkeypatch.setattr("pretrain.sizing.VALIDATION_TOKENS", 4 * 128)
     sizes = {"model__context_length": 128, "train__batch_tokens": 512, "eval__tokens": 11 * 128}
     config = change(tiny, **VARIED | sizes, model__document_mask=True, train__compile="on")
     runs, compiled = [], []
@@ -156,7 +157,7 @@ def test_a_run_in_blocks_is_the_run_with_masks(
         graphs.clear()
         runs.append(train(config, tmp_path / str(in_blocks)))
         compiled.append(len(graphs))
-    assert compiled == ([2, 2] if parallelism == "none" else [4, 6])  # a mask does not tell windows and none apart
+    assert compiled == [2 * (2 + 1), 2 * (3 + 1)]  # a mask does not tell windows and none apart
     assert_near(*runs)
 
 
@@ -185,12 +186,12 @@ def test_activation_checkpointing_is_compiled_too(
     assert norms[0] == norms[1]
 
 
-@pytest.mark.parametrize("parallelism", ["none", "ddp", "fsdp"])
+@pytest.mark.parametrize("parallelism", ["whole", "none", "ddp", "fsdp"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_attention_in_blocks_is_compiled_once(
     parallelism: str, checkpointing: bool, graphs: list[torch.fx.GraphModule], one_process: None, monkeypatch
 ):
-    """For all batches, though their documents differ, with the gradients of masks; and it is said at the start.
+    """For all batches, though their documents differ, with the gradients of masks; whole, as on one GPU, and by parts.
 
     By PyTorch's reference of the operation, which it does not offer on a CPU otherwise.
     """
@@ -202,11 +203,15 @@ def test_attention_in_blocks_is_compiled_once(
     for in_blocks in (False, True):
         torch.compiler.reset()
         graphs.clear()
-        config = load_config(
-            "quickstart", **shape, **masks, **{"train.compile": "on", "train.activation_checkpointing": checkpointing}
-        )
+        how = {
+            "train.compile": "off" if parallelism == "whole" else "on",
+            "train.activation_checkpointing": checkpointing,
+        }
+        config = load_config("quickstart", **shape, **masks, **how)
         model = meta_model(config.model, 64, bos_id=0)
         parallelize(model, parallelism, config, World(cpu), Precision("fp32", cpu), print)
+        if parallelism == "whole":
+            model.compile(dynamic=False)
         model.in_blocks = in_blocks
         init_parameters(model, World(cpu), lambda whole: whole.init_weights(torch.Generator().manual_seed(0)))
         forward, norms = training_forward(model, parallelism, World(cpu)), []
@@ -219,7 +224,8 @@ def test_attention_in_blocks_is_compiled_once(
         ]  # fmt: skip
         found.append(norms)
         assert operations.count("flex_attention") == 2 * in_blocks  # once in each of two layers
-        assert len(graphs) == (2 if in_blocks and parallelism != "none" else 1)  # one layer has a window
+        parts = 3 if in_blocks else 2  # one layer has a window, which a mask does not tell; and the loss
+        assert len(graphs) == (1 if parallelism == "whole" else parts)
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
