@@ -332,7 +332,7 @@ def all_kinds_of_attention(report: Report) -> None:
             report.fact(name, found)
             worst = max(found["output"], *found["gradients"])
             report.expect(worst <= limit, f"{name}: off by {worst:.2g}, more than {limit:g}")
-            writes = "math" in found["kernels"] or (report.cuda and found["kernels"] == PLAIN)
+            writes = "attention_math" in found["kernels"] or (report.cuda and found["kernels"] == PLAIN)
             report.expect(not writes, f"{name}: by {found['kernels']}, which write out all scores")
 
 
