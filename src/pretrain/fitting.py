@@ -63,6 +63,8 @@ DEFAULT_SECONDS = 120.0
 """Of training, for the choice of a model where no time is given."""
 STEP_SECONDS = 0.0008
 """Of each step beside its computation: the batch, the metrics, the callbacks."""
+CALIBRATIONS = 3
+"""Temperatures that a validation tries."""
 COMPILE_SECONDS = 90.0
 """Training on a CPU that lasts longer is compiled, which takes up to half a minute."""
 END_SECONDS = 3.0
@@ -214,8 +216,14 @@ def fit_model(config: Config, text: Text, machine: Machine) -> tuple[Config, lis
     def sized(config: Config) -> Config:
         return resolve(with_steps(config, 1), text.vocab_size)[0]  # with a shape, where the dial has still to make it
 
+    compiles = machine.seconds > COMPILE_SECONDS and not machine.accelerated
+    overfits = tier.dropout > 0
     config = _chosen(
-        config, {"train.compile": "on" if machine.seconds > COMPILE_SECONDS and not machine.accelerated else "auto"}
+        config,
+        {
+            "train.compile": "on" if compiles else "auto",
+            "eval.calibrate": overfits and not config.model.tied_head,
+        },
     )
     limit, seconds = memory_limit(text, machine), machine.seconds or DEFAULT_SECONDS
     chosen, why = _shaped(config, *SHAPES[0]), "the smallest"
@@ -316,8 +324,8 @@ def run_seconds(config: Config, speed: Speed, micro_steps: int, text: Text, proc
     samples = config.train.steps // sampling.every + 1 if sampling.every else validations
     sampled = samples * len(sampling.prompts) * sampling.max_tokens
     steps = config.train.steps * (speed.step(micro_steps) + STEP_SECONDS)
-    both = 2 if config.optim.ema else 1  # the weights and their average
-    measured = both * validated_tokens(config, text.val_tokens) + text.test_tokens
+    times = 1 + bool(config.optim.ema) + CALIBRATIONS * settings.calibrate  # the weights, their average, temperatures
+    measured = times * validated_tokens(config, text.val_tokens) + text.test_tokens
     return steps + speed.evaluation * measured / processes + sampled * speed.sample
 
 

@@ -137,8 +137,11 @@ CASES = {
     "ddp, nanochat's optimizer": (2, {"parallel__kind": "ddp", **NANOCHAT}),
     "fsdp, nanochat's optimizer": (3, {"parallel__kind": "fsdp", "model__mlp_width": 50, **NANOCHAT}),
     "ddp, a live stream": (2, {"parallel__kind": "ddp", "data__stream": True, "data__split": "hash"}),
-    "ddp, an average": (2, {"parallel__kind": "ddp", "optim__ema": 0.9}),
-    "fsdp, an average": (2, {"parallel__kind": "fsdp", "optim__ema": 0.9, "parallel__reshard": False}),
+    "ddp, an average": (2, {"parallel__kind": "ddp", "optim__ema": 0.9, "eval__calibrate": True}),
+    "fsdp, an average": (
+        2,
+        {"parallel__kind": "fsdp", "optim__ema": 0.9, "parallel__reshard": False, "eval__calibrate": True},
+    ),
     "hsdp": (4, {"parallel__kind": "hsdp"}),
     "hsdp, nanochat's optimizer": (4, {"parallel__kind": "hsdp", **NANOCHAT}),
 }

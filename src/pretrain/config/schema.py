@@ -26,7 +26,8 @@ Fitted = Literal[
     "data.val_fraction", "tokenizer.kind", "tokenizer.vocab_size",
     "model.layers", "model.heads", "model.width", "model.context_length", "model.dropout",
     "optim.lr", "optim.embedding_lr", "optim.head_lr", "optim.scalar_lr", "optim.weight_decay",
-    "train.steps", "train.batch_tokens", "train.micro_batch", "train.compile", "eval.every", "checkpoint.every",
+    "train.steps", "train.batch_tokens", "train.micro_batch", "train.compile",
+    "eval.every", "eval.calibrate", "checkpoint.every",
 ]  # fmt: skip
 """What ``pretrain.fitting`` can choose."""
 
@@ -391,6 +392,10 @@ class EvalConfig(Section):
     train_tokens: Natural = 0
     """Tokens of the training split on which each validation measures the loss too, in windows drawn anew each time. 0:
     none."""
+    calibrate: bool = False
+    """Let each validation also find the temperature by which the head divides its logits for the lowest loss; it then
+    belongs to the model (arXiv 1706.04599). Models of little text are too sure of themselves without it. Needs
+    model.tied_head = false."""
     core_every: Natural = 0
     """Steps between measurements of CORE (docs/evaluation.md), and at the end. 0: never."""
     core_bundle: str = ""
@@ -534,6 +539,8 @@ class Config:
             raise ValueError("train.epochs counts windows, which a stream (data.stream) has not; give train.steps")
         if self.model.document_mask and not self.data.bos:
             raise ValueError("model.document_mask finds documents by their BOS tokens, which data.bos false leaves out")
+        if self.eval.calibrate and self.model.tied_head:
+            raise ValueError("eval.calibrate divides the head, which model.tied_head shares with the embedding")
         if self.eval.train_tokens and self.data.stream:
             why = "a stream (data.stream) keeps no training text to measure on"
             raise ValueError(f"eval.train_tokens is {self.eval.train_tokens}, but {why}; set --eval.train_tokens 0")

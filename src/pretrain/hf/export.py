@@ -142,6 +142,8 @@ def _facts(run: Run, checkpoint: Checkpoint) -> list[str]:
         facts.insert(0, f"Parameters: {summary['parameters']:,}")
     if run.weights(step) == AVERAGE:
         facts.append(f"Weights: their exponential moving average (optim.ema {config.optim.ema:g})")
+    if (temperature := run.model_of(step)[1]) != 1:
+        facts.append(f"Head: divided by the temperature {temperature:.2f} (eval.calibrate)")
     records = [record for record in read_jsonl(run.metrics) if record["step"] <= step]
     if math.isfinite(loss := Smoothed(records).loss):
         facts.append(f"Training loss: {loss:.4f} nats per token (smoothed over about ten steps)")

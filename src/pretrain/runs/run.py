@@ -153,6 +153,7 @@ class Run:
             **{f"test_{name}": last[f"test/{name}"] for name in ("loss", "bpb") if f"test/{name}" in last},
             "model_step": last["step"],
             "model_weights": self.weights(last["step"]),
+            **({"model_temperature": self.model_of(last["step"])[1]} if self.config.eval.calibrate else {}),
             "last_val_loss": last.get("val/loss"),
             "train_loss": train_loss if math.isfinite(train_loss) else None,
             "steps": last["step"],
@@ -219,31 +220,43 @@ class Run:
             step = step or (left if left != summary["steps"] else 0)
         return self.checkpoint(step) if step else self.newest_checkpoint()
 
-    def weights(self, step: int) -> str:
-        """Which weights of the checkpoint of ``step`` are the model: ``average`` or ``last``.
+    def model_of(self, step: int) -> tuple[str, float]:
+        """Which weights of the checkpoint of ``step`` are the model, ``average`` or ``last``, and its temperature.
 
-        Those with the lower loss in the newest validation up to that step.
+        Those with the lowest loss in the newest validation up to that step. By the temperature the head's logits are
+        divided (``eval.calibrate``).
         """
-        if not self.config.optim.ema:
-            return LAST
-        said = [record.get("val/weights") for record in read_jsonl(self.metrics) if record.get("step", 0) <= step]
-        newest = next((weights for weights in reversed(said) if weights is not None), LAST)
-        return AVERAGE if newest == AVERAGE else LAST
+        weights, temperature = LAST, 1.0
+        if self.config.optim.ema or self.config.eval.calibrate:
+            for record in read_jsonl(self.metrics):
+                if record.get("step", 0) <= step:
+                    weights = record.get("val/weights") or weights
+                    temperature = record.get("val/temperature") or temperature
+        return AVERAGE if weights == AVERAGE else LAST, temperature
+
+    def weights(self, step: int) -> str:
+        """Which weights of the checkpoint of ``step`` are the model: see :meth:`model_of`."""
+        return self.model_of(step)[0]
 
     def model_in_words(self, checkpoint: Checkpoint) -> str:
         """Which weights are the model of a checkpoint."""
-        average = "average of the " if self.weights(checkpoint.step) == AVERAGE else ""
-        return f"the {average}weights of step {checkpoint.step:,}"
+        weights, temperature = self.model_of(checkpoint.step)
+        average = "average of the " if weights == AVERAGE else ""
+        divided = f", logits divided by {temperature:.2f}" if temperature != 1 else ""
+        return f"the {average}weights of step {checkpoint.step:,}{divided}"
 
     def load_model(self, device: torch.device | None = None, checkpoint: Checkpoint | None = None) -> GPT:
         """The model of a checkpoint, by default of :meth:`model_checkpoint`, in evaluation mode.
 
-        With ``optim.ema`` it has the average of the weights where that is the better one: see :meth:`weights`.
+        With ``optim.ema`` it has the average of the weights where that is the better one, and with ``eval.calibrate``
+        its head divides by the temperature: see :meth:`model_of`.
         """
         checkpoint, tokenizer = checkpoint or self.model_checkpoint(), self.tokenizer()
         model = meta_model(self.config.model, tokenizer.vocab_size, tokenizer.bos_id).to_empty(device=device or "cpu")
-        weights = self.weights(checkpoint.step)
+        weights, temperature = self.model_of(checkpoint.step)
         checkpoint.load({name_in_checkpoint(name, weights): p.detach() for name, p in model.named_parameters()})
+        if temperature != 1:
+            model.head.weight.detach().div_(temperature)
         return model.eval()
 
 

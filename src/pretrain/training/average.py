@@ -1,4 +1,6 @@
-"""The exponential moving average of the weights (``optim.ema``), kept beside them on the device that has them."""
+"""Other weights in the place of a model's own, for measurements: their exponential moving average (``optim.ema``), kept
+beside them on the device that has them; and a head that divides its logits by a temperature (``eval.calibrate``).
+"""
 
 from __future__ import annotations
 
@@ -59,3 +61,20 @@ class WeightAverage:
         held = parameter.clone()
         parameter.copy_(average)
         average.copy_(held)
+
+
+@contextmanager
+def at_temperature(parameters: Parameters, temperature: float) -> Iterator[None]:
+    """While entered, the head divides its logits by ``temperature``; then it is as it was, exactly."""
+    if temperature == 1:
+        yield
+        return
+    parameters.reshard()
+    head = parameters.local["head.weight"].detach()
+    held = head.clone()
+    head.div_(temperature)
+    try:
+        yield
+    finally:
+        parameters.reshard()
+        head.copy_(held)

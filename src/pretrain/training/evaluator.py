@@ -24,10 +24,14 @@ from pretrain.sizing import validation_rows
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokens import DataOrder, MixedOrder, TokenStream, validation_batches, window_batches
 from pretrain.tokens.order import HELD_OUT, key
-from pretrain.training.average import EVERY, WeightAverage
+from pretrain.training.average import EVERY, WeightAverage, at_temperature
+from pretrain.training.parallel import Parameters
 from pretrain.training.world import World
 
 T = TypeVar("T")
+
+TEMPERATURE_STEP = 1.1
+"""From one temperature to the next. Between two the loss differs by thousandths."""
 
 
 @dataclass
@@ -49,10 +53,13 @@ class Evaluator:
     training: tuple[TokenStream, DataOrder | MixedOrder] | None
     """The training tokens and the order of their windows; None of a live stream."""
     core_tasks: list[Task]
+    parameters: Parameters
     average: WeightAverage | None = None
     """That of the weights, with ``optim.ema``."""
     weights: str = LAST
     """Which weights the newest validation found better, LAST or AVERAGE: CORE and samples are of these."""
+    temperature: float = 1.0
+    """By which the head divides its logits, with ``eval.calibrate``: as the newest validation found it best."""
 
     def __post_init__(self):
         self.token_bytes = self.tokenizer.token_bytes()
@@ -64,21 +71,26 @@ class Evaluator:
         last step over all, and as ``val/part_...`` over ``eval.tokens`` as before. And the loss on training text.
 
         Where there is an average of the weights, both are measured, and the numbers are those of the better one, which
-        ``val/weights`` names; nothing held out, it is the average.
+        ``val/weights`` names; nothing held out, it is the average. With ``eval.calibrate`` they are those of the best
+        temperature, ``val/temperature``.
         """
         length, settings, last = self.config.model.context_length, self.config.eval, step == self.config.train.steps
         rows, tokens = self.rows(micro_rows), 0 if last else settings.tokens
-        measured, numbers = {LAST: self.held_out(step, tokens, rows, check)}, {}
-        if self.average and step >= EVERY:
-            with self.average.in_place():
-                measured[AVERAGE] = self.held_out(step, tokens, rows, check)
-        self.weights = [*measured][-1]
+        measured, numbers = {}, {}
+        for weights in (LAST, AVERAGE) if self.average and step >= EVERY else (LAST,):
+            self.weights = weights
+            with self.better_weights():
+                measured[self.weights] = self.held_out(step, tokens, rows, check)
         if self.val_streams:
             losses = {weights: total(results).loss for weights, results in measured.items()}
             self.weights = min(
                 losses, key=lambda weights: losses[weights] if math.isfinite(losses[weights]) else math.inf
             )
-            results, whole = measured[self.weights], total(measured[self.weights])
+            results = measured[self.weights]
+            if settings.calibrate:
+                results = self.calibrated(results, lambda: self.held_out(step, tokens, rows, check))
+                numbers["val/temperature"] = self.temperature
+            whole = total(results)
             numbers |= {"val/loss": whole.loss, "val/bpb": whole.bits_per_byte}
             if len(results) > 1:
                 numbers |= {f"val/loss/{name}": result.loss for name, result in results.items()}
@@ -97,6 +109,24 @@ class Evaluator:
                 batches = window_batches(stream, starts, length, rows, self.world.rank, self.world.size)
                 numbers["train/eval_loss"] = self.measured(batches, rows, check).loss
         return numbers
+
+    def calibrated(
+        self, results: Mapping[str, LossResult], measure: Callable[[], Mapping[str, LossResult]]
+    ) -> Mapping[str, LossResult]:
+        """Set the temperature to the best one near what it is, in steps of a tenth, and return its results."""
+        for factor in (TEMPERATURE_STEP, 1 / TEMPERATURE_STEP):
+            begun = self.temperature
+            while True:
+                before, self.temperature = self.temperature, self.temperature * factor
+                with self.better_weights():
+                    there = measure()
+                if not total(there).loss < total(results).loss:
+                    self.temperature = before
+                    break
+                results = there
+            if self.temperature != begun:
+                break
+        return results
 
     def held_out(self, step: int, tokens: int, rows: int, check: Callable[[], None]) -> dict[str, LossResult]:
         """The loss of the model as it is on ``tokens`` of the held-out tokens, 0 for all, by data set."""
@@ -126,9 +156,12 @@ class Evaluator:
             batches = filled(batches, rows)
         return evaluate_loss(self.model, checked(batches, check), self.token_bytes, self.world.sum)
 
-    def better_weights(self) -> AbstractContextManager[None]:
-        """While entered, the model has the weights that the newest validation found better."""
-        return self.average.in_place() if self.average and self.weights == AVERAGE else nullcontext()
+    @contextmanager
+    def better_weights(self) -> Iterator[None]:
+        """While entered, the model has the weights and the temperature that the newest validation found better."""
+        average = self.average.in_place() if self.average and self.weights == AVERAGE else nullcontext()
+        with average, at_temperature(self.parameters, self.temperature):
+            yield
 
     def held_out_batches(self, name: str, step: int, tokens: int, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches for this process of a data set's share of ``tokens`` held-out tokens; 0: of all."""

@@ -136,20 +136,23 @@ class Trainer:
         found = self.world.run_on_rank0(lambda: lowest(self.run.checkpoints, self.val_losses))
         if found is None or self.val_losses[found.step] >= self.val_losses.get(self.step, math.inf):
             return {}
-        last, weights = self.world.run_on_rank0(
-            lambda: (read_jsonl(self.run.metrics)[-1].get("val/loss"), self.run.weights(found.step))
+        last, weights, temperature = self.world.run_on_rank0(
+            lambda: (read_jsonl(self.run.metrics)[-1].get("val/loss"), *self.run.model_of(found.step))
         )
         self.state.load_weights(found, weights)
-        self.evaluator.weights = LAST  # those of the model itself now
+        self.evaluator.weights, self.evaluator.temperature = LAST, temperature  # those of the model itself now
         check, rows = functools.partial(self.phase, "validating", may_stop=True), self.state.progress.micro_rows
-        best = total(self.evaluator.held_out(found.step, 0, self.evaluator.rows(rows), check))
+        with self.evaluator.better_weights():
+            best = total(self.evaluator.held_out(found.step, 0, self.evaluator.rows(rows), check))
         if last is not None and best.loss >= last:
             return {}
         test = {name.replace("/", "_"): value for name, value in self.evaluator.test(rows, check).items()}
         left = f"best at step {found.step:,} (val loss {best.loss:.3f}), which sample, eval and export use"
         self.console.say(f"{left}; the last, of step {self.step:,}, has {math.nan if last is None else last:.3f}")
         best_numbers = {"val_loss": best.loss, "val_bpb": best.bits_per_byte}
-        return {**best_numbers, **test, "model_step": found.step, "model_weights": weights}
+        return {**best_numbers, **test, "model_step": found.step, "model_weights": weights} | (
+            {"model_temperature": temperature} if self.config.eval.calibrate else {}
+        )
 
     def validate_at_start(self) -> None:
         """Measure the model before its first step: a record of step 0, without the numbers of a step."""
@@ -312,7 +315,8 @@ class Trainer:
         self.state.progress.went_back_to, self.state.progress.pending = before.went_back_to, None
         self.waiting = [record for record in self.waiting if record["step"] <= self.step]
         self.val_losses = {step: loss for step, loss in self.val_losses.items() if step <= self.step}
-        self.evaluator.weights = self.world.run_on_rank0(lambda: self.run.weights(self.step))
+        evaluator = self.evaluator
+        evaluator.weights, evaluator.temperature = self.world.run_on_rank0(lambda: self.run.model_of(self.step))
         self.notify("on_rollback", self.step)
         if self.world.is_rank0:
             self.smoothed = Smoothed(read_jsonl(self.run.metrics))

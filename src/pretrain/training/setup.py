@@ -132,14 +132,14 @@ def set_up(
 
     # Callbacks: on rank 0 all of them, elsewhere only the heartbeat.
     losses: dict[int, float] = {}
-    smoothed, weights = Smoothed(), LAST
+    smoothed, model_of = Smoothed(), (LAST, 1.0)
     if world.is_rank0:
         # Without a checkpoint everything comes again, what was measured before the first step too.
         finished = progress.step - bool(state.progress.pending) if checkpoint else -1
         records = [record for record in read_jsonl(run.metrics) if record["step"] <= finished]
         measured = {record["step"]: comparable_loss(record) for record in records}
         losses = {step: loss for step, loss in measured.items() if loss is not None}
-        smoothed, weights = Smoothed(records), run.weights(finished)
+        smoothed, model_of = Smoothed(records), run.model_of(finished)
         loggers = [Logger(kind, run.folder, config, finished, say) for kind in chosen(config.log.backends, say)]
         listeners += [RunFiles(run, finished, say), console, *loggers, Warnings(run, records), *callbacks]
         write_environment(run.folder, device, step=progress.step, precision=precision.name, processes=world.size)
@@ -159,8 +159,9 @@ def set_up(
         test_streams,
         training,
         tasks,
+        parameters,
         average,
-        world.broadcast(weights),
+        *world.broadcast(model_of),
     )
     writer = CheckpointWriter(run.checkpoints, parameters.as_dtensor, world.size > 1)
     writer.allocate(state.tensors(), same=parallelism == "ddp")
