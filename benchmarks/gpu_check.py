@@ -800,7 +800,9 @@ def processes(report: Report) -> None:
 
 
 def several_processes(report: Report, size: int) -> None:
-    """DDP, FSDP and HSDP in as many processes beside one; from one kind to another; and one that is killed."""
+    """DDP, FSDP and HSDP in as many processes, compiled on GPUs, beside one that is not; from one kind to another; one
+    that is killed; and CORE.
+    """
     limit, folder = 1e-4 if report.cuda else 1e-5, report.folder
     base = tiny(report, sample__max_tokens=0, parallel__timeout_seconds=20.0, checkpoint__keep_last=0)
     wanted = finished([start(base, folder / "alone")], folder / "alone")
@@ -813,7 +815,8 @@ def several_processes(report: Report, size: int) -> None:
     for kind in ("ddp", "fsdp", "hsdp"):
         with report.part(kind):
             variables = {"LOCAL_WORLD_SIZE": str(size // 2)} if kind == "hsdp" else {}  # as on two machines
-            config, out = change(base, parallel__kind=kind), folder / kind
+            compile = "on" if report.cuda else "off"
+            config, out = change(base, parallel__kind=kind, train__compile=compile), folder / kind
             compare(kind, finished(train_together(config, out, size, **variables), out))
     with report.part("from ddp to fsdp"):
         out = folder / "ddp"
@@ -1015,7 +1018,7 @@ CHECKS = [
     Check("out of memory", out_of_memory, 40),
     Check("batches", batches, 40),
     Check("no waiting", no_waiting, 60),
-    Check("processes", processes, 80),
+    Check("processes", processes, 120),
     Check("tests marked gpu", gpu_tests, 90),
     *(Check(f"speed of {recipe}", partial(speed, recipe), 180) for recipe in VOCABULARY),
 ]
