@@ -1018,7 +1018,7 @@ CHECKS = [
     Check("out of memory", out_of_memory, 40),
     Check("batches", batches, 40),
     Check("no waiting", no_waiting, 60),
-    Check("processes", processes, 120),
+    Check("processes", processes, 180),
     Check("tests marked gpu", gpu_tests, 90),
     *(Check(f"speed of {recipe}", partial(speed, recipe), 180) for recipe in VOCABULARY),
 ]
