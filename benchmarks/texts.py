@@ -25,6 +25,8 @@ from pathlib import Path
 import common
 from train import NANOGPT_CPU, prepare_nanogpt
 
+from pretrain.report.compressors import bits_per_byte, compressors
+
 SHARE = 0.95
 """Share of the characters to train on."""
 CALIBRATION = 300
@@ -65,7 +67,6 @@ def train_nanogpt(nanogpt: str, file: Path, minutes: float, seed: int) -> tuple[
                 "always_save_checkpoint": False,
             }
             command = [sys.executable, str(script), "config/train_shakespeare_char.py", *NANOGPT_CPU.split()]
-            options["always_save_checkpoint"] = False
             command += [f"--{name}={value}" for name, value in options.items()]
             begin = time.perf_counter()
             environment = {**os.environ, "PYTHONPATH": nanogpt}
@@ -80,6 +81,13 @@ def train_nanogpt(nanogpt: str, file: Path, minutes: float, seed: int) -> tuple[
         loss = common.worker(script, "nanogpt-loss", nanogpt, f"{folder}/out/ckpt.pt", str(data))["loss"]
         held_out = text[int(SHARE * len(text)) :]
     return loss * (len(held_out) - 1) / math.log(2) / len(held_out[1:].encode()), seconds
+
+
+def compressed(file: Path) -> str:
+    """What xz, and PPMd where pyppmd is installed, reach on the held-out text."""
+    text = file.read_text(encoding="utf-8")
+    train, held_out = (part.encode() for part in (text[: int(SHARE * len(text))], text[int(SHARE * len(text)) :]))
+    return "".join(f"   {name} {bits:.3f}" for name, bits in bits_per_byte(compressors(), train, held_out).values())
 
 
 def shown(values: list[float]) -> str:
@@ -107,7 +115,7 @@ def main() -> None:
         if arguments.nanogpt:
             bits, took = train_nanogpt(arguments.nanogpt, file, arguments.minutes, 0)
             line += f"   nanoGPT {bits:.3f} in {took:.0f} s"
-        print(line, flush=True)
+        print(line + compressed(file), flush=True)
 
 
 if __name__ == "__main__":
