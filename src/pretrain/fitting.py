@@ -89,7 +89,7 @@ class Tier:
 SHAPES = ((3, 128), (4, 256), (6, 384), (8, 512), (10, 640), (12, 768))
 """Layers and width of models, from small to large."""
 TIERS = (
-    Tier(100_000, 0, 0, 128, 0.3, 0.5),
+    Tier(100_000, 0, 0, 256, 0.3, 0.5),
     Tier(2_000_000, 1024, 1, 128, 0.2, 0.2),
     Tier(math.inf, 4096, 5, 128, 0.0, 0.0),
 )
