@@ -138,7 +138,7 @@ def test_the_writer_copies_first_and_tells_of_failures_once(tmp_path: Path, monk
     assert committed == [1]
 
 
-@pytest.mark.parametrize("call", ["_write_tensors", "_commit", "sync_folder", "write_atomically"])
+@pytest.mark.parametrize("call", ["_write", "_commit", "sync_folder", "write_atomically"])
 def test_a_save_that_fails_leaves_nothing_of_itself(tmp_path: Path, monkeypatch, call: str):
     save_checkpoint(tmp_path, 1, tensors(1), {})
 
@@ -158,7 +158,7 @@ def test_a_step_saved_again_stays_until_the_new_one_is_written(tmp_path: Path, m
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_module, "_write_tensors", fail)
+    monkeypatch.setattr(checkpoint_module, "_write", fail)
     with pytest.raises(OSError, match="No space"):
         save_checkpoint(tmp_path, 1, tensors(2), {})
     assert newest(tmp_path, pytest.fail) is not None

@@ -1,40 +1,36 @@
 """Checkpoints: all of a run's state at one step, written so that it exists whole or not at all.
 
-    step-00000500.tmp/   tensors as safetensors (torch.distributed.checkpoint), state.json  →  synced, hashed
+    step-00000500.tmp/   a safetensors file of each process, state.json  →  synced, hashed
     step-00000500/       renamed
     step-00000500/COMMIT the hashes, written last: a checkpoint without it does not exist
 
-Nothing is pickled, so loading a checkpoint runs no code from it.
+A file holds parts of tensors, and where in the whole they begin: the format of torch.distributed.checkpoint's
+HuggingFaceStorageWriter, which wrote older checkpoints. Nothing is pickled, so loading runs no code from a checkpoint.
 """
 
 from __future__ import annotations
 
 import json
+import operator
 import shutil
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol, TypeVar
 
+import safetensors
+import safetensors.torch
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from pretrain.config import CheckpointConfig
-from pretrain.errors import CheckpointError
+from pretrain.errors import CheckpointError, PeerError
 from pretrain.io import read_bounded, sha256_of, sync_file, sync_folder, write_atomically
 
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as no_dist says
+T = TypeVar("T")
 
-SAVE_TIMEOUT = timedelta(hours=1)
 ASSUMED_SPEED = 1e8
 """Bytes of a checkpoint written in a second, hashing included, before any was: a slow disk's."""
 COMMIT = "COMMIT"
@@ -42,11 +38,78 @@ STATE = "state.json"
 STATE_BYTES = 2**28
 """More than the plain values of any run take."""
 
+BEGINS, BEGIN = "DCP_SHARDING_INFO", "saved_offsets"
+"""Where the parts in a file begin, by name, in its metadata."""
+
 LAST, AVERAGE = "last", "average"
 """The weights of a checkpoint as the last step left them, and their moving average (``optim.ema``)."""
 
-AsDTensor = Callable[[str, Tensor], Tensor]
-"""From a name and a tensor on the CPU to what torch.distributed.checkpoint must see; see ``Parameters.as_dtensor``."""
+
+class Part(NamedTuple):
+    """A part of a tensor: where in the whole it begins, and the shape of the whole."""
+
+    begin: tuple[int, ...]
+    whole: tuple[int, ...]
+
+
+PartOf = Callable[[str, Tensor], Part]
+"""From a name and this process's tensor to which part of the whole that is; see ``Parameters.part``."""
+
+
+def all_of_it(name: str, tensor: Tensor) -> Part:
+    """The part that is the whole."""
+    return Part((0,) * tensor.ndim, tuple(tensor.shape))
+
+
+class Piece(NamedTuple):
+    """A part of a tensor in a file of a checkpoint, from ``begin`` to before ``end``."""
+
+    file: str
+    begin: tuple[int, ...]
+    end: tuple[int, ...]
+
+
+Index = dict[str, list[Piece]]
+"""Where in the files of a checkpoint each tensor is."""
+
+
+class Peers(Protocol):
+    """The processes that save and load together, as each of them sees them; see ``World``."""
+
+    @property
+    def rank(self) -> int:
+        """Which of them this is."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """How many they are."""
+        ...
+
+    def gather(self, value: T, /) -> list[T]:
+        """The values of all by rank, in every process."""
+        ...
+
+    def collect(self, key: str, value: T, /) -> list[T]:
+        """The values of all by rank on rank 0, elsewhere only its own: for a thread beside the one that gathers."""
+        ...
+
+
+class Alone:
+    """One process by itself."""
+
+    rank, size = 0, 1
+
+    def gather(self, value: T) -> list[T]:
+        """Its value."""
+        return [value]
+
+    def collect(self, key: str, value: T) -> list[T]:
+        """Its value."""
+        return [value]
+
+
+ALONE = Alone()
 
 
 @dataclass(frozen=True)
@@ -61,83 +124,134 @@ class Checkpoint:
         """The plain values saved with the tensors."""
         return json.loads(read_bounded(self.folder / STATE, STATE_BYTES))
 
-    def names(self) -> set[str]:
-        """The names of its tensors."""
-        return set(HuggingFaceStorageReader(str(self.folder)).read_metadata().state_dict_metadata)
+    def hashes(self) -> dict[str, str]:
+        """The SHA-256 of each file, as its marker lists them."""
+        return dict(json.loads(read_bounded(self.folder / COMMIT, STATE_BYTES)))
 
-    def load(self, tensors: Mapping[str, Tensor], as_dtensor: AsDTensor = lambda name, tensor: tensor) -> None:
+    def index(self, peers: Peers = ALONE) -> Index:
+        """Where each tensor is. All ``peers`` call it, and each reads the headers of some files."""
+        files = sorted(name for name in self.hashes() if name.endswith(".safetensors"))
+        index: Index = {}
+        for pieces in peers.gather([_header(self.folder, file) for file in files[peers.rank :: peers.size]]):
+            for name, piece in (named for file in pieces for named in file.items()):
+                index.setdefault(name, []).append(piece)
+        return index
+
+    def load(self, tensors: Mapping[str, Tensor], part: PartOf = all_of_it, index: Index | None = None) -> None:
         """Fill these tensors in place with the saved ones of the same names, whatever processes saved them.
 
-        Names not asked for are left alone. ``as_dtensor`` says which part of the whole a tensor on the CPU is.
+        Names not asked for are left alone. ``part`` says which part of the whole a tensor is; ``index`` is that of
+        :meth:`index`, where it is known. Raises CheckpointError for a tensor that is not there, or of another shape.
         """
+        index = self.index() if index is None else index
         copies = {name: t if t.is_cpu else torch.empty_like(t, device="cpu") for name, t in tensors.items()}
-        parts = {name: as_dtensor(name, copy) for name, copy in copies.items()}
-        load(parts, storage_reader=HuggingFaceStorageReader(str(self.folder)), no_dist=True)
+        wanted: dict[str, list[tuple[str, Box, Tensor]]] = {}  # by file, so that each is opened once
+        for name, copy in copies.items():
+            (begin, whole), pieces, found = part(name, copy), index.get(name, []), 0
+            saved = tuple(max(ends) for ends in zip(*(piece.end for piece in pieces), strict=True))
+            if not pieces or saved != whole:
+                there = f"has the shape {saved}, not {whole}" if pieces else "is not there"
+                raise CheckpointError(f"{self.folder} is of another model: {name} {there}")
+            end = tuple(map(operator.add, begin, copy.shape))
+            for piece in pieces:
+                low, high = tuple(map(max, begin, piece.begin)), tuple(map(min, end, piece.end))
+                if all(map(operator.lt, low, high)):
+                    here = copy[_box(low, high, begin)]
+                    wanted.setdefault(piece.file, []).append((name, _box(low, high, piece.begin), here))
+                    found += here.numel()
+            if found != copy.numel():
+                raise CheckpointError(f"{self.folder} has {found:,} of {copy.numel():,} values of {name}")
+        for file, parts in wanted.items():
+            with safetensors.safe_open(self.folder / file, framework="pt") as opened:
+                for name, box, here in parts:
+                    here.copy_(opened.get_slice(name)[box])
         for name, tensor in tensors.items():
             tensor.copy_(copies[name])
 
-    def broken(self) -> str:
-        """What is wrong with the files, in a few words; empty if every byte is as it was written."""
+    def broken(self, peers: Peers = ALONE) -> str:
+        """What is wrong with the files, in a few words; empty if every byte is as it was written.
+
+        All ``peers`` call it, and each reads some of the files.
+        """
+        found = peers.gather(self._broken(peers.rank, peers.size))
+        markers = {marker for marker, _ in found}
+        return next(filter(None, (problem for _, problem in found)), "") or "COMMIT differs" * (len(markers) > 1)
+
+    def _broken(self, rank: int, size: int) -> tuple[str, str]:
+        """The hash of the marker, and what is wrong with the files that it gives to this of ``size`` processes."""
+        name = COMMIT
         try:
-            hashes = dict(json.loads(read_bounded(self.folder / COMMIT, STATE_BYTES)))
+            marker, hashes = sha256_of(self.folder / COMMIT), self.hashes()
+            if STATE not in hashes:
+                return marker, f"{COMMIT} does not list {STATE}"
+            for name in sorted(hashes)[rank::size]:
+                file = self.folder / name
+                if Path(name).name != name or not file.is_file():
+                    return marker, f"{name} is missing"
+                if sha256_of(file) != hashes[name]:
+                    return marker, f"{name} is not what was written"
+        except OSError as error:
+            return "", f"{name} cannot be read ({error.strerror})"
         except (ValueError, TypeError):
-            return f"{COMMIT} is not what was written"
-        if STATE not in hashes:
-            return f"{COMMIT} does not list {STATE}"
-        for name, digest in hashes.items():
-            file = self.folder / name
-            if Path(name).name != name or not file.is_file():
-                return f"{name} is missing"
-            if sha256_of(file) != digest:
-                return f"{name} is not what was written"
-        return ""
+            return "", f"{COMMIT} is not what was written"
+        return marker, ""
+
+
+Box = tuple[slice, ...]
+
+
+def _box(low: tuple[int, ...], high: tuple[int, ...], begin: tuple[int, ...]) -> Box:
+    return tuple(slice(a - b, z - b) for a, z, b in zip(low, high, begin, strict=True))
+
+
+def _header(folder: Path, file: str) -> dict[str, Piece]:
+    """What a file holds, by name."""
+    pieces = {}
+    with safetensors.safe_open(folder / file, framework="pt") as opened:
+        begins = json.loads((opened.metadata() or {}).get(BEGINS, "{}"))
+        for name in opened.keys():  # noqa: SIM118 (it is no dictionary)
+            shape = opened.get_slice(name).get_shape()
+            begin = tuple(begins[name][BEGIN]) if begins else (0,) * len(shape)
+            pieces[name] = Piece(file, begin, tuple(map(operator.add, begin, shape)))
+    return pieces
 
 
 def save_checkpoint(
     folder: Path,
     step: int,
-    tensors: dict[str, Tensor],
+    tensors: Mapping[str, Tensor],
     state: dict[str, Any],
-    group: dist.ProcessGroup | None = None,
+    part: PartOf = all_of_it,
+    peers: Peers = ALONE,
 ) -> Checkpoint:
     """Write and commit a checkpoint below ``folder`` (the run's ``checkpoints``).
 
-    With several processes each writes its part, through ``group``; rank 0 hashes and commits.
+    Each of several processes writes a file of its tensors and hashes it; rank 0 waits for all and commits, and only
+    there does the checkpoint exist when this returns. No two of them give the same part of a tensor.
 
     Raises:
-        OSError: it could not be written; nothing of it is left, and no other checkpoint was touched.
+        OSError: on rank 0 where it could not be written, elsewhere where this process's file could not; nothing of it
+            is left, and no other checkpoint was touched.
     """
     final = folder / f"step-{step:08d}"
     temporary = final.with_name(final.name + ".tmp")
-    rank = 0 if group is None else dist.get_rank(group)
-
-    def on_rank0(work: Callable[[], None]) -> None:
-        """Let rank 0 work while the others wait; its OSError is raised in all of them."""
-        error: list[OSError | None] = [None]
-        if rank == 0:
-            try:
-                work()
-            except OSError as raised:
-                error = [raised]
-        if group is not None:
-            dist.broadcast_object_list(error, src=0, group=group)
-        if error[0] is not None:
-            raise error[0]
-
-    def prepare() -> None:
-        remove(temporary)  # of a save that was cut off
-        temporary.mkdir(parents=True)
-
-    def commit() -> None:
-        (temporary / STATE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n", encoding="utf-8")
-        _commit(temporary, final)
-
     try:
-        on_rank0(prepare)
-        _write_tensors(temporary, tensors, group)
-        on_rank0(commit)
+        written: dict[str, str] | Exception
+        try:
+            temporary.mkdir(parents=True, exist_ok=True)
+            file = temporary / f"shard-{peers.rank + 1:05d}.safetensors"
+            written = {file.name: _write(file, tensors, part)} if tensors else {}
+        except Exception as error:
+            written = error
+        hashes: dict[str, str] = {}
+        for each in peers.collect(f"saved/{step}", written):
+            if isinstance(each, Exception):
+                raise each
+            hashes |= each
+        if peers.rank == 0:
+            _commit(temporary, final, {"step": step, **state}, hashes)
     except BaseException:
-        if rank == 0:
+        if peers.rank == 0:
             remove(temporary)
             if not (final / COMMIT).exists():
                 remove(final)
@@ -145,20 +259,23 @@ def save_checkpoint(
     return Checkpoint(final, step)
 
 
-def _write_tensors(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    try:
-        save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
-    except CheckpointException as error:  # it wraps what each process met
-        raise next((e for e, _ in error.failures.values() if isinstance(e, OSError)), error) from None
+def _write(file: Path, tensors: Mapping[str, Tensor], part: PartOf) -> str:
+    """Write a file of tensors that lasts; returns its hash."""
+    begins = {name: {BEGIN: part(name, tensor).begin} for name, tensor in tensors.items()}
+    metadata = {BEGINS: json.dumps(begins), "DCP_VERSION": "1.0", "format": "pt"}
+    file.write_bytes(safetensors.torch.save(dict(tensors), metadata))
+    sync_file(file)
+    return sha256_of(file)
 
 
-def _commit(temporary: Path, final: Path) -> None:
-    """Make what lies in ``temporary`` last, then make it exist: hashes, rename, marker."""
-    hashes = {}
-    for file in sorted(temporary.iterdir()):
-        sync_file(file)
-        hashes[file.name] = sha256_of(file)
+def _commit(temporary: Path, final: Path, state: dict[str, Any], hashes: dict[str, str]) -> None:
+    """Make what lies in ``temporary`` exist: ``state.json``, rename, marker."""
+    (temporary / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    sync_file(temporary / STATE)
+    hashes = {**hashes, STATE: sha256_of(temporary / STATE)}
+    for file in temporary.iterdir():
+        if file.name not in hashes:  # of a save by more processes that was cut off
+            file.unlink()
     remove(final)  # the same step, saved before
     temporary.rename(final)
     sync_folder(final.parent)
@@ -166,63 +283,59 @@ def _commit(temporary: Path, final: Path) -> None:
 
 
 class CheckpointWriter:
-    """Saves to ``folder`` in the background; with ``several`` processes, all of them save together.
+    """Saves to ``folder`` in the background, together with ``peers``.
 
     Training waits only while the tensors are copied, and for a save still under way.
     """
 
-    def __init__(self, folder: Path, as_dtensor: AsDTensor = lambda name, tensor: tensor, several: bool = False):
-        self.folder, self.as_dtensor = folder, as_dtensor
-        # A group of its own, since the main thread may be talking through the others meanwhile.
-        self.group: Any = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT) if several else None
-        self._copies: dict[str, Tensor] = {}
-        self._elsewhere: set[str] = set()
-        self._bytes, self._seconds = 0, 0.0  # of all tensors here; of the last save
+    def __init__(self, folder: Path, part: PartOf = all_of_it, peers: Peers = ALONE):
+        self.folder, self.part, self.peers = folder, part, peers
+        self.took = 0.0
+        """Seconds of the last save, on rank 0."""
+        self._names: set[str] | None = None  # of all tensors here
+        self._copies: dict[str, Tensor] = {}  # of those that this process saves
+        self._bytes = 0
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def allocate(self, tensors: Mapping[str, Tensor], same: bool = False) -> None:
+    def allocate(self, tensors: Mapping[str, Tensor]) -> None:
         """Get the memory for copies of these tensors: to lock it takes long, and there may be little time to save.
 
-        With ``same`` all processes have the same values (DDP), and each saves a part of the names. All call it.
+        What several processes have (the same part of the same name), one of them saves. All call it, once.
         """
-        sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
-        self._bytes = sum(sizes.values())
-        if same and self.group is not None:
-            everybody: list[Any] = [None] * dist.get_world_size(self.group)
-            dist.all_gather_object(everybody, sizes, group=self.group)
-            self._elsewhere = sizes.keys() - shares(everybody)[dist.get_rank(self.group)]
-        for name, tensor in tensors.items():
-            if name not in self._elsewhere:
-                self._copy_of(name, tensor)
-
-    def _copy_of(self, name: str, tensor: Tensor) -> Tensor:
-        if name not in self._copies:
-            self._copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-        return self._copies[name]
+        parts = {(name, self.part(name, tensor).begin): tensor.nbytes for name, tensor in tensors.items()}
+        mine = {name for name, _ in shares(self.peers.gather(parts))[self.peers.rank]}
+        self._names, self._bytes = set(tensors), sum(parts.values())
+        self._copies = {
+            name: torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            for name, tensor in tensors.items()
+            if name in mine
+        }
 
     @property
     def seconds(self) -> float:
         """What a save takes, by the last one, or at 100 MB/s before the first; twice that while one is under way."""
-        seconds = self._seconds or self._bytes / ASSUMED_SPEED
-        return 2 * seconds if self._thread is not None and self._thread.is_alive() else seconds
+        seconds = self.took or self._bytes / ASSUMED_SPEED
+        return 2 * seconds if self.busy() else seconds
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], after: Callable[[], None]) -> None:
-        """Begin to save; ``after`` is called once it is committed. Raises as :meth:`wait` for the save before."""
+        """Begin to save; rank 0 calls ``after`` once it is committed. Raises as :meth:`wait` for the save before."""
         self.wait()
+        if self._names is None:
+            self.allocate(tensors)
+        assert tensors.keys() == self._names
         begin = time.monotonic()
-        for name, tensor in tensors.items():  # to memory that is used again each time
-            if name not in self._elsewhere:
-                self._copy_of(name, tensor).copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+        for name, copy in self._copies.items():  # memory that is used again each time
+            copy.copy_(tensors[name].detach(), non_blocking=tensors[name].is_cuda)
         if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.synchronize()
 
         def work() -> None:
             try:
-                parts = {name: self.as_dtensor(name, copy) for name, copy in self._copies.items()}
-                save_checkpoint(self.folder, step, parts, state, self.group)
-                self._seconds = time.monotonic() - begin
-                after()
+                save_checkpoint(self.folder, step, self._copies, state, self.part, self.peers)
+                if self.peers.rank == 0:
+                    self.took = time.monotonic() - begin
+                    after()
             except BaseException as error:  # raised again where somebody waits
                 self._error = error
 
@@ -230,27 +343,32 @@ class CheckpointWriter:
         self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
         self._thread.start()
 
+    def busy(self, seconds: float = 0.0) -> bool:
+        """Whether a save is under way, after waiting so long for its end: in short waits signals are heard."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> None:
-        """Wait for the save under way. Raises the OSError that it met, once."""
-        while self._thread is not None and self._thread.is_alive():
-            self._thread.join(0.1)  # in short waits, so that signals are heard
+        """Wait for the save under way. Raises the error that it met, once."""
+        while self.busy(0.1):
+            pass
         error, self._error = self._error, None
         if error is not None:
             raise error
 
 
-def shares(holdings: list[dict[str, int]]) -> list[set[str]]:
-    """The names that each process saves, from the sizes of those that it has: as evenly as the largest first allows."""
-    holders: dict[str, list[int]] = {}
+def shares(holdings: list[dict[T, int]]) -> list[set[T]]:
+    """What each process saves, from the sizes of what it has: as evenly as the largest first allows."""
+    holders: dict[T, list[int]] = {}
     for rank, sizes in enumerate(holdings):
         for name in sizes:
             holders.setdefault(name, []).append(rank)
-    size = {name: holdings[ranks[0]][name] for name, ranks in holders.items()}
-    given, loads = [set[str]() for _ in holdings], [0] * len(holdings)
-    for name in sorted(holders, key=lambda name: (-size[name], name)):
-        rank = min(holders[name], key=loads.__getitem__)
+    given, loads = [set[T]() for _ in holdings], [0] * len(holdings)
+    for name, ranks in sorted(holders.items(), key=lambda held: -holdings[held[1][0]][held[0]]):
+        rank = min(ranks, key=loads.__getitem__)
         given[rank].add(name)
-        loads[rank] += size[name]
+        loads[rank] += holdings[rank][name]
     return given
 
 
@@ -273,17 +391,19 @@ def checkpoints(folder: Path) -> list[Checkpoint]:
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
-def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
+def newest(folder: Path, say: Callable[[str], None], peers: Peers = ALONE) -> Checkpoint | None:
     """The newest intact checkpoint, None if there is none at all; damaged ones that are skipped are named.
 
-    Raises CheckpointError if all are damaged.
+    All ``peers`` call it. Raises CheckpointError if all are damaged.
     """
-    there = checkpoints(folder)
+    there = peers.gather(checkpoints(folder))[0]
     for checkpoint in reversed(there):
-        problem = checkpoint.broken()
+        problem = checkpoint.broken(peers)
         if not problem:
             return checkpoint
         say(f"skipping damaged checkpoint {checkpoint.folder.name}: {problem}")
+    if there and peers.rank:
+        raise PeerError(CheckpointError.exit_code)  # rank 0 says it
     if there:
         raise CheckpointError(f"every checkpoint in {folder} is damaged; start again with another --out")
     return None
@@ -299,10 +419,13 @@ def by_loss(there: Iterable[int], val_losses: Mapping[int, float]) -> list[int]:
     return sorted(val_losses.keys() & set(there), key=lambda step: (val_losses[step], step))
 
 
-def lowest(folder: Path, val_losses: Mapping[int, float]) -> Checkpoint | None:
-    """The intact checkpoint with the lowest validation loss, by step in ``val_losses``; None if none was validated."""
-    there = {checkpoint.step: checkpoint for checkpoint in checkpoints(folder)}
-    return next((there[step] for step in by_loss(there, val_losses) if not there[step].broken()), None)
+def lowest(folder: Path, val_losses: Mapping[int, float], peers: Peers = ALONE) -> Checkpoint | None:
+    """The intact checkpoint with the lowest validation loss, by step in ``val_losses``; None if none was validated.
+
+    All ``peers`` call it.
+    """
+    there = {checkpoint.step: checkpoint for checkpoint in peers.gather(checkpoints(folder))[0]}
+    return next((there[step] for step in by_loss(there, val_losses) if not there[step].broken(peers)), None)
 
 
 def prune(folder: Path, config: CheckpointConfig, val_losses: Mapping[int, float]) -> None:

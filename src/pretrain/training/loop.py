@@ -133,7 +133,7 @@ class Trainer:
         """
         if not self.config.checkpoint.keep_best:
             return {}
-        found = self.world.run_on_rank0(lambda: lowest(self.run.checkpoints, self.val_losses))
+        found = lowest(self.run.checkpoints, self.val_losses, self.world)
         if found is None or self.val_losses[found.step] >= self.val_losses.get(self.step, math.inf):
             return {}
         last, weights, temperature = self.world.run_on_rank0(
@@ -302,7 +302,7 @@ class Trainer:
         self.settle()
         self.wait_for_save()
         spike = self.step
-        checkpoint = self.world.run_on_rank0(lambda: newest(self.run.checkpoints, self.console.say))
+        checkpoint = newest(self.run.checkpoints, self.console.say, self.world)
         if checkpoint is None:
             raise TrainingError(
                 f"a spike at step {spike}, and no checkpoint to roll back to; start a new run (another --out) with"
@@ -342,8 +342,7 @@ class Trainer:
         def committed() -> None:
             self.saved = step
             self.notify("on_checkpoint", self.run.checkpoints / f"step-{step:08d}")
-            if self.world.is_rank0:
-                prune(self.run.checkpoints, self.config.checkpoint, self.val_losses)
+            prune(self.run.checkpoints, self.config.checkpoint, self.val_losses)
 
         if failure := self.write_lines():  # no step of a checkpoint may be missing from them
             self.save_failed(failure, must)
@@ -361,12 +360,18 @@ class Trainer:
         return self.world.broadcast(failure)
 
     def wait_for_save(self, must: bool = False) -> None:
-        """Wait for the save under way, and handle its failure."""
+        """Wait for the save under way, and handle its failure. All processes call it, and learn what rank 0 knows."""
         self.phase(SAVING)
+        failure: OSError | None = None
+        while self.world.any(self.writer.busy(0.1)):
+            pass
         try:
             self.writer.wait()
         except OSError as error:
-            self.save_failed(error, must)
+            failure = error
+        failure, self.saved, self.writer.took = self.world.broadcast((failure, self.saved, self.writer.took))
+        if failure is not None:
+            self.save_failed(failure, must)
 
     def save_failed(self, error: OSError, must: bool) -> None:
         """Go on to the next save, or raise a CheckpointError."""

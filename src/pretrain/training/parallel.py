@@ -30,6 +30,7 @@ from pretrain.model import GPT, meta_model
 from pretrain.model.attention import kernel_problem, obstacle
 from pretrain.model.transformer import Block, head_dim, layer_kinds
 from pretrain.optim import Optimizer, alone, replicated, row_sharded
+from pretrain.runs.checkpoint import Part, all_of_it
 from pretrain.sizing import count_parameters, flops_per_token, parallelism_that_fits
 from pretrain.training.world import World
 
@@ -83,7 +84,7 @@ def parallelize(
         model.in_blocks, how = choose_attention(model, precision, compiled)
         say(f"attention {how}")
     if parallelism in ("fsdp", "hsdp"):
-        mesh = device_mesh(parallelism, world, device.type)
+        mesh = device_mesh(parallelism, world)
         # Weights travel in the dtype of the products; their fp32 originals stay sharded, gradients are added in fp32.
         half = None if precision.dtype == torch.float32 else precision.dtype
         policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -155,12 +156,12 @@ def set_gradient_sync(forward: Callable[..., Tensor], last: bool, reshard: bool)
         forward.set_requires_all_reduce(last)
 
 
-def device_mesh(parallelism: str, world: World, device_type: str) -> DeviceMesh:
+def device_mesh(parallelism: str, world: World) -> DeviceMesh:
     """The processes as FSDP sees them: in a row, or (hsdp) a row for each machine."""
     if parallelism == "fsdp":
-        return init_device_mesh(device_type, (world.size,), mesh_dim_names=("shard",))
+        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
     shape = (world.size // world.local_size, world.local_size)
-    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 class Parameters:
@@ -176,7 +177,6 @@ class Parameters:
             name: nn.Parameter(p.to_local().detach()) if isinstance(p, DTensor) else p for name, p in self.whole.items()
         }
         self.sharded = isinstance(model, FSDPModule)
-        self.cpu_mesh = device_mesh(parallelism, world, "cpu") if self.sharded else None
         first = next(iter(self.whole.values()))
         mesh = first.device_mesh if isinstance(first, DTensor) else None
         self.group = mesh["shard"].get_group() if mesh else None
@@ -224,20 +224,19 @@ class Parameters:
         for p in self.local.values():
             p.grad = None
 
-    def as_dtensor(self, name: str, tensor: Tensor) -> Tensor:
-        """A tensor of a checkpoint as torch.distributed.checkpoint must see it to know which part of the whole it is.
+    def part(self, name: str, tensor: Tensor) -> Part:
+        """Which part of a whole tensor of a checkpoint this process has: under FSDP some of the rows of parameters.
 
-        ``tensor`` is on the CPU; ``name`` is ``model.PARAMETER``, ``ema.PARAMETER`` or ``optim.PARAMETER.KEY``, or
-        anything else, which is whole.
+        ``name`` is ``model.PARAMETER``, ``ema.PARAMETER`` or ``optim.PARAMETER.KEY``, or anything else, which is whole.
         """
         kind, _, rest = name.partition(".")
         parameter = rest if kind in ("model", "ema") else rest.rpartition(".")[0] if kind == "optim" else ""
         whole = self.whole.get(parameter)
-        if self.cpu_mesh is None or not isinstance(whole, DTensor) or tensor.shape != whole.to_local().shape:
-            return tensor
-        return DTensor.from_local(
-            tensor, self.cpu_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
-        )
+        if self.group is None or whole is None or tensor.shape != self.local[parameter].shape:
+            return all_of_it(name, tensor)
+        rows = -(-whole.shape[0] // self.group.size())  # of each process, the last ones fewer
+        first = min(self.group.rank() * rows, whole.shape[0])
+        return Part((first, *[0] * (tensor.ndim - 1)), tuple(whole.shape))
 
 
 def use_fp8(model: GPT, emulate: bool = False) -> None:

@@ -75,7 +75,7 @@ def set_up(
         batches = BatchesAhead(batches, device)
 
     # The checkpoint decides the precision, and must be of this data.
-    checkpoint = world.run_on_rank0(lambda: newest(run.checkpoints, say))
+    checkpoint = newest(run.checkpoints, say, world)
     progress = Progress.of(checkpoint)
     if checkpoint and progress.data != corpus.fingerprint:
         place = ", ".join(dataset.name for dataset in corpus.datasets)
@@ -163,8 +163,8 @@ def set_up(
         average,
         *world.broadcast(model_of),
     )
-    writer = CheckpointWriter(run.checkpoints, parameters.as_dtensor, world.size > 1)
-    writer.allocate(state.tensors(), same=parallelism == "ddp")
+    writer = CheckpointWriter(run.checkpoints, parameters.part, world)
+    writer.allocate(state.tensors())
     return Trainer(
         run=run,
         corpus=corpus,

@@ -85,25 +85,28 @@ class TrainState:
         return self.tensors(), dataclasses.asdict(progress)
 
     def load_state_dict(self, checkpoint: Checkpoint, batches: bool = True) -> None:
-        """Go back to a checkpoint, saved by any number of processes; ``batches`` False leaves the data where it is."""
+        """Go back to a checkpoint, saved by any number of processes; ``batches`` False leaves the data where it is.
+
+        All processes call it.
+        """
         progress, rank = Progress.of(checkpoint), self.world.rank
         self.parameters.reshard()
-        tensors = self.tensors()
-        if missing := {name for name in tensors if name.startswith("random.")} - checkpoint.names():
+        tensors, index = self.tensors(), checkpoint.index(self.world)
+        if missing := {name for name in tensors if name.startswith("random.")} - index.keys():
             # Saved without a random state for this rank or type of device: seed anew, differently at each step.
             tensors = {name: tensor for name, tensor in tensors.items() if name not in missing}
             torch.manual_seed(self.config.train.seed + rank + 1_000_003 * checkpoint.step)
-        checkpoint.load(tensors, self.parameters.as_dtensor)
+        checkpoint.load(tensors, self.parameters.part, index)
         set_random_state(tensors, rank, self.world.device)
         if batches:
             self.batches.restore(progress.batches)
         self.progress = dataclasses.replace(progress, micro_rows=self.progress.micro_rows)
 
     def load_weights(self, checkpoint: Checkpoint, weights: str) -> None:
-        """Give the model alone the ``last`` weights of a checkpoint or their ``average``."""
+        """Give the model alone the ``last`` weights of a checkpoint or their ``average``. All processes call it."""
         self.parameters.reshard()
         values = {name_in_checkpoint(name, weights): p.detach() for name, p in self.parameters.local.items()}
-        checkpoint.load(values, self.parameters.as_dtensor)
+        checkpoint.load(values, self.parameters.part, checkpoint.index(self.world))
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of a checkpoint by name, to be read or filled in place."""

@@ -2,13 +2,15 @@
 
 torchrun starts them and sets their environment variables; a single process is a world of size 1 without communication.
 Numbers of a step travel by the device's backend (NCCL on CUDA, gloo on the CPU); everything else (agreeing to stop,
-checkpoints, the error of rank 0) by a gloo group of its own, ``control``.
+the error of rank 0) by a gloo group of its own, ``control``; threads beside the main one by the store, since what a
+group is asked must come in the same order in all processes.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
 import platform
 import threading
 import time
@@ -30,6 +32,8 @@ T = TypeVar("T")
 
 STRAGGLER_SECONDS = 5.0
 """A process without a heartbeat for this many seconds counts as gone; heartbeats come every second."""
+COLLECT_SECONDS = 3600.0
+"""How long rank 0 waits for the threads of other processes, which may be writing a large checkpoint to a slow disk."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class World:
     control: dist.ProcessGroup | None = None
     """All processes, by gloo; None in a world of one."""
     store: dist.Store | None = None
-    """Where each process leaves its heartbeat."""
+    """Where each process leaves its heartbeat, and what its threads have to say."""
     clock_ahead: float = 0.0
     """Seconds by which this machine's clock is ahead of rank 0's."""
 
@@ -79,6 +83,26 @@ class World:
         values: list[Any] = [value] * self.size
         if self.control is not None:
             dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def collect(self, key: str, value: T) -> list[T]:
+        """The values of all processes by rank on rank 0, elsewhere only its own: for threads beside the main one.
+
+        Raises DistError after an hour.
+        """
+        if self.store is None or not self.is_rank0:
+            if self.store is not None:
+                self.store.set(f"{key}/{self.rank}", pickle.dumps(value))  # type: ignore[arg-type]
+            return [value]
+        values, deadline = [value], time.monotonic() + COLLECT_SECONDS
+        for rank in range(1, self.size):
+            name = f"{key}/{rank}"
+            while not self.store.check([name]):  # to wait in the store would keep the heartbeats waiting
+                if time.monotonic() > deadline:
+                    raise dist.DistError(f"rank {rank} did not report ({key})")
+                time.sleep(0.05)
+            values.append(pickle.loads(self.store.get(name)))
+            self.store.delete_key(name)
         return values
 
     def run_on_rank0(self, work: Callable[[], T]) -> T:
