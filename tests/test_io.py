@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,3 +63,16 @@ def test_every_character_of_a_line_comes_back(tmp_path: Path):
     records = [{"step": 1, "text": "a\u2028b\u2029c\x85d\x0ce"}, {"step": 2}]
     append_jsonl(tmp_path / "m.jsonl", *records)
     assert read_jsonl(tmp_path / "m.jsonl") == records
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Unix has such limits")
+def test_the_limit_of_open_files_is_raised_as_far_as_needed_and_possible():
+    script = """
+import resource
+from pretrain.io import allow_open_files
+resource.setrlimit(resource.RLIMIT_NOFILE, (200, 1000))
+for processes in (8, 8, 500):
+    print(*allow_open_files(processes), *resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:3] == ["288 200 288 288 1000", "288 288 288 288 1000", "2256 288 1000 1000 1000"]

@@ -125,6 +125,29 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+FILES_EACH, OTHER_FILES = 4, 256
+"""Files that may be open for each of the processes that train together (sockets to it: of gloo's groups on CPUs; and in
+torchrun, which keeps the store), and all others."""
+
+
+def allow_open_files(processes: int) -> tuple[int, int, int]:
+    """Let this process open as many files as one of ``processes`` that train together may need, or as many as it may.
+
+    Returns how many that is, and the limit before and now.
+    """
+    needed = FILES_EACH * processes + OTHER_FILES
+    try:
+        import resource
+    except ImportError:  # not a Unix
+        return needed, needed, needed
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return needed, needed, needed
+    most = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return needed, soft, most
+
+
 def print_anything() -> None:
     """Let standard output take any text: a character that its encoding lacks is written as an escape, not refused."""
     if isinstance(sys.stdout, io.TextIOWrapper):

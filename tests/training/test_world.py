@@ -319,7 +319,7 @@ GPT.forward = poisoned
 
 
 FULL_AT_FIRST = """
-import errno
+import errno, os
 from {module} import {owner} as owner
 work, calls = owner.{name}, []
 def full(*args):
@@ -334,11 +334,11 @@ owner.{name} = full
 @pytest.mark.parametrize(
     ("module", "owner", "name", "condition"),
     [
-        ("pretrain.runs", "checkpoint", "_commit", "len(calls) == 1"),
+        ("pretrain.runs", "checkpoint", "_write", "os.environ['RANK'] == '1' and len(calls) == 1"),
         ("pretrain.training.callbacks", "RunFiles", "on_save", "args[1] == 4"),
     ],
 )
-def test_a_save_that_fails_on_rank_0_fails_on_all(
+def test_a_save_that_fails_on_one_fails_on_all(
     base: Config, tmp_path: Path, module: str, owner: str, name: str, condition: str
 ):
     """None of them waits for a commit that does not come."""
@@ -411,26 +411,65 @@ Trainer.__post_init__, step_module.train_step = later, signalled
     )
 
 
-def test_each_process_copies_only_its_share_to_save(base: Config, tmp_path: Path):
-    """Under DDP, where all have the same; and what they saved goes on as if nothing had happened."""
-    note = f"""
-from pretrain.runs.checkpoint import CheckpointWriter
-save = CheckpointWriter.save
-def noted(writer, step, tensors, *rest):
+NOTED = """
+import os, resource
+import torch.distributed as dist
+import pretrain.runs.checkpoint as module
+def note(what, value):
+    with open(Path({folder!r}, what + os.environ["RANK"]), "a") as out:
+        out.write(f"{{value}}\\n")
+save, sha256, new_group = module.CheckpointWriter.save, module.sha256_of, dist.new_group
+def noted_save(writer, step, tensors, *rest):
     save(writer, step, tensors, *rest)
-    copied = [sum(tensor.nbytes for tensor in each.values()) for each in (writer._copies, tensors)]
-    import os
-    Path({str(tmp_path)!r}, f"copied-{{os.environ['RANK']}}").write_text(" ".join(map(str, copied)))
-CheckpointWriter.save = noted
+    copied, held = (sum(tensor.nbytes for tensor in each.values()) for each in (writer._copies, tensors))
+    note("copied", copied / held)
+def noted_sha256(file):
+    note("hashed", f"{{file.parent.name[:13]}} {{file.name}}")
+    return sha256(file)
+def noted_group(*args, **options):
+    note("groups", options)
+    return new_group(*args, **options)
+module.CheckpointWriter.save, module.sha256_of, dist.new_group = noted_save, noted_sha256, noted_group
+resource.setrlimit(resource.RLIMIT_NOFILE, (200, 250))
 """
-    config = change(base, parallel__kind="ddp", **NANOCHAT)
-    run = run_together(config, tmp_path / "run", 2, note)
-    sizes = [tuple(map(int, (tmp_path / f"copied-{rank}").read_text().split())) for rank in range(2)]
-    for copied, there in sizes:
-        assert copied < 0.6 * there
-    shutil.rmtree(run.checkpoint(12).folder)
+
+
+@pytest.mark.parametrize(("kind", "processes"), [("ddp", 2), ("hsdp", 4)])
+def test_each_process_saves_hashes_and_verifies_only_its_share(base: Config, tmp_path: Path, kind: str, processes: int):
+    """And what they saved goes on as if nothing had happened, from the one before where one file is damaged."""
+    prelude = NOTED.format(folder=str(tmp_path))
+    prelude += 'os.environ["LOCAL_WORLD_SIZE"] = "2"\n'  # hsdp: as on two machines
+
+    def noted(what: str) -> list[list[str]]:
+        files = [tmp_path / f"{what}{rank}" for rank in range(processes)]
+        values = [file.read_text().splitlines() for file in files]
+        for file in files:
+            file.unlink()
+        return values
+
+    config = change(base, parallel__kind=kind, checkpoint__keep_last=0, **NANOCHAT)
+    run = run_together(config, tmp_path / "run", processes, prelude)
+    assert all(float(copied) < 0.6 for each in noted("copied") for copied in each)
+    assert [len(each) for each in noted("groups")] == [1] * processes
+    shards = [f"shard-{rank + 1:05d}.safetensors" for rank in range(processes)]
+    for rank, hashed in enumerate(noted("hashed")):
+        states = ["state.json"] if rank == 0 else []
+        names = [f"step-{step:08d} {name}" for step in (4, 8, 12) for name in [shards[rank], *states]]
+        assert hashed == names
     run.reopen()
-    assert_near(run_together(config, run.folder, 2), train(config, tmp_path / "alone"))
+    last = run.checkpoint(12).folder / shards[-1]
+    last.write_bytes(last.read_bytes()[:-1] + b"?")
+    process = start(config, run.folder, processes, prelude)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, output + errors
+    assert (output + errors).count("skipping damaged checkpoint step-00000012") == 1
+    assert errors.count(f"may need {256 + 4 * processes} open files") == 1
+    assert errors.count(f"ulimit -n {256 + 4 * processes}") == 1
+    verified = [line for each in noted("hashed") for line in each if not line.endswith("COMMIT")]
+    # Each by one process; then step 12 is saved again.
+    expected = [f"step-{step:08d} {name}" for step in (12, 8, 12) for name in [*shards, "state.json"]]
+    assert sorted(verified) == sorted(expected)
+    assert_near(run, train(config, tmp_path / "alone"))
 
 
 def test_processes_share_the_questions_of_core_and_one_may_take_longer(base: Config, tmp_path: Path):

@@ -15,7 +15,7 @@ import signal
 import socket
 
 from pretrain.errors import Interrupted, PeerError, PretrainError, UsageError
-from pretrain.io import LONGEST_GRACE, cores, signals_to_handle
+from pretrain.io import LONGEST_GRACE, allow_open_files, cores, signals_to_handle
 
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
 """Which process of this machine this is."""
@@ -80,6 +80,7 @@ def launch(arguments: list[str], count: int, grace_seconds: float, command: str)
         if loopback := next((name for _, name in socket.if_nameindex() if name.startswith("lo")), ""):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
     agent = parse_args([*options, "-m", "pretrain"])
+    allow_open_files(count * int(str(agent.nnodes).rpartition(":")[2]))  # the processes inherit it
     agent.training_script_args = arguments  # given with the others, --nproc would count as torchrun's
     if "LOGLEVEL" not in os.environ:  # torchrun would report again what the processes have said in one line
         logging.disable(logging.CRITICAL)

@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import platform
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,7 @@ from torch import Tensor
 from pretrain.config import ParallelConfig
 from pretrain.device import choose_device
 from pretrain.errors import PeerError, PretrainError, TrainingError, UsageError
+from pretrain.io import allow_open_files
 
 T = TypeVar("T")
 
@@ -214,6 +216,20 @@ class Later:
         return self.copy.item()
 
 
+def say_open_files(rank: int, local: int, size: int) -> None:
+    """Allow this process the open files that it may need; where they are too few, a process of each machine says so."""
+    needed, before, now = allow_open_files(size)
+    # What this process was given torchrun still has, which for rank 0's machine keeps the connections of all.
+    limit = before if rank == 0 else now
+    if local == 0 and limit < needed:
+        print(
+            f"pretrain: {size:,} processes may need {needed:,} open files on {platform.node()}, and {limit:,} are"
+            f" allowed; if they cannot connect, start them after: ulimit -n {needed}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 @contextmanager
 def join_world(device: str, config: ParallelConfig) -> Iterator[World]:
     """The world that torchrun describes in the environment, left again at the end; without torchrun this process alone.
@@ -241,6 +257,7 @@ def join_world(device: str, config: ParallelConfig) -> Iterator[World]:
         # What NCCL was doing when a collective hangs; read with torch's fr_trace.
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    say_open_files(rank, local, size)
     backend, device_id = ("nccl", chosen) if chosen.type == "cuda" else ("gloo", None)
     timeout = timedelta(seconds=config.start_seconds)
     try:
@@ -248,6 +265,8 @@ def join_world(device: str, config: ParallelConfig) -> Iterator[World]:
         # After a restart by torchrun, what an earlier attempt left in its store does not count.
         store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device_id)
+        # Two processes are connected when they first talk, not each with each: hundreds of sockets otherwise.
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
         control = dist.new_group(backend="gloo", timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise PretrainError(
@@ -258,6 +277,7 @@ def join_world(device: str, config: ParallelConfig) -> Iterator[World]:
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     world = World(chosen, rank, size, local_size, control, store.clone())  # type: ignore[arg-type,attr-defined]
     try:
+        world.gather(None)  # connects all that ever talk, together with what follows, while all are surely there
         world.any(False)  # all read their clocks at the same time
         world = replace(world, clock_ahead=time.time() - world.broadcast(time.time()))
         world.publish_heartbeat({"step": 0, "phase": "starting", "host": platform.node(), "pid": os.getpid()})
