@@ -144,7 +144,7 @@ def test_the_writer_copies_first_and_tells_of_failures_once(tmp_path: Path, monk
     assert committed == [1]
 
 
-@pytest.mark.parametrize("call", ["_write", "_commit", "sync_folder", "write_atomically"])
+@pytest.mark.parametrize("call", ["_write_tensors", "_commit", "sync_folder", "write_atomically"])
 def test_a_save_that_fails_leaves_nothing_of_itself(tmp_path: Path, monkeypatch, call: str):
     save_checkpoint(tmp_path, 1, tensors(1), {})
 
@@ -164,7 +164,7 @@ def test_a_step_saved_again_stays_until_the_new_one_is_written(tmp_path: Path, m
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_module, "_write", fail)
+    monkeypatch.setattr(checkpoint_module, "_write_tensors", fail)
     with pytest.raises(OSError, match="No space"):
         save_checkpoint(tmp_path, 1, tensors(2), {})
     assert newest(tmp_path, pytest.fail) is not None
@@ -308,14 +308,14 @@ def test_what_one_finds_damaged_all_skip(tmp_path: Path, damaged: str):
 @pytest.mark.parametrize("where", [0, 2])
 def test_one_that_cannot_write_leaves_nothing_of_the_others(tmp_path: Path, monkeypatch, where: int):
     save_together(tmp_path, 4, 3)
-    write = checkpoint_module._write
+    write = checkpoint_module._write_tensors
 
     def full(file: Path, *rest):
         if file.name == f"shard-{where + 1:05d}.safetensors":
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(file, *rest)
 
-    monkeypatch.setattr(checkpoint_module, "_write", full)
+    monkeypatch.setattr(checkpoint_module, "_write_tensors", full)
     assert isinstance(save_together(tmp_path, 8, 3)[0], OSError)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
 

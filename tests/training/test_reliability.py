@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -171,7 +172,8 @@ def test_after_the_grace_period_it_leaves_with_what_it_has(tiny: Config, tmp_pat
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert "not saved within 0.5 s of the signal; the last checkpoint is safe" in errors
+    # A machine that is busy may have taken longer than half of that for the save before.
+    assert re.search(r"not saved within (0\.[5-9]|[1-9]\S*) s of the signal; the last checkpoint is safe", errors)
     assert_same_run(train(config, tmp_path / "run"), train(config, tmp_path / "undisturbed"))
 
 
@@ -181,7 +183,7 @@ def test_a_checkpoint_that_takes_longer_than_the_grace_period_is_saved(tiny: Con
     config = change(tiny, guard__grace_seconds=0.5, train__steps=2000)
     slow = (
         "import pretrain.runs.checkpoint as c\nw = c._write_tensors\n"
-        "c._write_tensors = lambda *a: (w(*a), time.sleep(2.0))"
+        "c._write_tensors = lambda *a: (w(*a), time.sleep(2.0))[0]"
     )
     process = run_command(config, tmp_path / "run", slow)
     wait_for(tmp_path / "run" / "checkpoints" / "step-00000004" / "COMMIT", process)
@@ -204,7 +206,7 @@ def test_kill_nine_at_random_moments(tiny: Config, tmp_path: Path):
     draw = random.Random(4)
     slow = (
         "import pretrain.runs.checkpoint as c\nw = c._write_tensors\n"
-        "c._write_tensors = lambda *a: (w(*a), time.sleep(0.05))"
+        "c._write_tensors = lambda *a: (w(*a), time.sleep(0.05))[0]"
     )
     for _ in range(6):
         process = run_command(config, tmp_path / "run", slow)

@@ -334,7 +334,7 @@ owner.{name} = full
 @pytest.mark.parametrize(
     ("module", "owner", "name", "condition"),
     [
-        ("pretrain.runs", "checkpoint", "_write", "os.environ['RANK'] == '1' and len(calls) == 1"),
+        ("pretrain.runs", "checkpoint", "_write_tensors", "os.environ['RANK'] == '1' and len(calls) == 1"),
         ("pretrain.training.callbacks", "RunFiles", "on_save", "args[1] == 4"),
     ],
 )

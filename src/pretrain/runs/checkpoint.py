@@ -240,7 +240,7 @@ def save_checkpoint(
         try:
             temporary.mkdir(parents=True, exist_ok=True)
             file = temporary / f"shard-{peers.rank + 1:05d}.safetensors"
-            written = {file.name: _write(file, tensors, part)} if tensors else {}
+            written = {file.name: _write_tensors(file, tensors, part)} if tensors else {}
         except Exception as error:
             written = error
         hashes: dict[str, str] = {}
@@ -259,7 +259,7 @@ def save_checkpoint(
     return Checkpoint(final, step)
 
 
-def _write(file: Path, tensors: Mapping[str, Tensor], part: PartOf) -> str:
+def _write_tensors(file: Path, tensors: Mapping[str, Tensor], part: PartOf) -> str:
     """Write a file of tensors that lasts; returns its hash."""
     begins = {name: {BEGIN: part(name, tensor).begin} for name, tensor in tensors.items()}
     metadata = {BEGINS: json.dumps(begins), "DCP_VERSION": "1.0", "format": "pt"}
