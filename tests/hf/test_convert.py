@@ -339,7 +339,10 @@ def test_export_of_a_run_is_loaded_by_auto_classes(name: str, make_run, tmp_path
     assert f'vocab_size": {run.config.tokenizer.vocab_size}' in card
 
 
-CODE_FILES = {"configuration_pretrain.py", "modeling_pretrain.py", "transformer.py", "cache.py", "loss.py"}
+CODE_FILES = {
+    f"{name}.py"
+    for name in ("configuration_pretrain", "modeling_pretrain", "transformer", "attention", "cache", "loss")
+}
 
 
 def test_own_file_generates_and_masks_padding(make_run, tmp_path: Path):

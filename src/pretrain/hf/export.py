@@ -31,7 +31,14 @@ from pretrain.tokenizer import Tokenizer
 from pretrain.tokens import Dataset, Manifest
 from pretrain.tokens.shards import PLAN
 
-CODE = ("hf.configuration_pretrain", "hf.modeling_pretrain", "model.transformer", "model.cache", "model.loss")
+CODE = (
+    "hf.configuration_pretrain",
+    "hf.modeling_pretrain",
+    "model.transformer",
+    "model.attention",
+    "model.cache",
+    "model.loss",
+)
 """The modules that an export of our own architecture contains, in one folder."""
 
 

@@ -55,15 +55,18 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
         return x
     limit = round(p * 2**16)
     bits = torch.empty(math.ceil(x.numel() / 4) * 4, dtype=torch.int16)
-    fill_with_random_bits(bits)
+    (random_bits if torch.compiler.is_compiling() else _random_bits)(bits)
     kept = bits[: x.numel()] >= limit - 2**15
     return x * kept.view(torch.uint8).to(x.dtype).mul_(2**16 / (2**16 - limit)).view(x.shape)
 
 
-@torch.library.custom_op("pretrain::fill_with_random_bits", mutates_args=("bits",))
-def fill_with_random_bits(bits: Tensor) -> None:
-    """Fill a multiple of 4 int16; an operation of its own, as the compiler would draw each number by itself again."""
+def _random_bits(bits: Tensor) -> None:
+    """Fill a multiple of 4 int16."""
     bits.view(torch.int64).random_(-(2**63), None)
+
+
+# An operation for the compiler, which would draw each number by itself; called eagerly it would import the compiler.
+random_bits = torch.library.custom_op("pretrain::random_bits", _random_bits, mutates_args=("bits",))
 
 
 class Dropout(nn.Dropout):
