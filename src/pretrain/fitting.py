@@ -31,6 +31,7 @@ from pretrain.sizing import (
     flops_per_token,
     resolve,
     rows_up_to,
+    tokens_read,
     validated_tokens,
 )
 from pretrain.text import ReadStats
@@ -57,8 +58,9 @@ VALIDATIONS, CHECKPOINTS = 10, 5
 MOST_VALIDATION, EVALUATION_SHARE, FEWEST_VALIDATIONS = 0.1, 1 / 3, 3
 """It validates less often, but so often, where that would take more than this share of the time of training; a token in
 validation takes this part of one in training."""
-USUAL_SHAPE, TOKENS_PER_PARAMETER = 1, 0.25
-"""The shape of quickstart; a larger one is taken while the time lets it see so many tokens for each parameter."""
+USUAL_SHAPE, TOKENS_PER_PARAMETER = 1, 0.3
+"""The shape of quickstart; a larger one is taken while the time lets it see so many tokens for each parameter that is
+multiplied, not looked up."""
 DEFAULT_SECONDS = 120.0
 """Of training, for the choice of a model where no time is given."""
 STEP_SECONDS = 0.0008
@@ -84,15 +86,20 @@ class Tier:
     context: int
     dropout: float
     weight_decay: float
+    bigram_rows: int
+    steps: int = 0
+    """From so many on, and :data:`MOST_PASSES` through the text, more learn less. 0: that is not known."""
 
 
 SHAPES = ((3, 128), (4, 256), (6, 384), (8, 512), (10, 640), (12, 768))
 """Layers and width of models, from small to large."""
 TIERS = (
-    Tier(100_000, 0, 0, 256, 0.3, 0.5),
-    Tier(2_000_000, 1024, 1, 128, 0.2, 0.2),
-    Tier(math.inf, 4096, 5, 128, 0.0, 0.0),
+    Tier(100_000, 0, 0, 256, 0.3, 0.5, 0, steps=500),
+    Tier(400_000, 1024, 1, 128, 0.2, 0.4, 16384, steps=400),
+    Tier(2_500_000, 2048, 1, 128, 0.1, 0.3, 16384, steps=400),
+    Tier(math.inf, 4096, 5, 128, 0.0, 0.0, 16384),
 )
+MOST_PASSES = 2
 BATCH_TOKENS = 2048
 
 
@@ -207,7 +214,12 @@ def fit_model(config: Config, text: Text, machine: Machine) -> tuple[Config, lis
         context = max(n for n in range(1, context + 1) if config.train.batch_tokens % n == 0)
     config = _chosen(
         config,
-        {"model.context_length": context, "model.dropout": tier.dropout, "optim.weight_decay": tier.weight_decay},
+        {
+            "model.context_length": context,
+            "model.dropout": tier.dropout,
+            "model.bigram_rows": tier.bigram_rows,
+            "optim.weight_decay": tier.weight_decay,
+        },
     )
     length = config.model.context_length
     rows = max(1, round(BATCH_TOKENS / length / max(1, config.train.micro_batch))) * max(1, config.train.micro_batch)
@@ -223,6 +235,7 @@ def fit_model(config: Config, text: Text, machine: Machine) -> tuple[Config, lis
         {
             "train.compile": "on" if compiles else "auto",
             "eval.calibrate": overfits and not config.model.tied_head,
+            "eval.stride": math.ceil(length / 2) if config.eval.order == "sequential" else 0,
         },
     )
     limit, seconds = memory_limit(text, machine), machine.seconds or DEFAULT_SECONDS
@@ -230,7 +243,10 @@ def fit_model(config: Config, text: Text, machine: Machine) -> tuple[Config, lis
     for number, shape in enumerate(SHAPES[: tier.shape + 1]):
         candidate = sized(_shaped(config, *shape))
         tokens = seconds / machine.token_seconds(candidate, text.vocab_size)
-        if number > USUAL_SHAPE and tokens < TOKENS_PER_PARAMETER * parameters(candidate, text.vocab_size):
+        if (
+            number > USUAL_SHAPE
+            and tokens < TOKENS_PER_PARAMETER * flops_per_token(candidate.model, text.vocab_size) / 6
+        ):
             why = "a larger one would see too little in this time"
             break
         if memory_needed(candidate, text.vocab_size, 1, machine) > limit:
@@ -255,7 +271,7 @@ def fit_model(config: Config, text: Text, machine: Machine) -> tuple[Config, lis
 def fit_steps(
     config: Config, text: Text, speed: Speed, micro_steps: int, seconds: float, processes: int = 1
 ) -> tuple[int, list[str]]:
-    """The steps that fill ``seconds``, with all validations and samples.
+    """The steps that fill ``seconds``, with all validations and samples, or fewer where more would learn less.
 
     Args:
         config: with a model.
@@ -277,10 +293,22 @@ def fit_steps(
             f"train.minutes {config.train.minutes:g} leave {duration(max(0, left))} for training, and a step with its"
             f" validation takes {duration(takes(1))}; give more"
         )
-    steps = _largest(lambda steps: takes(steps) <= left)
-    passes = f", {steps * config.train.batch_tokens / text.train_tokens:.2g} passes" if text.train_tokens else ""
+    steps, enough = _largest(lambda steps: takes(steps) <= left), steps_enough(config, text)
     minutes = f"{config.train.minutes:g} minute" + "s" * (config.train.minutes != 1)
-    return steps, [f"{steps:,} steps of {speed.step(micro_steps):.2g} s fill {minutes}{passes}"]
+    why = f"fill {minutes}"
+    if steps > enough:
+        steps = enough
+        why = f"take {duration(takes(steps))} of {minutes}; more would learn less from so little text"
+    passes = f", {steps * config.train.batch_tokens / text.train_tokens:.2g} passes," if text.train_tokens else ""
+    return steps, [f"{steps:,} steps of {speed.step(micro_steps):.2g} s{passes} {why}"]
+
+
+def steps_enough(config: Config, text: Text) -> float:
+    """The steps from which on more would learn less, where they are chosen and that is known."""
+    least = tier_of(text).steps
+    if "train.steps" not in config.fit.fields or not least:
+        return math.inf
+    return max(least, round(MOST_PASSES * text.train_tokens / config.train.batch_tokens))
 
 
 def fit_marks(config: Config, text: Text) -> Config:
@@ -325,7 +353,7 @@ def run_seconds(config: Config, speed: Speed, micro_steps: int, text: Text, proc
     sampled = samples * len(sampling.prompts) * sampling.max_tokens
     steps = config.train.steps * (speed.step(micro_steps) + STEP_SECONDS)
     times = 1 + bool(config.optim.ema) + CALIBRATIONS * settings.calibrate  # the weights, their average, temperatures
-    measured = times * validated_tokens(config, text.val_tokens) + text.test_tokens
+    measured = times * validated_tokens(config, text.val_tokens) + tokens_read(config, text.test_tokens)
     return steps + speed.evaluation * measured / processes + sampled * speed.sample
 
 

@@ -15,7 +15,9 @@ from pretrain.errors import UsageError
 from pretrain.model import meta_model
 from pretrain.model.transformer import Linear, head_dim, layer_kinds, window_length
 
-PARTS: tuple[str, ...] = ("embedding", "value_embeddings", "attention", "mlp", "head", "other")
+PARTS: tuple[str, ...] = (
+    "embedding", "value_embeddings", "bigram_embedding", "attention", "mlp", "head", "other",
+)  # fmt: skip
 WIDTH_PER_LAYER, HEAD_DIMENSION, WINDOW_MULTIPLE = 64, 128, 128
 REFERENCE_DEPTH, REFERENCE_BATCH = 12, 2**19
 """The model and the batch, in tokens, against which the dial's laws were measured."""
@@ -25,7 +27,7 @@ ACTIVATIONS_PER_CHANNEL = 36
 
 
 def count_parameters(config: ModelConfig, vocab_size: int) -> dict[str, int]:
-    """Parameters by part: ``embedding``, ``value_embeddings``, ``attention``, ``mlp``, ``head`` and ``other``.
+    """Parameters by part: ``embedding``, ``value_embeddings``, ``bigram_embedding``, ``attention``, ``mlp``, ``head`` and ``other``.
 
     Attention and MLP are the blocks' matrices; norms, biases, scalars, gates outside the blocks and learned positions
     are ``other``. A tied head counts as the embedding it shares.
@@ -99,7 +101,7 @@ def resolve(config: Config, vocab_size: int, windows: int = 0) -> tuple[Config, 
             batch = 2 ** round(math.log2(REFERENCE_BATCH * (horizon / reference_horizon) ** 0.383))
             derive("train", batch_tokens=max(batch, length))
         root = math.sqrt(config.train.batch_tokens / REFERENCE_BATCH)
-        rates = ("lr", "embedding_lr", "value_embedding_lr", "head_lr", "scalar_lr")
+        rates = ("lr", "embedding_lr", "value_embedding_lr", "bigram_lr", "head_lr", "scalar_lr")
         decay = config.optim.weight_decay * root * reference_horizon / horizon
         scaled = {name: getattr(config.optim, name) * root for name in rates}
         derive("optim", **scaled, weight_decay=decay, batch_scaling=False)
@@ -187,10 +189,15 @@ def validation_rows(micro_rows: int, length: int) -> int:
 
 
 def validated_tokens(config: Config, held_out: int) -> int:
-    """Tokens of all validations of a run, of which ``held_out`` are there."""
+    """Tokens that all validations of a run read, where there are ``held_out``."""
     settings = config.eval
     earlier = len(range(settings.offset or settings.every, config.train.steps, settings.every)) if settings.every else 0
     earlier += settings.at_start
     part = settings.tokens if held_out and settings.order == "random" else min(settings.tokens, held_out)
     last = held_out + (part if part != held_out else 0)
-    return earlier * (part or held_out) + last + (earlier + 1) * settings.train_tokens
+    return tokens_read(config, earlier * (part or held_out) + last) + (earlier + 1) * settings.train_tokens
+
+
+def tokens_read(config: Config, counted: int) -> int:
+    """Tokens in the windows, which may overlap, that count so many."""
+    return round(counted * config.model.context_length / (config.eval.stride or config.model.context_length))

@@ -93,6 +93,8 @@ def make_scorer(context: int, kind: str = "byte", **settings: object) -> GPTScor
         model.head.weight.mul_(40)
         if model.smear is not None:
             model.smear.fill_(0.5)
+        if model.bigram_embedding is not None:
+            model.bigram_embedding.weight.normal_(generator=torch.Generator().manual_seed(4))
     return GPTScorer(model, tokenizer)
 
 
@@ -177,7 +179,7 @@ def test_answers_are_those_of_one_option_at_a_time(made: Path, context: int, kin
 @pytest.mark.parametrize(
     "settings",
     [
-        {"smear": True, "value_embeddings": True, "residual_scalars": True},
+        {"smear": True, "value_embeddings": True, "bigram_rows": 64, "residual_scalars": True},
         {"document_mask": True, "window_pattern": "SSL", "window": 7},
         {"position": "learned", "kv_heads": 1, "vocab_multiple": 64},
     ],

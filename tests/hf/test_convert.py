@@ -145,6 +145,7 @@ STRANGE = {
     "value_embeddings": True,
     "residual_scalars": True,
     "smear": True,
+    "bigram_rows": 64,
     "backout": True,
     "document_mask": True,
     "logit_softcap": 15.0,

@@ -105,7 +105,7 @@ def test_no_password_is_in_a_card(tmp_path: Path, text_file: Path):
 
 
 EXPORTS = {
-    "pretrain": {"model.smear": True, "model.document_mask": True, "model.vocab_multiple": 64},
+    "pretrain": {"model.smear": True, "model.bigram_rows": 64, "model.document_mask": True, "model.vocab_multiple": 64},
     "llama": {**PLAIN, "model.mlp": "swiglu"},
     "gpt2": {**PLAIN, "model.position": "learned", "model.norm": "layernorm"},
     "qwen3": {**PLAIN, "model.mlp": "swiglu", "model.qk_norm": True},

@@ -142,13 +142,16 @@ def test_infinity_changes_nothing(kind: str, options: dict):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_every_parameter_has_its_place(kind: str, tied: bool):
-    model = GPT(ModelConfig(layers=2, heads=2, width=16, bias=True, norm_weight=True, tied_head=tied), 30)
-    optimizers = build_optimizers(model, OptimConfig(kind=kind, lr=0.1, embedding_lr=0.2, head_lr=0.3, scalar_lr=0.4))
+    shape = {"layers": 2, "heads": 2, "width": 16, "bias": True, "norm_weight": True, "bigram_rows": 8}
+    model = GPT(ModelConfig(**shape, tied_head=tied), 30)
+    rates = {"lr": 0.1, "embedding_lr": 0.2, "head_lr": 0.3, "scalar_lr": 0.4, "bigram_lr": 0.5}
+    optimizers = build_optimizers(model, OptimConfig(kind=kind, **rates))
     rates = {p: group["peak_lr"] for o in optimizers for group in o.param_groups for p in group["params"]}
     assert len(rates) == len(list(model.parameters()))
     expected = {"embedding": 0.2, "matrix": 0.1, "scalar": 0.4} if kind == "muon" else dict.fromkeys("ems", 0.1)
     if kind == "muon":
         assert rates[model.embedding.weight] == expected["embedding"]
+        assert rates[model.bigram_embedding.weight] == 0.5  # type: ignore[union-attr]
         assert rates[model.blocks[0].mlp.up.weight] == expected["matrix"]  # type: ignore[union-attr,index]
         assert rates[model.norm.weight] == expected["scalar"]  # type: ignore[index]
         assert tied or rates[model.head.weight] == 0.3

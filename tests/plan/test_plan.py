@@ -168,6 +168,7 @@ def test_published_models_by_part():
     assert gpt2 == {
         "embedding": 50257 * 768,
         "value_embeddings": 0,
+        "bigram_embedding": 0,
         "attention": 12 * 4 * 768**2,
         "mlp": 12 * 8 * 768**2,
         "head": 0,

@@ -149,6 +149,24 @@ def test_ranks_validate_every_target_once_between_them(counting, tokens: int, ro
     assert sorted(seen) == list(range(1, tokens))
 
 
+@pytest.mark.parametrize("tokens", [2, 5, 11, 12, 14, 15, 100, 101, 119])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_windows_that_overlap_count_every_target_once_after_enough_tokens(counting, tokens: int, rows: int, world: int):
+    stream = counting(tokens, files=2)
+    ranks = [list(validation_batches(stream, 10, rows, rank=rank, world=world, stride=4)) for rank in range(world)]
+    seen = []
+    for together in zip(*ranks, strict=True):
+        assert len({inputs.shape for inputs, _ in together}) == 1
+        for inputs, targets in together:
+            counted = targets != IGNORE
+            assert torch.equal(targets[counted], inputs[counted] + 1)
+            before = torch.arange(1, 11).expand_as(targets)[counted]  # tokens that a target is predicted from
+            assert torch.all(before >= targets[counted].clamp(max=7))
+            seen += targets[counted].tolist()
+    assert sorted(seen) == list(range(1, tokens))
+
+
 @pytest.mark.parametrize("world", [1, 2, 5])
 def test_validation_of_a_part(counting, world: int):
     stream = counting(1000)

@@ -73,7 +73,8 @@ def test_minutes_become_steps_once(book: str, tmp_path: Path, capsys):
     assert main([*command, "--out", out]) == 0
     said = capsys.readouterr().out
     steps = int((60 - fitting.END_SECONDS) // STEP)
-    assert f"fitted    {steps} steps of 5 s fill 1 minute" in said
+    passes = steps * 128 / Run.open(out).corpus().tokens("train")
+    assert f"fitted    {steps} steps of 5 s, {passes:.2g} passes, fill 1 minute" in said
     config = Run.open(out).config
     assert (config.train.steps, config.train.minutes) == (steps, 1)
     assert config.fit.fields == ()
@@ -244,6 +245,25 @@ def test_memory():
         rows = config.train.micro_batch or config.batch_rows
         assert config.batch_rows % rows == 0
         assert fitting.memory_needed(config, 4096, rows, machine) <= limit
+
+
+def test_a_little_text_is_not_read_more_often_than_pays():
+    """Its steps are bounded, by passes too, where they are chosen; those of a large text, or a named recipe, are not."""
+    speed = Speed(0.1, 0.0, 0.0, 0.0)
+    for size, tokens, most in (
+        (50_000, 40_000, 500),
+        (300_000, 100_000, 400),
+        (2_000_000, 700_000, 684),
+        (9e6, 3e6, 0),
+    ):
+        text = Text(round(size), vocab_size=300, train_tokens=round(tokens), val_tokens=2000)
+        machine = Machine({128: 1e12}, 2**34, 600.0)
+        config, _ = fit_model(config_with(train__minutes=10), text, machine)
+        steps, said = fit_steps(config, text, speed, 1, 600.0)
+        assert steps == most or (not most and steps > 5000)
+        assert ("more would learn less from so little text" in said[0]) == bool(most)
+        recipe = load_config("quickstart", **{"train.minutes": 10})
+        assert fit_steps(recipe, text, speed, 1, 600.0)[0] > 5000
 
 
 def test_steps_leave_time_for_validation():

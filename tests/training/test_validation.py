@@ -185,6 +185,42 @@ def test_random_held_out_windows_are_drawn_anew_each_time(tiny: Config, tmp_path
     assert held == {step: validations(train(config, tmp_path / "third"))[step]["val/loss"] for step in (5, 10)}
 
 
+def test_windows_that_overlap(tiny: Config, tmp_path: Path, capsys):
+    """Each token after at least the rest of a window: as one window at a time says it, and as ``pretrain eval``."""
+    run = train(change(tiny, eval__stride=12, data__test_fraction=0.1), tmp_path / "run")
+    length, model, summary = run.config.model.context_length, run.load_model(), run.summary or {}
+    for split in ("val", "test"):
+        stream, losses = run.corpus().stream(split), []
+        tokens = torch.from_numpy(stream.windows(np.array([0]), len(stream))[0])
+        for start in range(0, len(tokens) - 1, 12):
+            window = tokens[start : start + length + 1]
+            with torch.no_grad():
+                each = torch.nn.functional.cross_entropy(
+                    model(window[None, :-1])[0].double(), window[1:], reduction="none"
+                )
+            losses.append(each if not start else each[length - 12 :])
+            if start + length + 1 >= len(tokens):
+                break
+        losses = torch.cat(losses)
+        assert len(losses) == len(tokens) - 1
+        assert summary[f"{split}_loss"] == pytest.approx(losses.mean().item(), abs=1e-5)
+        capsys.readouterr()
+        assert main(["eval", str(run.folder), "--json", "--device", "cpu", "--split", split]) == 0
+        assert json.loads(capsys.readouterr().out)[f"{split}_loss"] == pytest.approx(summary[f"{split}_loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"eval__stride": 10_000}, "eval.stride 10000 is more than model.context_length"),
+        ({"eval__stride": 8, "eval__order": "random"}, "eval.stride needs windows one after the other"),
+    ],
+)
+def test_strides_that_cannot_be(tiny: Config, settings: dict, problem: str):
+    with pytest.raises(ValueError, match=problem):
+        change(tiny, **settings)
+
+
 def test_the_last_validation_says_both(tiny: Config, text_file: Path, tmp_path: Path, capsys):
     settings = {**TINY, "data.paths": str(text_file), "checkpoint.keep_last": 0, "checkpoint.every": 5}
     options = [text for name, value in settings.items() for text in (f"--{name}", str(value))]

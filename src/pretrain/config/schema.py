@@ -25,9 +25,10 @@ NonEmpty = Annotated[str, Meta(min_length=1)]
 Fitted = Literal[
     "data.val_fraction", "tokenizer.kind", "tokenizer.vocab_size",
     "model.layers", "model.heads", "model.width", "model.context_length", "model.dropout",
+    "model.bigram_rows",
     "optim.lr", "optim.embedding_lr", "optim.head_lr", "optim.scalar_lr", "optim.weight_decay",
     "train.steps", "train.batch_tokens", "train.micro_batch", "train.compile",
-    "eval.every", "eval.calibrate", "checkpoint.every",
+    "eval.every", "eval.stride", "eval.calibrate", "checkpoint.every",
 ]  # fmt: skip
 """What ``pretrain.fitting`` can choose."""
 
@@ -170,6 +171,9 @@ class ModelConfig(Section):
     """Learned scalars in each layer: one scales the stream, one the embedding that is added to it."""
     smear: bool = False
     """Mix the previous token's embedding into each token's, by a learned gate."""
+    bigram_rows: Natural = 0
+    """Rows of a table of learned vectors of pairs of tokens, the token and the one before it, that is added to the
+    embedding; a hash finds the row of a pair (arXiv 2601.07372). It starts at zero. 0: none."""
     backout: bool = False
     """Subtract a learned share of the middle layer's stream from the last one (nanochat)."""
     tied_head: bool = False
@@ -272,6 +276,8 @@ class OptimConfig(Section):
     """Peak learning rate of the embeddings under muon."""
     value_embedding_lr: NonNegative = 0.0
     """Peak learning rate of the value embeddings under muon. 0: that of the embeddings."""
+    bigram_lr: Positive = 0.02
+    """Peak learning rate of the table of pairs of tokens under muon."""
     head_lr: Positive = 0.02
     """Peak learning rate of the output head under muon."""
     scalar_lr: Positive = 0.02
@@ -389,6 +395,10 @@ class EvalConfig(Section):
     order: Literal["sequential", "random"] = "sequential"
     """Which held-out tokens a validation over eval.tokens takes. sequential: the first; random: windows drawn anew each
     time, with replacement (as nanoGPT does)."""
+    stride: Natural = 0
+    """Tokens from one window to the next. Fewer than model.context_length: windows overlap, and each token is counted
+    once, in the window where most tokens are before it. 0: the context length, so that the first tokens of each window are
+    predicted from little. Needs eval.order = "sequential"."""
     train_tokens: Natural = 0
     """Tokens of the training split on which each validation measures the loss too, in windows drawn anew each time. 0:
     none."""
@@ -541,6 +551,14 @@ class Config:
             raise ValueError("model.document_mask finds documents by their BOS tokens, which data.bos false leaves out")
         if self.eval.calibrate and self.model.tied_head:
             raise ValueError("eval.calibrate divides the head, which model.tied_head shares with the embedding")
+        if self.eval.stride > length:
+            raise ValueError(
+                f"eval.stride {self.eval.stride} is more than model.context_length {length}: tokens between"
+            )
+        if self.eval.stride and self.eval.order == "random":
+            raise ValueError(
+                "eval.stride needs windows one after the other; set --eval.order sequential, or --eval.stride 0"
+            )
         if self.eval.train_tokens and self.data.stream:
             why = "a stream (data.stream) keeps no training text to measure on"
             raise ValueError(f"eval.train_tokens is {self.eval.train_tokens}, but {why}; set --eval.train_tokens 0")

@@ -173,7 +173,8 @@ def _on_split(model: nn.Module, tokenizer: Tokenizer, run: Run, split: str) -> t
         raise UsageError(f"{run.folder} {why}; measure on other text with --data")
     results = {}
     for dataset in datasets:
-        batches = validation_batches(dataset.stream(split), run.config.model.context_length, run.config.batch_rows)
+        length, stride = run.config.model.context_length, run.config.eval.stride
+        batches = validation_batches(dataset.stream(split), length, run.config.batch_rows, stride=stride)
         results[dataset.name] = evaluate_loss(model, batches, tokenizer.token_bytes())
     whole = functools.reduce(operator.add, results.values())
     sources = {name: _numbers(split, result) for name, result in results.items()} if len(results) > 1 else {}

@@ -249,6 +249,7 @@ class GPT(nn.Module):
         self.embedding = Embedding(rows, config.width)
         if config.position == "learned":
             self.position_embedding = Embedding(config.context_length, config.width)
+        self.bigram_embedding = Embedding(config.bigram_rows, config.width) if config.bigram_rows else None
         self.embedding_norm = Norm(config, config.width) if config.embedding_norm else nn.Identity()
         self.smear = nn.Parameter(torch.empty(1)) if config.smear else None
         self.smear_gate = Linear(min(SMEAR_GATE_CHANNELS, config.width), 1, bias=False) if config.smear else None
@@ -321,6 +322,13 @@ class GPT(nn.Module):
                 cache.tensors["last_embedding"] = x[:, -1:]
             gate = self.smear.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., : self.smear_gate.in_features]))
             x = x + gate * torch.cat((before, x[:, :-1]), dim=1)
+        if self.bigram_embedding is not None:
+            previous = torch.full_like(tokens[:, :1], self.vocab_size)  # no token
+            if cache is not None:
+                previous = cache.tensors.get("last_token", previous)
+                cache.tensors["last_token"] = tokens[:, -1:]
+            previous = torch.cat((previous, tokens[:, :-1]), dim=1)
+            x = x + self.bigram_embedding(bigram_index(previous, tokens, self.config.bigram_rows)).to(x.dtype)
         x = embedded = half_way = self.dropout(x)
         rope = self._rope(positions, x.dtype, cache) if config.position == "rope" else None
         documents = None
@@ -429,6 +437,8 @@ class GPT(nn.Module):
                 module.weight.normal_(0, {"gpt2": 0.02, "nanochat_2026": 0.8}.get(kind, 1.0), generator=generator)
         if nothing_at_first and self.config.tied_head:
             self.embedding.weight.mul_(width**-0.5)
+        if self.bigram_embedding is not None:
+            self.bigram_embedding.weight.zero_()
         for table in self.value_embeddings.values():
             assert isinstance(table, Embedding)
             if kind == "zero":
@@ -456,6 +466,12 @@ def mlp_width(config: ModelConfig) -> int:
     """Hidden channels of the MLP."""
     default = 64 * math.ceil(config.width * 8 / 3 / 64) if config.mlp == "swiglu" else 4 * config.width
     return config.mlp_width or default
+
+
+def bigram_index(previous: Tensor, tokens: Tensor, rows: int) -> Tensor:
+    """The row of a table that each pair of tokens has, by a hash; some pairs share one."""
+    mixed = previous * 2_654_435_761 + tokens * 1_640_531_527  # primes near 2^32 over the golden ratio, and its square
+    return (mixed ^ (mixed >> 15)) % rows
 
 
 def has_value_embedding(config: ModelConfig, layer: int) -> bool:

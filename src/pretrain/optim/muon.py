@@ -192,14 +192,17 @@ def build(model: GPT, config: OptimConfig) -> list[Optimizer]:
     """
     blocks = [p for p in model.blocks.parameters() if p.ndim == 2]
     head = [] if model.config.tied_head else [model.head.weight]
-    embeddings = [module.weight for module in model.children() if isinstance(module, torch.nn.Embedding)]
+    bigrams = [] if model.bigram_embedding is None else [model.bigram_embedding.weight]
+    tables = [module for module in model.children() if isinstance(module, torch.nn.Embedding)]
+    embeddings = [table.weight for table in tables if table is not model.bigram_embedding]
     value_embeddings = list(model.value_embeddings.parameters())
-    claimed = {id(p) for p in (*blocks, *head, *embeddings, *value_embeddings)}
+    claimed = {id(p) for p in (*blocks, *head, *embeddings, *value_embeddings, *bigrams)}
     scalars = [p for p in model.parameters() if id(p) not in claimed]
     width = (model.config.width / 768) ** -0.5 if config.width_scaling else 1.0
     rates = (
         (embeddings, config.embedding_lr * width),
         (value_embeddings, (config.value_embedding_lr or config.embedding_lr) * width),
+        (bigrams, config.bigram_lr * width),
         (head, config.head_lr * width),
         (scalars, config.scalar_lr),
     )

@@ -29,6 +29,7 @@ from pretrain.sizing import (
     parallelism_that_fits,
     resolve,
     rows_that_fit,
+    tokens_read,
     validated_tokens,
 )
 from pretrain.tokens.datasets import is_tokens
@@ -244,7 +245,7 @@ def make_plan(
         config, derived = resolve(with_steps(unfinished, steps), vocab_size, data.windows)
         fitted += said
     config = settled(config, text) if config.fit.fields else config
-    measured = validated_tokens(config, data.val_tokens) + data.test_tokens
+    measured = validated_tokens(config, data.val_tokens) + tokens_read(config, data.test_tokens)
     seconds = config.train.steps * step_seconds + speed.evaluation * measured / gpus
     return Plan(
         config, derived, fitted, data, hardware, layout, counts, flops, rows, micro_steps, memory, host_memory, state,

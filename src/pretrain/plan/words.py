@@ -9,7 +9,12 @@ from collections.abc import Sequence
 from pretrain.io import duration, table
 from pretrain.plan.plan import Plan
 
-NAMES = {"value_embeddings": "value embeddings", "mlp": "MLP", "other": "norms, scalars, positions"}
+NAMES = {
+    "value_embeddings": "value embeddings",
+    "bigram_embedding": "bigram embedding",
+    "mlp": "MLP",
+    "other": "norms, scalars, positions",
+}
 LABEL, LINE = 11, 100
 """Characters before each line, and in a line of a warning."""
 

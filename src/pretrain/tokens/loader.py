@@ -134,13 +134,14 @@ class BatchesAhead:
 
 
 def validation_batches(
-    stream: TokenStream, length: int, rows: int, tokens: int = 0, rank: int = 0, world: int = 1
+    stream: TokenStream, length: int, rows: int, tokens: int = 0, rank: int = 0, world: int = 1, stride: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Inputs and targets (up to ``rows``, T) that over all ranks count every token but the first once as a target.
 
     Each rank gets as many batches of the same shapes as the others, since they may have to compute together: what does
     not fill up a row, or a rank's rows, has targets of ``IGNORE``. ``tokens`` stops after about as many targets; 0
-    takes all.
+    takes all. With a ``stride`` below ``length`` rows overlap and count only their last ``stride`` targets, but for
+    the first row: each target has at least ``length - stride`` tokens before it, or all there are.
     """
     import torch
 
@@ -149,16 +150,20 @@ def validation_batches(
     targets = len(stream) - 1
     if tokens:
         targets = min(targets, max(1, tokens // length) * length)
-    all_rows = -(-targets // length)
+    stride = stride or length
+    all_rows = 1 + -(-max(0, targets - length) // stride)
     for first in range(0, all_rows, rows * world):
         mine = -(-min(rows * world, all_rows - first) // world)
-        begin = (first + rank * mine) * length
-        count = max(0, min(mine * length, targets - begin))
+        begin, size = (first + rank * mine) * stride, (mine - 1) * stride + length
+        count = max(0, min(size, targets - begin))
         flat = stream.windows(np.array([begin]), count + 1)[0] if count else np.zeros(1, dtype=np.int64)
-        padding = mine * length - count
-        inputs = np.pad(flat[:-1], (0, padding))
-        wanted = np.pad(flat[1:], (0, padding), constant_values=IGNORE)
-        yield torch.from_numpy(inputs.reshape(-1, length)), torch.from_numpy(wanted.reshape(-1, length))
+        padding = size - count
+        inputs, wanted = np.pad(flat[:-1], (0, padding)), np.pad(flat[1:], (0, padding), constant_values=IGNORE)
+        inputs, wanted = (
+            np.lib.stride_tricks.sliding_window_view(x, length)[::stride].copy() for x in (inputs, wanted)
+        )
+        wanted[0 if begin else 1 :, : length - stride] = IGNORE
+        yield torch.from_numpy(inputs), torch.from_numpy(wanted)
 
 
 def window_batches(

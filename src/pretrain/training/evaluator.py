@@ -135,11 +135,10 @@ class Evaluator:
 
     def test(self, micro_rows: int, check: Callable[[], None]) -> dict[str, float]:
         """Loss and bits per byte of all test text, by their names in metrics.jsonl; nothing where there is none."""
-        length, rows, world = self.config.model.context_length, self.rows(micro_rows), self.world
+        rows = self.rows(micro_rows)
         with self.better_weights():
             results = [
-                self.measured(validation_batches(stream, length, rows, 0, world.rank, world.size), rows, check)
-                for stream in self.test_streams.values()
+                self.measured(self.in_order(stream, 0, rows), rows, check) for stream in self.test_streams.values()
             ]
         if not results:
             return {}
@@ -170,7 +169,12 @@ class Evaluator:
             seed = int(key(self.config.train.seed, list(self.val_streams).index(name), HELD_OUT)[0])
             starts = DataOrder(len(stream), length, "random", 0, seed).estimate(step).starts(0, windows)
             return window_batches(stream, starts, length, rows, self.world.rank, self.world.size)
-        return validation_batches(stream, length, rows, windows * length, self.world.rank, self.world.size)
+        return self.in_order(stream, windows * length, rows)
+
+    def in_order(self, stream: TokenStream, tokens: int, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches for this process of the first ``tokens`` of a stream; 0: of all."""
+        length, stride, world = self.config.model.context_length, self.config.eval.stride, self.world
+        return validation_batches(stream, length, rows, tokens, world.rank, world.size, stride)
 
     def windows_of(self, tokens: int) -> int:
         """The windows of each data set, if ``tokens`` are shared by all; 0 for 0."""
