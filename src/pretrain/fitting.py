@@ -95,7 +95,7 @@ SHAPES = ((3, 128), (4, 256), (6, 384), (8, 512), (10, 640), (12, 768))
 """Layers and width of models, from small to large."""
 TIERS = (
     Tier(100_000, 0, 0, 256, 0.3, 0.5, 0, steps=500),
-    Tier(400_000, 1024, 1, 128, 0.2, 0.4, 16384, steps=400),
+    Tier(800_000, 1024, 1, 128, 0.2, 0.4, 16384, steps=400),
     Tier(2_500_000, 2048, 1, 128, 0.1, 0.3, 16384, steps=400),
     Tier(math.inf, 4096, 5, 128, 0.0, 0.0, 16384),
 )
@@ -243,10 +243,8 @@ def fit_model(config: Config, text: Text, machine: Machine) -> tuple[Config, lis
     for number, shape in enumerate(SHAPES[: tier.shape + 1]):
         candidate = sized(_shaped(config, *shape))
         tokens = seconds / machine.token_seconds(candidate, text.vocab_size)
-        if (
-            number > USUAL_SHAPE
-            and tokens < TOKENS_PER_PARAMETER * flops_per_token(candidate.model, text.vocab_size) / 6
-        ):
+        wanted = TOKENS_PER_PARAMETER * flops_per_token(candidate.model, text.vocab_size) / 6
+        if number > USUAL_SHAPE and tokens < wanted:
             why = "a larger one would see too little in this time"
             break
         if memory_needed(candidate, text.vocab_size, 1, machine) > limit:

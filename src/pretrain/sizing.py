@@ -27,7 +27,7 @@ ACTIVATIONS_PER_CHANNEL = 36
 
 
 def count_parameters(config: ModelConfig, vocab_size: int) -> dict[str, int]:
-    """Parameters by part: ``embedding``, ``value_embeddings``, ``bigram_embedding``, ``attention``, ``mlp``, ``head`` and ``other``.
+    """Parameters by part, one of :data:`PARTS`.
 
     Attention and MLP are the blocks' matrices; norms, biases, scalars, gates outside the blocks and learned positions
     are ``other``. A tied head counts as the embedding it shares.

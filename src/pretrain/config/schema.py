@@ -397,8 +397,8 @@ class EvalConfig(Section):
     time, with replacement (as nanoGPT does)."""
     stride: Natural = 0
     """Tokens from one window to the next. Fewer than model.context_length: windows overlap, and each token is counted
-    once, in the window where most tokens are before it. 0: the context length, so that the first tokens of each window are
-    predicted from little. Needs eval.order = "sequential"."""
+    once, in the window where most tokens are before it. 0: the context length, so that the first tokens of each window
+    are predicted from little. Needs eval.order = "sequential"."""
     train_tokens: Natural = 0
     """Tokens of the training split on which each validation measures the loss too, in windows drawn anew each time. 0:
     none."""
@@ -551,14 +551,10 @@ class Config:
             raise ValueError("model.document_mask finds documents by their BOS tokens, which data.bos false leaves out")
         if self.eval.calibrate and self.model.tied_head:
             raise ValueError("eval.calibrate divides the head, which model.tied_head shares with the embedding")
-        if self.eval.stride > length:
-            raise ValueError(
-                f"eval.stride {self.eval.stride} is more than model.context_length {length}: tokens between"
-            )
+        if self.eval.stride > length and "model.context_length" not in self.fit.fields:
+            raise ValueError(f"eval.stride {self.eval.stride} is more than model.context_length {length}; give less")
         if self.eval.stride and self.eval.order == "random":
-            raise ValueError(
-                "eval.stride needs windows one after the other; set --eval.order sequential, or --eval.stride 0"
-            )
+            raise ValueError("eval.stride needs windows one after the other; set --eval.order sequential")
         if self.eval.train_tokens and self.data.stream:
             why = "a stream (data.stream) keeps no training text to measure on"
             raise ValueError(f"eval.train_tokens is {self.eval.train_tokens}, but {why}; set --eval.train_tokens 0")

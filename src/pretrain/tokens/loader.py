@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from pretrain.tokens.order import DataOrder, MixedOrder
 from pretrain.tokens.windows import TokenStream
@@ -158,10 +159,8 @@ def validation_batches(
         count = max(0, min(size, targets - begin))
         flat = stream.windows(np.array([begin]), count + 1)[0] if count else np.zeros(1, dtype=np.int64)
         padding = size - count
-        inputs, wanted = np.pad(flat[:-1], (0, padding)), np.pad(flat[1:], (0, padding), constant_values=IGNORE)
-        inputs, wanted = (
-            np.lib.stride_tricks.sliding_window_view(x, length)[::stride].copy() for x in (inputs, wanted)
-        )
+        padded = np.pad(flat[:-1], (0, padding)), np.pad(flat[1:], (0, padding), constant_values=IGNORE)
+        inputs, wanted = (sliding_window_view(each, length)[::stride].copy() for each in padded)
         wanted[0 if begin else 1 :, : length - stride] = IGNORE
         yield torch.from_numpy(inputs), torch.from_numpy(wanted)
 
