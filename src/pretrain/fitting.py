@@ -88,7 +88,7 @@ class Tier:
     weight_decay: float
     bigram_rows: int
     steps: int = 0
-    """From so many on, and :data:`MOST_PASSES` through the text, more learn less. 0: that is not known."""
+    """From so many and :data:`MOST_PASSES` through the text on, more learn less. 0: no bound is known."""
 
 
 SHAPES = ((3, 128), (4, 256), (6, 384), (8, 512), (10, 640), (12, 768))
@@ -100,6 +100,8 @@ TIERS = (
     Tier(math.inf, 4096, 5, 128, 0.0, 0.0, 16384),
 )
 MOST_PASSES = 2
+MANY_PASSES = 3
+"""From so many on, a text without a bound on its steps is learned with the dropout and decay of one with."""
 BATCH_TOKENS = 2048
 
 
@@ -252,6 +254,12 @@ def fit_model(config: Config, text: Text, machine: Machine) -> tuple[Config, lis
             break
         chosen, why = _shaped(config, *shape), "as large as suits the text"
     config, rows = chosen, -(-chosen.batch_rows // machine.processes)
+    seen = config.train.steps * config.train.batch_tokens or seconds / machine.token_seconds(
+        sized(config), text.vocab_size
+    )
+    if not overfits and text.train_tokens and seen > MANY_PASSES * text.train_tokens:
+        repeated = {"model.dropout": 0.1, "optim.weight_decay": 0.3, "eval.calibrate": not config.model.tied_head}
+        config = _chosen(config, repeated)
     if memory_needed(sized(config), text.vocab_size, rows, machine) > limit:
         while rows > 1 and memory_needed(sized(config), text.vocab_size, rows, machine) > limit:
             rows //= 2

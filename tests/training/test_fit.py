@@ -235,6 +235,13 @@ def test_more_time_makes_no_smaller_model():
     assert widths[0] < widths[-1] <= SHAPES[-1][1]
 
 
+def test_a_large_text_that_is_read_often_is_regularised():
+    text = Text(5_000_000, vocab_size=4096, train_tokens=1_200_000, val_tokens=60_000)
+    for seconds, dropout in ((150.0, 0.0), (3600.0, 0.1)):
+        config, _ = fit_model(config_with(), text, Machine({128: 3e11}, 2**35, seconds))
+        assert (config.model.dropout, config.eval.calibrate) == (dropout, dropout > 0)
+
+
 def test_memory():
     """Half of what is free, and 2 GB for a small text on a CPU, by a smaller model and by fewer rows at once."""
     text = Text(9_000_000, vocab_size=4096, train_tokens=2_000_000, val_tokens=100_000)

@@ -206,7 +206,9 @@ def test_windows_that_overlap(tiny: Config, tmp_path: Path, capsys):
         assert summary[f"{split}_loss"] == pytest.approx(losses.mean().item(), abs=1e-5)
         capsys.readouterr()
         assert main(["eval", str(run.folder), "--json", "--device", "cpu", "--split", split]) == 0
-        assert json.loads(capsys.readouterr().out)[f"{split}_loss"] == pytest.approx(summary[f"{split}_loss"], abs=1e-6)
+        result = json.loads(capsys.readouterr().out)
+        assert result[f"{split}_loss"] == pytest.approx(summary[f"{split}_loss"], abs=1e-6)
+        assert result["caution"] == "windows overlap (eval.stride 12): compare with runs of the same stride"
 
 
 @pytest.mark.parametrize(

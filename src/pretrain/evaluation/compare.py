@@ -79,7 +79,7 @@ class EvalResult:
     sources: dict[str, Numbers] = field(default_factory=dict)
     """The same numbers for each data set, where the run has several."""
     caution: str = ""
-    """What its bits per byte are of, if not of the text as it was given."""
+    """What its numbers are of, if not of the text as it was given, or of windows that do not overlap."""
     weights: str = LAST
     """AVERAGE if the numbers are those of the average of a run's weights (``optim.ema``)."""
 
@@ -138,8 +138,11 @@ def _measure_run(place: str, request: EvalRequest, device: torch.device, say: Ca
         record = {"step": checkpoint.step, "weights": weights_id(checkpoint), "max_per_task": request.max_per_task}
         with suppress(OSError):  # a run that may only be read is measured all the same
             append_jsonl(run.folder / CORE_FILE, {**record, "name": core.name, **core.as_dict()})
-    weights, caution = run.weights(checkpoint.step), tokenizer.change_in_words
-    return EvalResult(str(run.folder), checkpoint.step, numbers, core, sources, caution, weights)
+    cautions = [tokenizer.change_in_words]
+    if run.config.eval.stride and numbers and not (request.data or request.batches):
+        cautions.append(f"windows overlap (eval.stride {run.config.eval.stride}): compare with runs of the same stride")
+    caution = "; ".join(filter(None, cautions))
+    return EvalResult(str(run.folder), checkpoint.step, numbers, core, sources, caution, run.weights(checkpoint.step))
 
 
 def _measure_hf(place: str, request: EvalRequest, device: torch.device, say: Callable[[str], None]) -> EvalResult:
