@@ -219,6 +219,7 @@ def fit_model(config: Config, text: Text, machine: Machine) -> tuple[Config, lis
         {
             "model.context_length": context,
             "model.dropout": tier.dropout,
+            "model.value_embeddings": tier.bigram_rows > 0,
             "model.bigram_rows": tier.bigram_rows,
             "optim.weight_decay": tier.weight_decay,
         },
@@ -230,12 +231,10 @@ def fit_model(config: Config, text: Text, machine: Machine) -> tuple[Config, lis
     def sized(config: Config) -> Config:
         return resolve(with_steps(config, 1), text.vocab_size)[0]  # with a shape, where the dial has still to make it
 
-    compiles = machine.seconds > COMPILE_SECONDS and not machine.accelerated
     overfits = tier.dropout > 0
     config = _chosen(
         config,
         {
-            "train.compile": "on" if compiles else "auto",
             "eval.calibrate": overfits and not config.model.tied_head,
             "eval.stride": math.ceil(length / 2) if config.eval.order == "sequential" else 0,
         },
@@ -254,9 +253,12 @@ def fit_model(config: Config, text: Text, machine: Machine) -> tuple[Config, lis
             break
         chosen, why = _shaped(config, *shape), "as large as suits the text"
     config, rows = chosen, -(-chosen.batch_rows // machine.processes)
-    seen = config.train.steps * config.train.batch_tokens or seconds / machine.token_seconds(
-        sized(config), text.vocab_size
-    )
+    token_seconds = machine.token_seconds(sized(config), text.vocab_size)
+    seen = config.train.steps * config.train.batch_tokens or seconds / token_seconds
+    if enough := steps_enough(config, text):
+        seen = min(seen, enough * config.train.batch_tokens)
+    compiles = machine.seconds and seen * token_seconds > COMPILE_SECONDS and not machine.accelerated
+    config = _chosen(config, {"train.compile": "on" if compiles else "auto"})
     if not overfits and text.train_tokens and seen > MANY_PASSES * text.train_tokens:
         repeated = {"model.dropout": 0.1, "optim.weight_decay": 0.3, "eval.calibrate": not config.model.tied_head}
         config = _chosen(config, repeated)
@@ -302,19 +304,17 @@ def fit_steps(
     steps, enough = _largest(lambda steps: takes(steps) <= left), steps_enough(config, text)
     minutes = f"{config.train.minutes:g} minute" + "s" * (config.train.minutes != 1)
     why = f"fill {minutes}"
-    if steps > enough:
+    if enough and steps > enough:
         steps = enough
         why = f"take {duration(takes(steps))} of {minutes}; more would learn less from so little text"
     passes = f", {steps * config.train.batch_tokens / text.train_tokens:.2g} passes," if text.train_tokens else ""
     return steps, [f"{steps:,} steps of {speed.step(micro_steps):.2g} s{passes} {why}"]
 
 
-def steps_enough(config: Config, text: Text) -> float:
-    """The steps from which on more would learn less, where they are chosen and that is known."""
-    least = tier_of(text).steps
-    if "train.steps" not in config.fit.fields or not least:
-        return math.inf
-    return max(least, round(MOST_PASSES * text.train_tokens / config.train.batch_tokens))
+def steps_enough(config: Config, text: Text) -> int:
+    """The steps from which on more would learn less; 0 where they are not chosen, or no bound is known."""
+    least = tier_of(text).steps if "train.steps" in config.fit.fields else 0
+    return least and max(least, round(MOST_PASSES * text.train_tokens / config.train.batch_tokens))
 
 
 def fit_marks(config: Config, text: Text) -> Config:

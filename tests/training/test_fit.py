@@ -242,6 +242,20 @@ def test_a_large_text_that_is_read_often_is_regularised():
         assert (config.model.dropout, config.eval.calibrate) == (dropout, dropout > 0)
 
 
+def test_long_training_on_a_cpu_is_compiled(monkeypatch: pytest.MonkeyPatch):
+    """Not what a little text makes short, nor where no time is given."""
+    monkeypatch.setattr(fitting, "COMPILE_SECONDS", 90.0)
+    little, much = (Text(size, vocab_size=300, train_tokens=size // 3, val_tokens=999) for size in (50_000, 5_000_000))
+    for text, seconds, compile in (
+        (little, 1000.0, "auto"),
+        (much, 1000.0, "on"),
+        (much, 80.0, "auto"),
+        (much, 0.0, "auto"),
+    ):
+        config, _ = fit_model(config_with(), text, Machine({128: 3e11}, 2**35, seconds))
+        assert config.train.compile == compile
+
+
 def test_memory():
     """Half of what is free, and 2 GB for a small text on a CPU, by a smaller model and by fewer rows at once."""
     text = Text(9_000_000, vocab_size=4096, train_tokens=2_000_000, val_tokens=100_000)

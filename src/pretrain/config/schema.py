@@ -25,7 +25,7 @@ NonEmpty = Annotated[str, Meta(min_length=1)]
 Fitted = Literal[
     "data.val_fraction", "tokenizer.kind", "tokenizer.vocab_size",
     "model.layers", "model.heads", "model.width", "model.context_length", "model.dropout",
-    "model.bigram_rows",
+    "model.value_embeddings", "model.bigram_rows",
     "optim.lr", "optim.embedding_lr", "optim.head_lr", "optim.scalar_lr", "optim.weight_decay",
     "train.steps", "train.batch_tokens", "train.micro_batch", "train.compile",
     "eval.every", "eval.stride", "eval.calibrate", "checkpoint.every",

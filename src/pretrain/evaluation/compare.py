@@ -122,8 +122,8 @@ def _measure_run(place: str, request: EvalRequest, device: torch.device, say: Ca
     numbers, sources = {}, {}
     try:
         if request.data:
-            length, rows = run.config.model.context_length, run.config.batch_rows
-            numbers = _on_text(model, tokenizer, request, run.config.data, length, rows, say)
+            length, rows, stride = run.config.model.context_length, run.config.batch_rows, run.config.eval.stride
+            numbers = _on_text(model, tokenizer, request, run.config.data, length, rows, stride, say)
         elif request.batches:
             numbers = _estimates(model, tokenizer, run, request.batches)
         else:
@@ -139,7 +139,7 @@ def _measure_run(place: str, request: EvalRequest, device: torch.device, say: Ca
         with suppress(OSError):  # a run that may only be read is measured all the same
             append_jsonl(run.folder / CORE_FILE, {**record, "name": core.name, **core.as_dict()})
     cautions = [tokenizer.change_in_words]
-    if run.config.eval.stride and numbers and not (request.data or request.batches):
+    if run.config.eval.stride and numbers and not request.batches:
         cautions.append(f"windows overlap (eval.stride {run.config.eval.stride}): compare with runs of the same stride")
     caution = "; ".join(filter(None, cautions))
     return EvalResult(str(run.folder), checkpoint.step, numbers, core, sources, caution, run.weights(checkpoint.step))
@@ -158,7 +158,7 @@ def _measure_hf(place: str, request: EvalRequest, device: torch.device, say: Cal
         tokenizer = Tokenizer.adopt(folder / "tokenizer.json") if request.data else None
     numbers = {}
     if request.data and tokenizer:
-        numbers = _on_text(model, tokenizer, request, DataConfig(), min(length, HF_CONTEXT), 4, say)
+        numbers = _on_text(model, tokenizer, request, DataConfig(), min(length, HF_CONTEXT), 4, 0, say)
     core = evaluate_core(scorer, request.core, request.max_per_task, _teller(say)) if request.core else None
     return EvalResult(place, None, numbers, core, caution=tokenizer.change_in_words if numbers and tokenizer else "")
 
@@ -191,6 +191,7 @@ def _on_text(
     data: DataConfig,
     length: int,
     rows: int,
+    stride: int,
     say: Callable[[str], None],
 ) -> Numbers:
     """A pass over other text, read as the held-out text of a run with ``data`` would be."""
@@ -211,7 +212,7 @@ def _on_text(
         if shard.tokens < 2:
             raise DataError(f"{', '.join(request.data)}: too little text to measure on; give more than one token")
         Manifest.of(tokenizer, [shard]).save(folder)
-        batches = validation_batches(prepared_dataset(folder).stream("val"), length, rows)
+        batches = validation_batches(prepared_dataset(folder).stream("val"), length, rows, stride=stride)
         return _numbers("data", evaluate_loss(model, batches, tokenizer.token_bytes()))
 
 
