@@ -4,8 +4,9 @@
 
 Ours is ``pretrain train --data FILE --train.minutes N``, with a seed and the share held out that all contenders have.
 nanoGPT trains its model of characters, with its README's options for a CPU, for as many iterations as fit in the same
-time, and keeps its best checkpoint. All numbers are bits per byte of the last 5 % of the characters; of several seeds
-the median, and the lowest and highest. To be run alone: two programs that use all cores slow each other several times.
+time, and keeps its best checkpoint. All numbers are bits per byte of the last 5 % of the characters, those of models in
+windows that overlap by half; of several seeds the median, and the lowest and highest. To be run alone: two
+programs that use all cores slow each other several times.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def train_nanogpt(nanogpt: str, file: Path, minutes: float, seed: int) -> tuple[
         rest = 60 * minutes - (seconds - CALIBRATION * iteration)
         seconds, _ = run(max(CALIBRATION, int(rest / iteration)))
         script = str(Path(__file__).with_name("train.py"))
-        loss = common.worker(script, "nanogpt-loss", nanogpt, f"{folder}/out/ckpt.pt", str(data))["loss"]
+        loss = common.worker(script, "nanogpt-loss", nanogpt, f"{folder}/out/ckpt.pt", str(data), "overlapping")["loss"]
         held_out = text[int(SHARE * len(text)) :]
     return loss * (len(held_out) - 1) / math.log(2) / len(held_out[1:].encode()), seconds
 

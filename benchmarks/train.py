@@ -270,8 +270,11 @@ def prepare_nanogpt(folder: Path, text: str, share: float) -> None:
         pickle.dump({**meta, "stoi": {c: i for i, c in enumerate(characters)}}, out)
 
 
-def nanogpt_loss(nanogpt: str, checkpoint: str, data: str) -> dict[str, float]:
-    """Loss of a nanoGPT checkpoint on all of the validation text in the folder ``data``, each character once."""
+def nanogpt_loss(nanogpt: str, checkpoint: str, data: str, windows: str = "apart") -> dict[str, float]:
+    """Loss of a nanoGPT checkpoint on all of the validation text in the folder ``data``, each character once.
+
+    In windows one after the other, or ``overlapping`` by half as with ``eval.stride``.
+    """
     import numpy as np
     import torch
 
@@ -283,13 +286,17 @@ def nanogpt_loss(nanogpt: str, checkpoint: str, data: str) -> dict[str, float]:
     model.load_state_dict(saved["model"])
     model.eval()
     length = saved["model_args"]["block_size"]
-    tokens = np.fromfile(Path(data, "val.bin"), dtype=np.uint16).astype(np.int64)
-    total = 0.0
-    with torch.no_grad():
-        for start in range(0, len(tokens) - 1, length):
-            window = torch.from_numpy(tokens[start : start + length + 1])[None]
-            total += model(window[:, :-1], window[:, 1:])[1].item() * (window.shape[1] - 1)
-    return {"loss": total / (len(tokens) - 1)}
+    tokens = torch.from_numpy(np.fromfile(Path(data, "val.bin"), dtype=np.uint16).astype(np.int64))
+    stride = length // 2 if windows == "overlapping" else length
+    total, counted = 0.0, 0
+    while counted < len(tokens) - 1:
+        start = max(0, counted - (length - stride))
+        window, seen = tokens[start : start + length + 1][None], counted - start
+        with torch.no_grad():
+            logits, _ = model(window[:, :-1], window[:, 1:])
+        losses = torch.nn.functional.cross_entropy(logits[0, seen:], window[0, 1 + seen :], reduction="sum")
+        total, counted = total + losses.item(), start + window.shape[1] - 1
+    return {"loss": total / counted}
 
 
 def main() -> None:
