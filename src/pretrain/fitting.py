@@ -100,6 +100,7 @@ TIERS = (
     Tier(math.inf, 4096, 5, 128, 0.0, 0.0, 16384),
 )
 MOST_PASSES = 2
+"""Through a text with a bound on its steps, where that is more steps than the bound."""
 MANY_PASSES = 3
 """From so many on, a text without a bound on its steps is learned with the dropout and decay of one with."""
 BATCH_TOKENS = 2048

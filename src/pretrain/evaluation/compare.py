@@ -174,9 +174,8 @@ def _on_split(model: nn.Module, tokenizer: Tokenizer, run: Run, split: str) -> t
         why = "was trained on a stream, which keeps no tokens" if split == "train" else "holds no text out"
         why += " for a test" if split == "test" else ""
         raise UsageError(f"{run.folder} {why}; measure on other text with --data")
-    results = {}
+    results, length, stride = {}, run.config.model.context_length, run.config.eval.stride
     for dataset in datasets:
-        length, stride = run.config.model.context_length, run.config.eval.stride
         batches = validation_batches(dataset.stream(split), length, run.config.batch_rows, stride=stride)
         results[dataset.name] = evaluate_loss(model, batches, tokenizer.token_bytes())
     whole = functools.reduce(operator.add, results.values())

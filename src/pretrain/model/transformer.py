@@ -470,7 +470,7 @@ def mlp_width(config: ModelConfig) -> int:
 
 def bigram_index(previous: Tensor, tokens: Tensor, rows: int) -> Tensor:
     """The row of a table that each pair of tokens has, by a hash; some pairs share one."""
-    mixed = previous * 2_654_435_761 + tokens * 1_640_531_527  # primes near 2^32 over the golden ratio, and its square
+    mixed = previous * 2_654_435_761 + tokens * 1_640_531_527  # odd, near 2^32 / φ and 2^32 / φ²
     return (mixed ^ (mixed >> 15)) % rows
 
 
