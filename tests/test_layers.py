@@ -22,6 +22,7 @@ LAYERS = [
     "evaluation",
     "generation",
     "training",
+    "experiments",
     "plan",
     "report",
     "cli",

@@ -10,7 +10,7 @@ from tests.conftest import TINY
 
 from pretrain.config import Config, load_config
 from pretrain.evaluation import evaluate_loss
-from pretrain.evaluation.compare import EvalRequest, measure
+from pretrain.evaluation.measure import EvalRequest, measure
 from pretrain.model import meta_model
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokens import prepare, prepared_dataset, validation_batches

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from tests.conftest import TINY
-from tests.evaluation.test_compare import train_on, two_folders, write_text  # noqa: F401 - a fixture
+from tests.evaluation.test_measure import train_on, two_folders, write_text  # noqa: F401 - a fixture
 from tests.evaluation.test_core import write_bundle
 from tests.hf.test_convert import PLAIN
 
 from pretrain.cli import main
 from pretrain.errors import PretrainError
 from pretrain.evaluation import read_tasks
-from pretrain.evaluation.compare import EvalRequest, measure
+from pretrain.evaluation.measure import EvalRequest, measure
 from pretrain.hf.export import model_card
 from pretrain.io import read_jsonl
 from pretrain.runs import Run

@@ -11,7 +11,7 @@ from tests.conftest import TINY
 from pretrain.cli import main
 from pretrain.config import load_config
 from pretrain.errors import UsageError
-from pretrain.evaluation.compare import EvalRequest, measure
+from pretrain.evaluation.measure import EvalRequest, measure
 from pretrain.generation import encode_prompt
 from pretrain.plan.data import look_at_data
 from pretrain.tokenizer import Tokenizer, build_tokenizer

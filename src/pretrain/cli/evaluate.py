@@ -58,7 +58,7 @@ class Evaluate(Command):
 
     def __call__(self) -> int:
         from pretrain.evaluation import open_bundle, read_tasks
-        from pretrain.evaluation.compare import EvalRequest, check_places, json_line, measure, tables, write_csv
+        from pretrain.evaluation.measure import EvalRequest, check_places, json_line, measure, tables, write_csv
 
         tasks = read_tasks(open_bundle("" if self.core == "default" else self.core)) if self.core else []
         request = EvalRequest(

@@ -16,7 +16,7 @@ from pretrain.cli import main
 from pretrain.config import load_config
 from pretrain.errors import DataError, UsageError
 from pretrain.evaluation import read_tasks
-from pretrain.evaluation.compare import EvalRequest, measure
+from pretrain.evaluation.measure import EvalRequest, measure
 from pretrain.io import read_jsonl
 from pretrain.runs import Run
 from pretrain.runs.run import stored_core
