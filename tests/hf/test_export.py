@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from tests.conftest import TINY
-from tests.evaluation.test_measure import train_on, two_folders, write_text  # noqa: F401 - a fixture
 from tests.evaluation.test_core import write_bundle
+from tests.evaluation.test_measure import train_on, two_folders, write_text  # noqa: F401 - a fixture
 from tests.hf.test_convert import PLAIN
 
 from pretrain.cli import main
