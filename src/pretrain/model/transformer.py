@@ -221,9 +221,15 @@ class Block(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, rope: Rope | None, mask: Mask, value_embedding: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
-        """X (B, T, C) → (B, T, C)."""
+        self, x: Tensor, rope: Rope | None, mask: Mask, value_embedding: Tensor | None, cache: KVCache | None,
+        embedded: Tensor | None = None, scales: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """X (B, T, C) → (B, T, C); with ``scales`` of x times the first, and ``embedded`` (B, T, C) times the second.
+
+        They are multiplied here so that they are compiled with the block, where each block is compiled by itself.
+        """
+        if embedded is not None and scales is not None:
+            x = scales[0] * x + scales[1] * embedded
         x = x + self.dropout(self.attention(self.attention_norm(x), rope, mask, value_embedding, cache))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
@@ -339,13 +345,12 @@ class GPT(nn.Module):
         in_blocks = self.in_blocks and cache is None and T % BLOCK == 0
         masks = {kind: self._mask(positions, seen, kind, documents, in_blocks) for kind in set(kinds)}
         for layer, (block, kind) in enumerate(zip(self.blocks, kinds, strict=True)):
+            scales = value_embedding = None
             if self.stream_scale is not None and self.embedding_scale is not None:
-                stream, again = self.stream_scale[layer].to(x.dtype), self.embedding_scale[layer].to(x.dtype)
-                x = stream * x + again * embedded
-            value_embedding = None
+                scales = self.stream_scale[layer].to(x.dtype), self.embedding_scale[layer].to(x.dtype)
             if str(layer) in self.value_embeddings:
                 value_embedding = self.value_embeddings[str(layer)](tokens).to(x.dtype)
-            x = block(x, rope, masks[kind], value_embedding, cache)
+            x = block(x, rope, masks[kind], value_embedding, cache, embedded, scales)
             if layer == config.layers // 2:
                 half_way = x
         if self.backout is not None:
