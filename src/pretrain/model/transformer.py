@@ -335,7 +335,8 @@ class GPT(nn.Module):
                 cache.tensors["last_token"] = tokens[:, -1:]
             previous = torch.cat((previous, tokens[:, :-1]), dim=1)
             x = x + self.bigram_embedding(bigram_index(previous, tokens, self.config.bigram_rows)).to(x.dtype)
-        x = embedded = half_way = self.dropout(x)
+        x = half_way = self.dropout(x)
+        embedded = x.view_as(x)  # torch.compile would compile the first block by itself if both were one object
         rope = self._rope(positions, x.dtype, cache) if config.position == "rope" else None
         documents = None
         if config.document_mask and self.bos_id is not None:
