@@ -15,7 +15,7 @@ from pretrain.device import Precision
 from pretrain.errors import UsageError
 from pretrain.model import GPT, meta_model
 from pretrain.model.packed import for_inference
-from pretrain.model.transformer import Block
+from pretrain.model.transformer import Block, Linear
 from pretrain.training import train
 from pretrain.training.parallel import (
     choose_attention,
@@ -28,8 +28,8 @@ from pretrain.training.parallel import (
 from pretrain.training.world import World
 
 
-def small_model() -> GPT:
-    model = GPT(load_config("quickstart", **{"model.layers": 2}).model, 64)
+def small_model(**fields: Any) -> GPT:
+    model = GPT(load_config("quickstart", **{"model.layers": 2} | fields).model, 64)
     model.init_weights(torch.Generator().manual_seed(0))
     for parameter in model.parameters():
         parameter.data += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
@@ -58,6 +58,15 @@ def test_fp8_is_near_bf16_and_keeps_every_name():
     assert loss_fp8 != loss
     assert loss_fp8 == pytest.approx(loss, rel=0.01)
     assert torch.cosine_similarity(gradient, gradient_fp8, dim=0) > 0.98
+    with torch.no_grad():
+        assert model.eval()(tokens, targets).item() == loss  # evaluated without fp8
+
+
+def test_small_layers_are_not_computed_in_fp8():
+    pytest.importorskip("torchao")
+    model = small_model(**{"model.mlp_width": 112})
+    use_fp8(model, emulate=True)
+    assert [type(layer) is Linear for layer in (model.blocks[0].attention.out, model.blocks[0].mlp.up)] == [False, True]  # type: ignore[union-attr]
 
 
 def test_fp8_without_the_hardware_is_refused():

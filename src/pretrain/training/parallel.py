@@ -28,7 +28,7 @@ from pretrain.device import Precision, free_memory
 from pretrain.errors import UsageError
 from pretrain.model import GPT, meta_model
 from pretrain.model.attention import kernel_problem, obstacle
-from pretrain.model.transformer import Block, head_dim, layer_kinds
+from pretrain.model.transformer import Block, Linear, head_dim, layer_kinds
 from pretrain.optim import Optimizer, alone, replicated, row_sharded
 from pretrain.runs.checkpoint import Part, all_of_it
 from pretrain.sizing import count_parameters, flops_per_token, parallelism_that_fits
@@ -39,6 +39,8 @@ VARIANTS = 16
 all tokens or a window, with or without value embeddings; in training, in its last and smaller micro-batch, evaluated.
 """
 
+FP8_CHANNELS = 128
+"""Fewest inputs and outputs of a layer that is computed in fp8, as in nanochat."""
 
 CPU_COMPILE_FLOPS = 1e14
 """From here on a run on a CPU is compiled: some minutes at 3e11 FLOP a second. Compiling takes half a minute, or some
@@ -240,20 +242,28 @@ class Parameters:
 
 
 def use_fp8(model: GPT, emulate: bool = False) -> None:
-    """Let torchao compute the blocks' matrix products in fp8, scaled by tensor; names and parameters stay.
+    """Let torchao compute the blocks' matrix products in fp8 in training, scaled by tensor; names and parameters stay.
 
-    ``emulate`` computes the same numbers without the hardware. The head stays in bf16.
+    ``emulate`` computes the same numbers without the hardware. The head stays in bf16, and so do evaluations: that is
+    how the model is used.
     """
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # type: ignore[import-not-found]
     except ImportError:
         raise UsageError("train.fp8 needs torchao; install it with: pip install 'pretrain[fp8]'") from None
 
-    def in_tiles(layer: torch.nn.Module, _name: str) -> bool:
-        # The hardware multiplies in tiles of 16, which leaves out the small gates.
-        return isinstance(layer, torch.nn.Linear) and layer.in_features % 16 == layer.out_features % 16 == 0
+    def large(layer: nn.Module, _name: str) -> bool:
+        # Casting a small one takes longer than fp8 saves, and the hardware multiplies in tiles of 16.
+        sizes = (layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else (0,)
+        return min(sizes) >= FP8_CHANNELS and not any(size % 16 for size in sizes)
 
-    convert_to_float8_training(model.blocks, config=Float8LinearConfig(emulate=emulate), module_filter_fn=in_tiles)
+    def in_training(layer: nn.Module, x: Tensor) -> Tensor:
+        return (type(layer) if layer.training else Linear).forward(layer, x)
+
+    convert_to_float8_training(model.blocks, config=Float8LinearConfig(emulate=emulate), module_filter_fn=large)
+    for layer in model.blocks.modules():
+        if isinstance(layer, nn.Linear) and not isinstance(layer, Linear):
+            layer.forward = types.MethodType(in_training, layer)
 
 
 def choose_attention(model: GPT, precision: Precision, compiled: bool) -> tuple[bool, str]:
