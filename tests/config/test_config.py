@@ -167,3 +167,33 @@ def test_every_field_has_help():
         for field in dataclasses.fields(getattr(Config(), section.name)):
             after = source.split(f"\n    {field.name}: ", 1)[1].split("\n", 1)[1]
             assert after.lstrip().startswith('"""'), f"{section.name}.{field.name} has no docstring"
+
+
+@pytest.mark.parametrize(
+    ("weights", "stages", "expected"),
+    [
+        ([], ["0.8: 1 2"], "data.stages changes data.weights, and there are none; give those of the first stage"),
+        ([1, 2], ["0.8 1 2"], "must be of the form 'SHARE: WEIGHTS', such as '0.8: 0.2 0.8', with a weight for each"),
+        ([1, 2], ["1.2: 1 2"], "'SHARE: WEIGHTS'"),
+        ([1, 2], ["0.8: 1 -2"], "'SHARE: WEIGHTS'"),
+        ([1, 2], ["0.8: 1 nan"], "'SHARE: WEIGHTS'"),
+        ([1, 2], ["0.8: 1"], "0.8: 1 has 1 values; give one for each of data.paths"),
+        ([1, 2], ["0.8: 1 1", "0.5: 1 1"], "data.stages begin at 0.8, 0.5; each must be later than the one before"),
+        ([1, 2], ["0.0: 1 1"], "each must be later than the one before"),
+        ([1, 2], ["0.8: 0 0"], "0.8: 0 0 are all 0; give one above"),
+        ([0, 0], ["0.8: 1 1"], "data.weights are all 0; give one above"),
+        ([1, 0], ["0.8: 1 0"], "data.weights gives b nothing in any stage; leave it out of data.paths"),
+        ([1, 0], [], "data.weights gives b nothing"),
+    ],
+)
+def test_stages_of_a_mixture_that_cannot_be(weights: list[float], stages: list[str], expected: str):
+    fields = {"data.paths": ["a", "b"], "data.weights": weights, "data.stages": stages, "train.steps": 10}
+    with pytest.raises(UsageError) as error:
+        load_config("quickstart", **fields)
+    assert expected in str(error.value)
+
+
+def test_stages_of_a_mixture_begin_at_the_nearest_batch():
+    fields = {"data.paths": ["a", "b"], "data.weights": [1, 0], "train.steps": 10}
+    config = load_config("quickstart", **fields, **{"data.stages": [".26: 1 1", "0.85:0.5 2"]})
+    assert config.mixtures == [(0, (1, 0)), (3, (1, 1)), (8, (0.5, 2))]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from tests.conftest import write_shard
 
-from pretrain.config import Config, config_from_dict
+from pretrain.config import Config, config_from_dict, config_to_dict
 from pretrain.errors import DataError, UsageError
 from pretrain.tokenizer import build_tokenizer
 from pretrain.tokens import DataOrder, MixedOrder, TrainingBatches, is_tokens, open_corpus, training_order
@@ -159,6 +159,21 @@ def test_weights_choose_among_data_sets(tmp_path: Path, byte_json: str):
     letters = [chr(row.mode().values) for row in batches.batch(0)[1]]
     assert [letters.count(letter) for letter in "abc"] == [250, 500, 250]
     assert batches.epoch(1) == pytest.approx(1000 / (25 + 75 + 43))
+
+
+def test_stages_begin_at_a_step(tmp_path: Path):
+    paths = [prepared(tmp_path / letter, [letter * 400], []) for letter in "ab"]
+    corpus = open_corpus(paths)
+    tree = config_to_dict(config(*paths, weights=[1.0, 0.0], stages=["0.77: 0 1"]))
+    tree["train"]["steps"] = 10
+    staged = config_from_dict(tree, "test")
+    batches = TrainingBatches(corpus.stream("train"), training_order(corpus, staged), rows=4)
+    read = ["".join(chr(row.mode().values) for row in batches.batch(step)[1]) for step in (0, 7, 8, 9, 30)]
+    assert read == ["aaaa", "aaaa", "bbbb", "bbbb", "bbbb"]  # 7.7 steps are 8
+    for stages in (["0.99: 0 1"], ["0.31: 0 1", "0.34: 1 1"]):
+        tree["data"]["stages"] = stages
+        with pytest.raises(UsageError, match=r"train\.steps 10 are too few for data\.stages: one of them has no step"):
+            training_order(corpus, config_from_dict(tree, "test"))
 
 
 def test_too_short_for_a_context(tmp_path: Path):

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from pretrain.errors import UsageError
+from pretrain.tokens import order as order_module
 from pretrain.tokens.order import MIXTURE_BLOCK, DataOrder, MixedOrder, key, mixture_shares, permute
 
 
@@ -131,3 +132,57 @@ def test_shares_are_of_largest_remainder():
     assert mixture_shares([0.0006, 0.9994], "ab") == (1, 999)
     with pytest.raises(UsageError, match=r"gives b 0\.0001 of the rows, less than one in 1000; give it at least 0\.01"):
         mixture_shares([9.999, 0.001], "ab")
+
+
+STAGES = [(0, (0.5, 0.3, 0.2)), (1234, (0.0, 1.0, 0.0)), (1240, (0.0, 0.1, 0.9)), (5000, (0.5, 0.3, 0.2))]
+
+
+def staged(stages=STAGES, kind="shuffled") -> MixedOrder:
+    parts = mixture(kind=kind).orders
+    return order_module.mixture(parts, [(row, mixture_shares(weights, "abc")) for row, weights in stages], seed=5)
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "random", "sequential"])
+def test_stages_are_a_function_of_the_row_alone(kind: str):
+    mixed = staged(kind=kind)
+    whole = mixed.starts(0, 7000)
+    for first, count in ((0, 1), (1233, 1), (1233, 2), (1234, 6), (1000, 3000), (1239, 3800), (4999, 2001), (6999, 1)):
+        assert mixed.starts(first, count).tolist() == whole[first : first + count].tolist()
+    assert len(mixed.starts(1234, 0)) == len(mixed.starts(3, 0)) == 0
+
+
+def test_the_first_stage_is_the_mixture_without_stages_and_a_later_one_changes_nothing_before_it():
+    plain, mixed = mixture().starts(0, 7000), staged().starts(0, 7000)
+    assert mixed[:1234].tolist() == plain[:1234].tolist()
+    assert staged(STAGES[:3]).starts(0, 5000).tolist() == mixed[:5000].tolist()
+    assert staged(STAGES[:1]).starts(0, 7000).tolist() == plain.tolist()
+
+
+def test_each_stage_has_its_shares():
+    sets = sets_of(mixture(), staged().starts(0, 7000))
+    assert set(sets[1234:1240].tolist()) == {1}
+    assert np.bincount(sets[1240:3240], minlength=3).tolist() == [0, 200, 1800]
+    assert np.bincount(sets[5000:6000]).tolist() == [500, 300, 200]
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "sequential"])
+def test_each_data_set_has_its_own_epochs_over_all_stages(kind: str):
+    mixed = staged(kind=kind)
+    starts = mixed.starts(0, 9000)
+    sets, begins = sets_of(mixed, starts), np.cumsum([0, 3001, 901])
+    for number, part in enumerate(mixed.orders):
+        own = starts[sets == number] - begins[number]
+        assert own.tolist() == part.starts(0, len(own)).tolist()
+        for epoch in range(len(own) // part.windows):
+            assert len(set(own[epoch * part.windows :][: part.windows].tolist())) == part.windows
+    for row in (0, 1, 999, 1000, 1234, 1237, 1240, 4999, 5000, 5001, 9000):
+        assert mixed.rows_before(row) == tuple(np.bincount(sets[:row], minlength=3))
+    assert sum(mixed.rows_before(10**14 + 3)) == 10**14 + 3  # counted, not read
+
+
+def test_a_stage_is_measured_in_its_own_shares():
+    mixed = staged()
+    for row, shares in ((0, [500, 300, 200]), (1233, [500, 300, 200]), (1240, [0, 100, 900]), (9000, [500, 300, 200])):
+        estimate = mixed.estimate(7, row)
+        assert np.bincount(sets_of(mixed, estimate.starts(0, MIXTURE_BLOCK)), minlength=3).tolist() == shares
+    assert mixed.estimate(7, 3).starts(0, 50).tolist() == mixture().estimate(7).starts(0, 50).tolist()

@@ -7,6 +7,7 @@ file, the command line and Python get the same checks and the same one-line erro
 what concerns several fields in ``__post_init__``.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -31,6 +32,7 @@ Fitted = Literal[
     "eval.every", "eval.stride", "eval.calibrate", "checkpoint.every",
 ]  # fmt: skip
 """What ``pretrain.fitting`` can choose."""
+_STAGE = re.compile(r"0?\.\d+:( *\d+(\.\d+)?\b)+")  # one of data.stages
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,11 @@ class DataConfig(Section):
     stride: Natural = 0
     """Tokens between the starts of neighbouring windows, for overlapping windows. 0: the context length, with a new
     offset each epoch when shuffled."""
-    weights: tuple[Positive, ...] = ()
+    weights: tuple[NonNegative, ...] = ()
     """Share of the training rows from each path, if the paths are token shards. None: in proportion to their tokens."""
+    stages: tuple[str, ...] = ()
+    """Other weights from a share of the steps on: with '0.8: 0.2 0.8' the last fifth of the steps takes 0.2 of its rows
+    from the first path and 0.8 from the second. 0: none, in that stage."""
     stream: bool = False
     """Tokenize the text while training on it, instead of preparing token shards first."""
     packing: Literal["concatenate", "best_fit"] = "concatenate"
@@ -83,11 +88,36 @@ class DataConfig(Section):
         super().__post_init__()
         if any(self.separator.startswith(self.separator[-k:]) for k in range(1, len(self.separator))):
             raise ValueError(f"data.separator {self.separator!r} ends as it begins and may overlap itself; use another")
-        if self.weights and len(self.weights) != len(self.paths):
-            raise ValueError(f"data.weights has {len(self.weights)} values; give one for each of data.paths")
+        self._check_stages()
         if self.split != "last_file" and not self.val_paths and self.val_fraction + self.test_fraction >= 1:
             shares = f"data.val_fraction {self.val_fraction:g} and data.test_fraction {self.test_fraction:g}"
             raise ValueError(f"{shares} leave nothing to train on; together they must be below 1")
+
+    @property
+    def mixtures(self) -> list[tuple[float, tuple[float, ...]]]:
+        """Each stage of the mixture: the share of the steps at which it begins, and the weight of each path."""
+        later = [stage.partition(":") for stage in self.stages]
+        return [(0.0, self.weights), *((float(begin), tuple(map(float, each.split()))) for begin, _, each in later)]
+
+    def _check_stages(self) -> None:
+        if self.stages and not self.weights:
+            raise ValueError("data.stages changes data.weights, and there are none; give those of the first stage")
+        if wrong := next((stage for stage in self.stages if not _STAGE.fullmatch(stage)), ""):
+            form = "'SHARE: WEIGHTS', such as '0.8: 0.2 0.8', with a weight for each of data.paths"
+            raise ValueError(f"data.stages must be of the form {form}, not '{wrong}'")
+        begins, weights = zip(*self.mixtures, strict=True)
+        if list(begins) != sorted(set(begins)):
+            raise ValueError(
+                f"data.stages begin at {', '.join(map(str, begins[1:]))}; each must be later than the one before"
+            )
+        for name, each in zip(["data.weights", *self.stages], weights, strict=True) if self.weights else ():
+            if len(each) != len(self.paths):
+                raise ValueError(f"{name} has {len(each)} values; give one for each of data.paths")
+            if not any(each):
+                raise ValueError(f"{name} are all 0; give one above")
+        for path, each in zip(self.paths, zip(*weights, strict=True), strict=False):
+            if not any(each):
+                raise ValueError(f"data.weights gives {path} nothing in any stage; leave it out of data.paths")
 
 
 @dataclass(frozen=True)
@@ -558,6 +588,11 @@ class Config:
         if self.eval.train_tokens and self.data.stream:
             why = "a stream (data.stream) keeps no training text to measure on"
             raise ValueError(f"eval.train_tokens is {self.eval.train_tokens}, but {why}; set --eval.train_tokens 0")
+
+    @property
+    def mixtures(self) -> list[tuple[int, tuple[float, ...]]]:
+        """The batch at which each stage of the mixture begins, the first of the run being 0, and its weights."""
+        return [(round(begin * self.train.steps), weights) for begin, weights in self.data.mixtures]
 
     @property
     def batch_rows(self) -> int:

@@ -28,7 +28,7 @@ from pretrain.runs.metrics import Smoothed
 from pretrain.runs.run import stored_core
 from pretrain.text import embedded_name
 from pretrain.tokenizer import Tokenizer
-from pretrain.tokens import Dataset, Manifest
+from pretrain.tokens import Dataset, Manifest, MixedOrder, training_order
 from pretrain.tokens.shards import PLAN
 
 CODE = (
@@ -184,6 +184,8 @@ def _data(run: Run) -> list[list[str]] | str:
         return f"{names}; its tokens were no longer there, or others, when this was written."
     rows = [["data", "training tokens", "documents", "bytes", "held-out tokens", "documents", "bytes", "share of rows"]]
     weights = data.weights or [each.tokens("train") for each in corpus.datasets]
+    if data.stages and isinstance(order := training_order(corpus, run.config), MixedOrder):
+        weights = order.rows_before(run.config.train.steps * run.config.batch_rows)
     for dataset, weight in zip(corpus.datasets, weights, strict=True):
         train = ["tokenized while training", "", ""] if data.stream else _sizes(dataset, "train")
         name = without_secrets(dataset.name) + _made_from(expand(dataset.name))

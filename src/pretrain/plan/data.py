@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
 
 from pretrain.config import Config
 from pretrain.errors import DataError
@@ -12,7 +15,7 @@ from pretrain.text.pieces import continues, join_ranges
 from pretrain.text.split import SIDES
 from pretrain.tokenizer import build_tokenizer
 from pretrain.tokens import check_boundary
-from pretrain.tokens.datasets import check_marked, check_undivided, is_tokens, open_corpus
+from pretrain.tokens.datasets import check_marked, check_undivided, is_tokens, mixed_order, open_corpus
 from pretrain.tokens.order import DataOrder
 from pretrain.tokens.shards import bytes_per_token, utf8_bytes
 from pretrain.tokens.source import find_sides, read_sample
@@ -39,6 +42,8 @@ class DataFacts:
     """What is unusual about the tokenizer."""
     left_out: tuple[str, ...] = ()
     """What is left out or changed of the text, a line each; of the sample only, where that is not all."""
+    datasets: tuple[tuple[str, int], ...] = ()
+    """Path and training tokens of each data set, with ``data.weights``."""
 
 
 def look_at_data(config: Config) -> DataFacts:
@@ -53,10 +58,10 @@ def look_at_data(config: Config) -> DataFacts:
         if config.model.document_mask:
             check_marked(corpus)
         cautions = tuple(corpus.tokenizer.cautions(data.bos))
-        sizes = [dataset.tokens("train") for dataset in corpus.datasets] if data.weights else [train]
-        windows = sum(windows_of(config, tokens) for tokens in sizes)
-        size = int(corpus.bytes_per_token * train)
-        return DataFacts(corpus.tokenizer.vocab_size, train, val, test, size, windows, True, name, cautions=cautions)
+        sets = tuple((each.name, each.tokens("train")) for each in corpus.datasets) if data.weights else ()
+        windows = sum(windows_of(config, tokens) for _, tokens in sets or [(name, train)])
+        size, vocab_size = int(corpus.bytes_per_token * train), corpus.tokenizer.vocab_size
+        return DataFacts(vocab_size, train, val, test, size, windows, True, name, cautions=cautions, datasets=sets)
     left_out: list[str] = []
     problem, cautions = "", ()
     try:
@@ -105,6 +110,24 @@ def look_at_data(config: Config) -> DataFacts:
     tokens -= round(tokens * sides.shares.val) + round(tokens * sides.shares.test)
     windows = windows_of(config, tokens)
     return DataFacts(vocab_size, tokens, val, test, size, windows, False, source, problem, cautions, tuple(left_out))
+
+
+def mixture_read(config: Config, datasets: Sequence[tuple[str, int]]) -> list[dict[str, Any]]:
+    """What a run reads of each data set of a mixture: tokens in each stage, and its epochs in all."""
+    if not datasets:
+        return []
+    order = mixed_order(*zip(*datasets, strict=True), config)
+    ends = [batch * config.batch_rows for batch in [*(begin for begin, _ in config.mixtures), config.train.steps]]
+    before = [order.rows_before(row) for row in ends]
+    length = config.model.context_length
+    return [
+        {
+            "path": name,
+            "tokens": [length * (after - rows) for rows, after in pairwise(read)],
+            "epochs": read[-1] / own.windows,
+        }
+        for (name, _), read, own in zip(datasets, zip(*before, strict=True), order.orders, strict=True)
+    ]
 
 
 def windows_of(config: Config, tokens: int) -> int:

@@ -19,7 +19,7 @@ from pretrain.errors import UsageError
 from pretrain.fitting import Machine, Text, fit_model, fit_steps, fit_text, look_at_text, settled, with_steps
 from pretrain.optim import find_optimizer
 from pretrain.plan.cluster import Layout, memory_parts, traffic, traffic_seconds
-from pretrain.plan.data import DataFacts, look_at_data, windows_of
+from pretrain.plan.data import DataFacts, look_at_data, mixture_read, windows_of
 from pretrain.plan.memory import dry_run
 from pretrain.plan.speed import assume_speed, assumed_utilisation
 from pretrain.sizing import (
@@ -108,6 +108,8 @@ class Plan:
     """Of all steps and validations."""
     speed: str
     """How the speed is known, in words."""
+    mixture: list[dict[str, Any]]
+    """What is read of each data set, with ``data.weights``: :func:`pretrain.plan.data.mixture_read`."""
 
     @property
     def tokens(self) -> int:
@@ -146,7 +148,7 @@ class Plan:
             "precision": self.hardware.precision.name,
             "processes": self.layout.processes,
             "parallel": self.layout.parallelism,
-            "data": {**dataclasses.asdict(self.data), "epochs": self.epochs},
+            "data": {**dataclasses.asdict(self.data), "epochs": self.epochs, "mixture": self.mixture},
             "parameters": {**self.parameters, "total": sum(self.parameters.values())},
             "flops": self.flops_per_token * self.tokens,
             "steps": self.config.train.steps,
@@ -249,7 +251,7 @@ def make_plan(
     seconds = config.train.steps * step_seconds + speed.evaluation * measured / gpus
     return Plan(
         config, derived, fitted, data, hardware, layout, counts, flops, rows, micro_steps, memory, host_memory, state,
-        disk_rate, sent, waiting, step_seconds, seconds, known,
+        disk_rate, sent, waiting, step_seconds, seconds, known, mixture_read(config, data.datasets),
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from pretrain.io import expand
 from pretrain.text.split import SIDES, TEST, VAL
 from pretrain.tokenizer import Tokenizer, build_tokenizer
 from pretrain.tokens.foreign import SUFFIXES, open_foreign, split_of, token_files
-from pretrain.tokens.order import DATASETS, DataOrder, MixedOrder, key, mixture_shares
+from pretrain.tokens.order import DATASETS, DataOrder, MixedOrder, key, mixture, mixture_shares
 from pretrain.tokens.shards import MANIFEST, PLAN, Manifest
 from pretrain.tokens.windows import TokenFile, TokenStream
 
@@ -219,30 +219,46 @@ def training_order(corpus: Corpus, config: Config) -> DataOrder | MixedOrder:
     """The order of the training windows of ``corpus.stream("train")``, by ``config.data`` and the seed.
 
     Without ``data.weights`` all data sets are one stream, so that each window of each comes once an epoch. With them
-    each has its share of the rows and epochs of its own.
+    each has its share of the rows, by stages with ``data.stages``, and epochs of its own.
 
     Raises:
         DataError: a split is shorter than one context.
         UsageError: a weight is too small, or there is not one for each data set.
     """
-    length, data, seed = config.model.context_length, config.data, config.train.seed
+    length, data = config.model.context_length, config.data
     names = [dataset.name for dataset in corpus.datasets]
     if data.weights and len(data.weights) != len(names):
         raise UsageError("data.weights are of token shards, not text; make shards of each path: pretrain data prepare")
-    for dataset in corpus.datasets if data.weights else ():
-        check_length(dataset.name, "training", dataset.tokens("train"), length)
+    sizes = [dataset.tokens("train") for dataset in corpus.datasets]
+    order = mixed_order(names, sizes, config) if data.weights else None
     check_length(", ".join(names), "training", corpus.tokens("train"), length)
     for side, part in ((VAL, "validation"), (TEST, "test")):
         if corpus.tokens(side):
             check_length(", ".join(names), part, corpus.tokens(side), length)
-    if not data.weights:
-        return DataOrder(corpus.tokens("train"), length, data.order, data.stride, seed)
-    shares = mixture_shares(data.weights, names)
+    return order or DataOrder(sum(sizes), length, data.order, data.stride, config.train.seed)
+
+
+def mixed_order(names: Sequence[str], sizes: Sequence[int], config: Config) -> MixedOrder:
+    """The order with ``data.weights`` and ``data.stages`` of data sets with so many training tokens.
+
+    While the number of steps is not known (0) it has the first stage alone. Raises as :func:`training_order` does.
+    """
+    length, data, seed = config.model.context_length, config.data, config.train.seed
+    for name, tokens in zip(names, sizes, strict=True):
+        check_length(name, "training", tokens, length)
+    begins = [batch for batch, _ in config.mixtures]
+    if (steps := config.train.steps) and len({*begins, steps}) <= len(begins):
+        raise UsageError(f"train.steps {steps} are too few for data.stages: one of them has no step; give more")
+    fields = ["data.weights", *["data.stages"] * len(data.stages)]
+    stages = [
+        (batch * config.batch_rows, mixture_shares(weights, names, field))
+        for field, (batch, weights) in zip(fields, config.mixtures, strict=True)
+    ]
     orders = tuple(
-        DataOrder(dataset.tokens("train"), length, data.order, data.stride, int(key(seed, number, DATASETS)[0]))
-        for number, dataset in enumerate(corpus.datasets)
+        DataOrder(tokens, length, data.order, data.stride, int(key(seed, number, DATASETS)[0]))
+        for number, tokens in enumerate(sizes)
     )
-    return MixedOrder(orders, shares, seed)
+    return mixture(orders, stages if steps else stages[:1], seed)
 
 
 def check_length(name: str, part: str, tokens: int, length: int, more: str = "") -> None:

@@ -2,7 +2,7 @@
 
     row g = step × rows per step + row in the batch  →  epoch, place in the epoch  →  start of its window
 
-    of a mixture: row g  →  a data set and a row of its own  →  the same with its own epochs
+    of a mixture: row g  →  its stage, a data set and a row of its own  →  the same with its own epochs
 
 Nothing here depends on the number of processes, the micro-batch, or what was read before: resuming is calling it with a
 later step. A shuffled epoch is a keyed permutation of all its windows in O(1) memory: a Feistel network over the next
@@ -18,7 +18,7 @@ import numpy as np
 
 from pretrain.errors import UsageError
 
-OFFSETS, MIXTURE, DATASETS, PIECES, ESTIMATE, HELD_OUT = 1, 2, 3, 4, 5, 6
+OFFSETS, MIXTURE, DATASETS, PIECES, ESTIMATE, HELD_OUT, STAGES = 1, 2, 3, 4, 5, 6, 7
 """The last part of keys for different uses, which must not be equal; that of the windows themselves has none."""
 FEISTEL_ROUNDS = 6
 ENCRYPT_BLOCK = 8192  # numbers encrypted at once: they and the intermediate results stay in the nearest caches
@@ -120,8 +120,11 @@ class DataOrder:
             parts.append(starts)
         return np.concatenate(parts)
 
-    def estimate(self, step: int) -> DataOrder:
-        """Another draw of the same windows, to measure on after ``step``: it says nothing of what training reads."""
+    def estimate(self, step: int, row: int = 0) -> DataOrder:
+        """Another draw of the same windows, to measure on after ``step``: it says nothing of what training reads.
+
+        ``row``, the last that was read, matters to a mixture.
+        """
         seed = int(key(self.seed, step, ESTIMATE)[0])
         if self.kind == "sequential":  # shuffled, but at the places where training has them
             return replace(self, kind="shuffled", stride=self.stride or self.length, seed=seed)
@@ -134,17 +137,19 @@ class MixedOrder:
 
     Every ``MIXTURE_BLOCK`` rows hold a fixed number of rows of each data set, in an order permuted anew for each block.
     A data set's rows, numbered by themselves, follow its own order: each of its windows comes once in each of its
-    epochs, however large its share.
+    epochs, however large its share, and over all stages (:func:`mixture`).
     """
 
     orders: tuple[DataOrder, ...]  # of each data set, with seeds of their own
     shares: tuple[int, ...]  # rows of each data set in a block: mixture_shares
     seed: int  # fixes which row of a block is of which data set
+    before: tuple[int, ...] = ()  # rows of each data set that earlier stages read
+    then: tuple[int, MixedOrder] | None = None  # the row at which the next stage begins, and its order from there on
 
     def __post_init__(self):
         assert len(self.orders) == len(self.shares)
         assert sum(self.shares) == MIXTURE_BLOCK
-        assert min(self.shares) > 0
+        assert min(self.shares) >= 0
 
     @property
     def length(self) -> int:
@@ -158,38 +163,77 @@ class MixedOrder:
 
     def starts(self, first: int, count: int) -> np.ndarray:
         """Starts (int64) of the windows of rows ``first`` to ``first + count - 1`` of the run, in the whole stream."""
+        if self.then and first + count > self.then[0]:
+            end, later = self.then
+            ours = replace(self, then=None).starts(first, max(0, end - first))
+            return np.concatenate([ours, later.starts(max(0, first - end), min(count, first + count - end))])
         first_block, skip = divmod(first, MIXTURE_BLOCK)
         blocks = range(first_block, -(-(first + count) // MIXTURE_BLOCK))
-        sorted_sets = np.repeat(np.arange(len(self.shares)), self.shares)
-        within = np.arange(MIXTURE_BLOCK, dtype=np.uint64)
-        # mix is bijective, so no two of a block are equal, and every sort gives the same order
-        sets = np.concatenate([sorted_sets[mix(key(self.seed, block, MIXTURE) + within).argsort()] for block in blocks])
+        sets = np.concatenate([np.empty(0, dtype=np.int64), *map(self._sets, blocks)])
         starts = np.empty(len(sets), dtype=np.int64)
         begin = 0  # of the data set in the stream
+        before = self.before or (0,) * len(self.shares)
         for number, (order, share) in enumerate(zip(self.orders, self.shares, strict=True)):
-            starts[sets == number] = order.starts(first_block * share, len(blocks) * share) + begin
+            row = before[number] + first_block * share
+            starts[sets == number] = order.starts(row, len(blocks) * share) + begin
             begin += order.tokens
         return starts[skip : skip + count]
 
-    def estimate(self, step: int) -> MixedOrder:
-        """Another draw of the same windows in the same shares, to measure on after ``step``."""
+    def _sets(self, block: int) -> np.ndarray:
+        """The number of the data set of each row of a block."""
+        within = np.arange(MIXTURE_BLOCK, dtype=np.uint64)
+        # mix is bijective, so no two of a block are equal, and every sort gives the same order
+        order = mix(key(self.seed, block, MIXTURE) + within).argsort()
+        return np.repeat(np.arange(len(self.shares)), self.shares)[order]
+
+    def rows_before(self, row: int) -> tuple[int, ...]:
+        """Rows of each data set before a row of the run, in a time that depends on the number of stages alone."""
+        if self.then and row > self.then[0]:
+            return self.then[1].rows_before(row - self.then[0])
+        block, rest = divmod(row, MIXTURE_BLOCK)
+        cut = np.bincount(self._sets(block)[:rest], minlength=len(self.shares)).tolist()
+        before = self.before or (0,) * len(self.shares)
+        return tuple(b + block * share + c for b, share, c in zip(before, self.shares, cut, strict=True))
+
+    def estimate(self, step: int, row: int = 0) -> MixedOrder:
+        """Another draw of the same windows in the shares of the stage of ``row``, to measure on after ``step``."""
+        if self.then and row >= self.then[0]:
+            return self.then[1].estimate(step, row - self.then[0])
         orders = tuple(order.estimate(step) for order in self.orders)
-        return replace(self, orders=orders, seed=int(key(self.seed, step, ESTIMATE)[0]))
+        return MixedOrder(orders, self.shares, int(key(self.seed, step, ESTIMATE)[0]))
 
 
-def mixture_shares(weights: Sequence[float], names: Sequence[str]) -> tuple[int, ...]:
+def mixture(
+    orders: tuple[DataOrder, ...],
+    stages: Sequence[tuple[int, tuple[int, ...]]],
+    seed: int,
+    before: tuple[int, ...] = (),
+) -> MixedOrder:
+    """A mixture in stages: the row at which each begins, the first at 0, and its ``shares``.
+
+    What a row is depends on its own stage and those before it, not on those after it.
+    """
+    (begin, shares), *later = stages
+    order = MixedOrder(orders, shares, int(key(seed, begin, STAGES)[0]) if begin else seed, before)
+    if not later:
+        return order
+    rows = later[0][0] - begin
+    return replace(order, then=(rows, mixture(orders, later, seed, order.rows_before(rows))))
+
+
+def mixture_shares(weights: Sequence[float], names: Sequence[str], field: str = "data.weights") -> tuple[int, ...]:
     """Rows of each data set in a block of ``MIXTURE_BLOCK``: in proportion to the weights, by largest remainder.
 
-    Raises UsageError for a weight too small for a single row.
+    Raises UsageError for a weight of a ``field`` too small for a single row, but not 0.
     """
     wanted = np.array(weights, dtype=np.float64) / sum(weights) * MIXTURE_BLOCK
     shares = np.floor(wanted).astype(np.int64)
     missing = MIXTURE_BLOCK - int(shares.sum())
     shares[np.argsort(shares - wanted, kind="stable")[:missing]] += 1
     for name, share, weight in zip(names, shares, weights, strict=True):
-        if not share:
+        if weight and not share:
             raise UsageError(
-                f"data.weights gives {name} {weight / sum(weights):.2g} of the rows, less than one in {MIXTURE_BLOCK};"
+                f"{field} gives {name} {weight / sum(weights):.2g} of the rows, less than one in {MIXTURE_BLOCK};"
                 f" give it at least {sum(weights) / MIXTURE_BLOCK:.2g}, or leave it out"
             )
     return tuple(shares.tolist())

@@ -105,7 +105,8 @@ class Evaluator:
                 numbers |= {"val/part_loss": part.loss, "val/part_bpb": part.bits_per_byte}
             if settings.train_tokens and self.training:
                 stream, order = self.training
-                starts = order.estimate(step).starts(0, max(1, settings.train_tokens // length))
+                row = step * self.config.batch_rows - 1
+                starts = order.estimate(step, max(0, row)).starts(0, max(1, settings.train_tokens // length))
                 batches = window_batches(stream, starts, length, rows, self.world.rank, self.world.size)
                 numbers["train/eval_loss"] = self.measured(batches, rows, check).loss
         return numbers

@@ -217,6 +217,8 @@ def make_run(draft: Draft, config: Config, say: Callable[[str], None]) -> Run:
     config, derived = resolve(config, vocab_size, windows)
     for line in derived:
         say(f"derived   {line}")
+    if config.data.stages:
+        training_order(corpus, config)  # refuses stages that are too short, now that the steps are known
     build_optimizers(meta_model(config.model, vocab_size), config.optim)  # refuses groups of no parameter
     return Run.create(draft.folder, settled(config, draft.text))
 
@@ -314,6 +316,11 @@ def same_configuration(run: Run, config: Config, say: Callable[[str], None]) -> 
     changed = differences(before, config)
     longer = [f"train.steps {before.train.steps} → {config.train.steps}"]
     if config.train.steps > before.train.steps and changed == longer:
+        if before.data.stages:
+            raise UsageError(
+                f"{longer[0]} would begin the stages of data.stages, shares of the steps, at other steps than those"
+                f" trained so far; choose another --out"
+            )
         say(f"longer    {config.train.steps:,} steps instead of {before.train.steps:,}, with the longer schedule")
         run.reopen()
     elif changed:
