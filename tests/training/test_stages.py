@@ -78,4 +78,6 @@ def test_the_plan_of_a_run_in_stages(staged: Config, letters: list[str], capsys)
     assert one["tokens"][1] + other["tokens"][1] == 4 * 256
     assert other["tokens"][1] > one["tokens"][1]
     assert main([*arguments, "--no-measure"]) == 0
-    assert f"{letters[1]}: none, then " in capsys.readouterr().out
+    words = capsys.readouterr().out
+    assert f"{letters[1]}: none, then " in words
+    assert "micro-batches of 8\n" in words

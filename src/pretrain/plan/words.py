@@ -47,9 +47,9 @@ def describe(plan: Plan, warnings: list[str]) -> str:
         f"{rounded(plan.tokens)} tokens, {ratio(plan.epochs)} epochs, {ratio(plan.tokens / total)} tokens per parameter"
     )
     add("training", f"{steps:,} steps of {batch:,} tokens = {seen}")
-    for each in plan.mixture:
-        stages = ", then ".join(rounded(tokens) if tokens else "none" for tokens in each["tokens"])
-        add("", f"  {each['path']}: {stages} tokens, {ratio(each['epochs'])} epochs")
+    for part in plan.mixture:
+        stages = ", then ".join(rounded(tokens) if tokens else "none" for tokens in part["tokens"])
+        add("", f"  {part['path']}: {stages} tokens, {ratio(part['epochs'])} epochs")
     times = f", {plan.micro_steps} accumulated" if plan.micro_steps > 1 else ""
     add("batch", f"{config.batch_rows:,} rows; micro-batches of {plan.micro_batch}{each}{times}")
     add("compute", f"{flop(plan.flops_per_token)} per token, {flop(plan.flops_per_token * plan.tokens)} in all")
