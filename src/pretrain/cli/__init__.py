@@ -22,6 +22,10 @@ from pretrain.io import print_anything, signals_to_handle
 COMMANDS = {
     "plan": ("plan.Plan", "Parameters, memory, time and unusual settings of a training, before it begins."),
     "train": ("train.Train", "Train a model, or resume a run that was stopped."),
+    "fork": (
+        "fork.Fork",
+        "Begin a new run in the middle of another, with another schedule, data or settings.",
+    ),
     "eval": ("evaluate.Evaluate", "Loss, perplexity, bits per byte and CORE of runs, side by side."),
     "sample": ("sample.Sample", "Generate text with a run's model."),
     "export": ("export.Export", "Write a run's model as a folder that Hugging Face transformers loads."),

@@ -34,13 +34,15 @@ C = TypeVar("C", bound=Command)
 def parse(kind: type[C], args: list[str], name: str) -> C:
     """Read the options of the command ``name``. A UsageError of one line replaces the box that tyro would print.
 
-    A field ``config`` starts from the recipe, or the run to resume, that the arguments name.
+    A field ``config`` starts from the recipe, or the run to resume, that the arguments name; beside a field ``run``
+    from that of this run.
     """
     hints = get_type_hints(kind, include_extras=True)
     start: dict[str, Any] = {}
     if "config" in hints:
-        recipe, config = _base_config(args)
-        start = {"default": kind(**{"recipe": recipe, "config": config})}
+        place = "run" if "run" in hints else "recipe"
+        recipe, config = _base_config(args, of_run=place == "run")
+        start = {"default": kind(**{place: recipe, "config": config})}
     # --core may stand without its value, which tyro has no type for.
     pairs = zip(args, [*args[1:], "--"], strict=False)
     filled = [f"{a}=default" if a == "--core" and following.startswith("--") else a for a, following in pairs]
@@ -50,10 +52,10 @@ def parse(kind: type[C], args: list[str], name: str) -> C:
             command = tyro.cli(kind, prog=f"pretrain {name}", args=_gathered(filled, dict(_lists(kind))), **start)
         for field in fields(kind):  # type: ignore[arg-type]
             checked(f"--{field.name.replace('_', '-')}", getattr(command, field.name), hints[field.name])
-        if start and command.recipe not in (recipe, *args[:1]):  # type: ignore[attr-defined]
-            raise UsageError(f"the recipe comes first: pretrain {name} {command.recipe} ...")  # type: ignore[attr-defined]
+        if start and (first := getattr(command, place)) not in (recipe, *args[:1]):
+            raise UsageError(f"the {place} comes first: pretrain {name} {first} ...")
         if start:
-            command.config = as_given(command.config, _typed_fields(args))  # type: ignore[attr-defined]
+            command.config = as_given(command.config, typed_fields(args))  # type: ignore[attr-defined]
         command.typed = args
         return command
     except SystemExit as stop:
@@ -106,31 +108,34 @@ def _gathered(args: list[str], lists: dict[str, str]) -> list[str]:
     return rest
 
 
-def _typed_fields(args: list[str]) -> set[str]:
+def typed_fields(args: list[str]) -> set[str]:
     """The options among the arguments, as fields: both ``--model.context-length`` and ``--model.context_length``."""
     options = {word.partition("=")[0] for word in args if word.startswith("--")}
     return {option.removeprefix("--").replace("-", "_") for option in options}
 
 
-def _base_config(args: list[str]) -> tuple[str, Config]:
-    """What the arguments override: the recipe they begin with, or the configuration of the run to resume.
+def _base_config(args: list[str], of_run: bool) -> tuple[str, Config]:
+    """What the arguments override: the recipe, or run, they begin with, or the configuration of the run to resume.
 
-    Without either it is the recipe fit if they name a text, else quickstart. Gives the name of the recipe too.
+    Without either it is the recipe fit if they name a text, else quickstart. Gives the name of recipe or run too.
     """
     recipe = args[0] if args and not args[0].startswith("-") else ""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--out", nargs="?")
     out = finder.parse_known_args(args)[0].out
-    if out and not recipe and Path(out, "config.toml").is_file():
+    resumed = out and (of_run or not recipe) and Path(out, "config.toml").is_file()
+    if run := out if resumed else recipe if of_run else "":
         from pretrain.runs.run import Run
 
-        config = Run.open(out).config
+        config = Run.open(run).config
+    elif of_run:  # for the help alone
+        config = Config()
     else:
-        typed = _typed_fields(args)
+        typed = typed_fields(args)
         fits = typed & {"data", "data.paths"} and not typed & {"init_from", "train.init_from"}
         recipe = recipe or ("fit" if fits else "quickstart")
         config = load_config(recipe)
     # tyro has options for the groups that are there already, so those that are named here have to be.
     named = re.findall(r"^--optim\.groups\.([\w-]+)\.", "\n".join(args), re.MULTILINE)
     groups = {name.replace("-", "_"): GroupConfig() for name in named} | config.optim.groups
-    return recipe or "quickstart", replace(config, optim=replace(config.optim, groups=groups))
+    return recipe or "quickstart" * (not of_run), replace(config, optim=replace(config.optim, groups=groups))

@@ -2,6 +2,7 @@
 
 from pretrain.config.load import (
     FREE_SECTIONS,
+    HORIZONS,
     as_chosen,
     as_given,
     config_from_dict,

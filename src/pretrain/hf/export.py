@@ -139,8 +139,9 @@ def _facts(run: Run, checkpoint: Checkpoint) -> list[str]:
     """Size, tokens and losses of a checkpoint, a sentence each."""
     config, summary, step = run.config, run.summary, checkpoint.step
     begin = f", beginning with the weights of {config.train.init_from}" if config.train.init_from else ""
+    tokens = step * config.train.batch_tokens + checkpoint.state.get("more_tokens", 0)
     facts = [
-        f"Trained on {step * config.train.batch_tokens:,} tokens in {step:,} steps{begin}",
+        f"Trained on {tokens:,} tokens in {step:,} steps{begin}",
         f"Tokenizer: {Path(config.tokenizer.kind).name}, {run.tokenizer().vocab_size:,} tokens",
         f"Context: {config.model.context_length} tokens",
     ]

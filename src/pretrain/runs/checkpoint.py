@@ -282,6 +282,29 @@ def _commit(temporary: Path, final: Path, state: dict[str, Any], hashes: dict[st
     write_atomically(final / COMMIT, json.dumps(hashes, indent=2) + "\n")
 
 
+def copy_checkpoint(checkpoint: Checkpoint, folder: Path, state: dict[str, Any]) -> None:
+    """Commit a copy of a checkpoint, of another run, below ``folder``, with other plain values.
+
+    Raises CheckpointError if it is not there any more, or damaged.
+    """
+    final = folder / checkpoint.folder.name
+    temporary = final.with_name(final.name + ".tmp")
+    temporary.mkdir(parents=True)
+    try:
+        hashes = {name: sha256 for name, sha256 in checkpoint.hashes().items() if name != STATE}
+        for name, sha256 in hashes.items():
+            shutil.copyfile(checkpoint.folder / name, temporary / name)
+            sync_file(temporary / name)
+            if sha256_of(temporary / name) != sha256:
+                raise CheckpointError(f"{checkpoint.folder / name} is not what was written; use another step")
+    except FileNotFoundError:
+        keep = f"--checkpoint.at {checkpoint.step}"
+        raise CheckpointError(
+            f"{checkpoint.folder} was pruned meanwhile; use another step, or keep it with {keep}"
+        ) from None
+    _commit(temporary, final, state, hashes)
+
+
 class CheckpointWriter:
     """Saves to ``folder`` in the background, together with ``peers``.
 

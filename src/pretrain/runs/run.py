@@ -28,6 +28,8 @@ from pretrain.tokens import ORIGIN, Corpus, Origin, is_tokens, open_corpus
 
 LOCK = "lock"
 HEARTBEAT = "heartbeat.json"
+FORK = "fork.json"
+"""Where a run that begins in the middle of another says of which: see ``pretrain.experiments.fork``."""
 BEFORE_RUN = {"data", "data.tmp", "tokenizer.json", ORIGIN, LOCK}
 """What a run that was stopped while preparing leaves behind; it is overwritten."""
 CORE_FILE = "core.jsonl"
@@ -35,10 +37,10 @@ CORE_FILE = "core.jsonl"
 
 
 @contextmanager
-def lock_run(folder: Path) -> Iterator[None]:
+def lock_run(folder: Path, whatever: bool = False) -> Iterator[None]:
     """Let no second process train in ``folder`` while entered; the lock of a process that died holds nobody.
 
-    Makes the folder, and takes it away again if nothing else came into it.
+    Makes the folder, and takes it away again if nothing else came into it. With ``whatever`` any files may be in it.
 
     Raises:
         UsageError: the folder has other files, or cannot be written to.
@@ -48,7 +50,7 @@ def lock_run(folder: Path) -> Iterator[None]:
     made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not Run.exists(folder) and {path.name for path in folder.iterdir()} - BEFORE_RUN:
+        if not (whatever or Run.exists(folder)) and {path.name for path in folder.iterdir()} - BEFORE_RUN:
             raise UsageError(f"{folder} has files but is not a run; choose another folder with --out")
         lock.acquire(timeout=0)
     except Timeout:
@@ -129,6 +131,12 @@ class Run:
     def events(self) -> Path:
         """events.jsonl: skipped steps, full disks, hangs and other events."""
         return self.folder / "events.jsonl"
+
+    @property
+    def fork(self) -> dict[str, Any] | None:
+        """What ``fork.json`` says of the run in whose middle this one begins; None for one from the first step."""
+        file = self.folder / FORK
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
     def reopen(self) -> None:
         """Remove ``summary.json``, which marks a finished run, so that training can go on."""

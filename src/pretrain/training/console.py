@@ -57,9 +57,10 @@ class Console(Callback):
         self.say(f"tokens    {tokens}, {corpus.tokens('val'):,} held out{test}, vocabulary {vocabulary:,}")
         parameters = sum(p.numel() for p in state.model.parameters())
         self.say(f"model     {parameters:,} parameters, context {config.model.context_length}")
+        epochs = state.batches.epoch(train.steps + state.progress.skipped_batches)
         self.say(
-            f"training  {train.steps:,} steps of {train.batch_tokens:,} tokens = {state.batches.epoch(train.steps):.1f}"
-            f" epochs ({device.type}, {precision.name}) → {trainer.run.folder}"
+            f"training  {train.steps:,} steps of {train.batch_tokens:,} tokens = {epochs:.1f} epochs"
+            f" ({device.type}, {precision.name}) → {trainer.run.folder}"
         )
         if config.schedule.warmup_steps >= train.steps > 1:
             warmup = f"the warmup lasts {config.schedule.warmup_steps:,} steps, so the rate only rises"

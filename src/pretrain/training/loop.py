@@ -185,7 +185,7 @@ class Trainer:
         self.phase("between steps", seconds=seconds if known else None)
         return {
             "step": self.step,
-            "tokens": self.step * self.config.train.batch_tokens,
+            "tokens": self.step * self.config.train.batch_tokens + self.state.progress.more_tokens,
             "time": round(time.monotonic() - self.clock_start, 3),
             **numbers,
             **({SPEED: round(self.config.train.batch_tokens / seconds)} if known else {}),

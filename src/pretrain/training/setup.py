@@ -10,7 +10,7 @@ import torch
 
 from pretrain.config import Config
 from pretrain.device import Precision, choose_precision, free_memory
-from pretrain.errors import DataError
+from pretrain.errors import CheckpointError, DataError
 from pretrain.evaluation import Task, open_bundle, read_tasks
 from pretrain.generation import encode_prompt
 from pretrain.io import read_jsonl
@@ -75,7 +75,10 @@ def set_up(
         batches = BatchesAhead(batches, device)
 
     # The checkpoint decides the precision, and must be of this data.
-    checkpoint = newest(run.checkpoints, say, world)
+    checkpoint, fork = newest(run.checkpoints, say, world), run.fork
+    if fork and not checkpoint:
+        whose = f"it begins with step {fork['step']} of {fork['parent']}"
+        raise CheckpointError(f"{run.folder} has no checkpoint, and {whose}; fork that again, with another --out")
     progress = Progress.of(checkpoint)
     if checkpoint and progress.data != corpus.fingerprint:
         place = ", ".join(dataset.name for dataset in corpus.datasets)
@@ -138,7 +141,8 @@ def set_up(
         finished = progress.step - bool(state.progress.pending) if checkpoint else -1
         records = [record for record in read_jsonl(run.metrics) if record["step"] <= finished]
         measured = {record["step"]: comparable_loss(record) for record in records}
-        losses = {step: loss for step, loss in measured.items() if loss is not None}
+        begin = fork["step"] if fork else 0  # earlier checkpoints are another run's
+        losses = {step: loss for step, loss in measured.items() if loss is not None and step >= begin}
         smoothed, model_of = Smoothed(records), run.model_of(finished)
         loggers = [Logger(kind, run.folder, config, finished, say) for kind in chosen(config.log.backends, say)]
         listeners += [RunFiles(run, finished, say), console, *loggers, Warnings(run, records), *callbacks]

@@ -43,7 +43,10 @@ class Progress:
     batches: dict[str, Any] = field(default_factory=dict)
     """Where the readers of a live stream are; empty for token shards, whose batches are functions of the step."""
     skipped_batches: int = 0
-    """Batches skipped by rolling back: the next step takes batch ``step + skipped_batches``."""
+    """Batches skipped by rolling back: the next step takes batch ``step + skipped_batches``. Of a fork with other
+    batches what makes that the place in the data, perhaps below 0."""
+    more_tokens: int = 0
+    """Tokens above ``train.batch_tokens`` of each step so far, in all: those of a fork's parent may differ."""
     went_back_to: int = 0
     """The step to which ``--resume-from`` went back."""
     pending: dict[str, Any] | None = None
