@@ -50,23 +50,14 @@ def fork(
     given: Collection[str] = (),
     console: Console | None = None,
 ) -> Run:
-    """Make the run ``out`` from the checkpoint of a step of ``parent``, ready to be trained; or find it made so.
+    """Make the run ``out`` from a checkpoint of the run ``parent``, ready to be trained; or find it made so.
 
-    A kill leaves no ``out``, and the same call begins again. The parent may be training, and pruning.
+    A kill leaves no ``out``. The parent may be training. ``step`` 0 is its newest; ``config`` its configuration, or
+    that of ``out`` where it is made, with what is to change, of which ``given`` are the fields given by hand; for
+    ``anneal`` see :class:`pretrain.cli.fork.Fork`. ``console`` says what differs.
 
-    Args:
-        parent: the run directory to begin in.
-        out: the new run directory.
-        config: that of the parent, or of ``out`` where it is made already, with what is to change.
-        step: a step that the parent has a checkpoint of; 0: the newest.
-        anneal: share of the new run's steps over which the rate decays to zero; 0: as ``config.schedule`` says.
-        given: the fields of ``config`` that were given by hand, such as ``train.steps``.
-        console: says what differs.
-
-    Raises:
-        UsageError: what is to change does not go with the state of the parent, or ``out`` is another run.
-        CheckpointError: there is no such run or checkpoint, or it is damaged.
-        DataError: other text cannot be used.
+    Raises UsageError if that does not go with the state of the parent, or ``out`` is another run; CheckpointError and
+    DataError where checkpoint or text cannot be used.
     """
     console = console or Console(quiet=True)
     if Run.exists(out):
@@ -119,13 +110,8 @@ def _annealed(config: Config, step: int, share: float, given: Collection[str]) -
 
 def _make(parent: Run, checkpoint: Checkpoint, config: Config, folder: Path, out: Path, console: Console) -> None:
     """Fill ``folder`` with all that the run ``out`` needs before it is trained."""
-    say, step, place, before, vocabulary = (
-        console.say,
-        checkpoint.step,
-        parent.folder,
-        parent.config,
-        parent.tokenizer(),
-    )
+    say, step, place, before = console.say, checkpoint.step, parent.folder, parent.config
+    vocabulary = parent.tokenizer()
     changed = differences(before, config)
     names = {line.partition(" ")[0] for line in changed}
     if fixed := sorted(name for name in names if name.startswith("tokenizer.") or name == "train.init_from"):
@@ -148,8 +134,13 @@ def _make(parent: Run, checkpoint: Checkpoint, config: Config, folder: Path, out
         for file in ("tokenizer.json", ORIGIN):
             with suppress(FileNotFoundError):  # earlier versions wrote no origin.json
                 shutil.copyfile(place / file, folder / file)
-        if parent.own_tokens:
-            shutil.copytree(parent.data, folder / "data", copy_function=_link)
+                sync_file(folder / file)
+        if parent.own_tokens:  # links if the file system has them: shards are never written to again
+            try:
+                shutil.copytree(parent.data, folder / "data", copy_function=os.link)
+            except OSError:
+                shutil.rmtree(folder / "data")
+                shutil.copytree(parent.data, folder / "data")
         draft = Draft(folder, config, Text(0, vocab_size=vocabulary.vocab_size))
     run = make_run(draft, draft.config, say)
     if step >= run.config.train.steps:
@@ -190,14 +181,6 @@ def _make(parent: Run, checkpoint: Checkpoint, config: Config, folder: Path, out
         "ancestors": [{**above, "ancestors": []}, *above["ancestors"]] if above else [],
     }
     write_atomically(folder / FORK, json.dumps(known, indent=2, ensure_ascii=False) + "\n")
-
-
-def _link(source: str, target: str) -> None:
-    """Let two runs have the same shards, which are never written to again; a copy where there can be no links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _check_state(checkpoint: Checkpoint, config: Config, vocab_size: int, changed: list[str], place: Path) -> None:
