@@ -22,6 +22,7 @@ from pretrain.io import print_anything, signals_to_handle
 COMMANDS = {
     "plan": ("plan.Plan", "Parameters, memory, time and unusual settings of a training, before it begins."),
     "train": ("train.Train", "Train a model, or resume a run that was stopped."),
+    "sweep": ("sweep.Sweep", "Train several settings with several seeds, and say which ends best."),
     "fork": (
         "fork.Fork",
         "Begin a new run in the middle of another, with another schedule, data or settings.",

@@ -44,16 +44,23 @@ def load_config(recipe: str = "quickstart", **overrides: Any) -> Config:
         tree = tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{recipe} is not valid TOML: {error}") from None
-    for name, value in overrides.items():
+    return with_fields(tree, overrides, recipe)
+
+
+def with_fields(tree: dict[str, Any], given: Mapping[str, Any], source: str) -> Config:
+    """As :func:`config_from_dict`, after the fields ``given``, by dotted name, were put into ``tree``."""
+    for name, value in given.items():
         *tables, leaf = name.split(".")
         if not tables:
             raise UsageError(f"unknown field '{name}': fields are written SECTION.NAME, such as model.layers")
         fields: Any = tree
         for table in tables:
             fields = fields.setdefault(table, {}) if isinstance(fields, dict) else None
-        if isinstance(fields, dict):  # config_from_dict refuses anything else
+        if isinstance(fields, dict):
             fields[leaf] = value
-    return as_given(config_from_dict(tree, source=recipe), overrides)
+        elif len(tables) > 1:  # config_from_dict refuses other sections that are no tables
+            raise UsageError(f"{source}: unknown field '{name}'")
+    return as_given(config_from_dict(tree, source), given)
 
 
 def as_given(config: Config, names: Collection[str]) -> Config:
@@ -153,13 +160,16 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def differences(old: Config, new: Config) -> list[str]:
-    """Fields in which two configurations would learn something different, one line each: ``model.layers 4 → 6``."""
+def differences(old: Config, new: Config, free: Collection[str] = FREE_SECTIONS) -> list[str]:
+    """Fields in which two configurations would learn something different, one line each: ``model.layers 4 → 6``.
+
+    Those of the sections ``free`` may differ.
+    """
     before, after = _by_dotted_name(config_to_dict(old)), _by_dotted_name(config_to_dict(new))
     return [
         f"{name} {before.get(name)!r} → {after.get(name)!r}"
         for name in after | before
-        if name.partition(".")[0] not in FREE_SECTIONS and name not in FREE_FIELDS
+        if name.partition(".")[0] not in free and name not in FREE_FIELDS
         if before.get(name) != after.get(name)
     ]
 
