@@ -28,6 +28,7 @@ COMMANDS = {
         "Begin a new run in the middle of another, with another schedule, data or settings.",
     ),
     "eval": ("evaluate.Evaluate", "Loss, perplexity, bits per byte and CORE of runs, side by side."),
+    "compare": ("compare.Compare", "Which settings are better, as far as several seeds, or one, can show."),
     "sample": ("sample.Sample", "Generate text with a run's model."),
     "export": ("export.Export", "Write a run's model as a folder that Hugging Face transformers loads."),
     "report": ("report.Report", "Write runs as one HTML page: curves, samples, and what they mean."),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 from torch import nn
 
@@ -24,9 +25,12 @@ from pretrain.device import choose_device, choose_precision, keep_freed_memory
 from pretrain.errors import DataError, UsageError
 from pretrain.evaluation import CoreResult, GPTScorer, LossResult, Task, TaskResult, evaluate_core, evaluate_loss
 from pretrain.evaluation.huggingface import PREFIX, HFScorer, check_folder, read_as_ours
+from pretrain.evaluation.scorer import evaluating
 from pretrain.io import append_jsonl, table
+from pretrain.model import GPT
+from pretrain.model.loss import IGNORE
 from pretrain.runs import Run
-from pretrain.runs.checkpoint import AVERAGE, LAST
+from pretrain.runs.checkpoint import AVERAGE, LAST, Checkpoint
 from pretrain.runs.run import CORE_FILE, weights_id
 from pretrain.text import ReadStats, find_pieces, refuse_broken
 from pretrain.text.pieces import join_ranges
@@ -116,9 +120,7 @@ def measure(
 def _measure_run(place: str, request: EvalRequest, device: torch.device, say: Callable[[str], None]) -> EvalResult:
     run = Run.open(place)
     checkpoint = run.model_checkpoint(request.step)
-    model, tokenizer = run.load_model(device, checkpoint), run.tokenizer()
-    precision = checkpoint.state["precision"] if device.type == "cpu" else "auto"
-    model.activation_dtype = choose_precision(precision, device).dtype
+    model, tokenizer = _load(run, checkpoint, device), run.tokenizer()
     numbers, sources = {}, {}
     try:
         if request.data:
@@ -143,6 +145,35 @@ def _measure_run(place: str, request: EvalRequest, device: torch.device, say: Ca
         cautions.append(f"windows overlap (eval.stride {run.config.eval.stride}): compare with runs of the same stride")
     caution = "; ".join(filter(None, cautions))
     return EvalResult(str(run.folder), checkpoint.step, numbers, core, sources, caution, run.weights(checkpoint.step))
+
+
+def _load(run: Run, checkpoint: Checkpoint, device: torch.device) -> GPT:
+    """The model of a checkpoint, in the precision in which the run measures it."""
+    model = run.load_model(device, checkpoint)
+    precision = checkpoint.state["precision"] if device.type == "cpu" else "auto"
+    model.activation_dtype = choose_precision(precision, device).dtype
+    return model
+
+
+def held_out_targets(run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What each target of a run's held-out text costs the model that the run leaves, in the order of the text.
+
+    Gives of each (N) its nats, float64, its UTF-8 bytes, int64, both 0 for special tokens, and the number of its
+    document, int64: all 0 where nothing tells documents apart.
+    """
+    device, tokenizer, config = choose_device("auto"), run.tokenizer(), run.config
+    model, targets, nats = _load(run, run.model_checkpoint(), device), [], []
+    length, rows, stride = config.model.context_length, config.batch_rows, config.eval.stride
+    with evaluating(model):
+        for dataset in run.corpus().datasets:
+            for inputs, wanted in validation_batches(dataset.stream("val"), length, rows, stride=stride):
+                losses = model(inputs.to(device), wanted.to(device), reduction="none").cpu().double()
+                targets.append(wanted[wanted != IGNORE])
+                nats.append(losses[wanted != IGNORE])
+    ids = torch.cat(targets).numpy()
+    sizes = tokenizer.token_bytes()[ids].astype(np.int64)
+    documents = np.cumsum(ids == (-1 if tokenizer.bos_id is None else tokenizer.bos_id))
+    return torch.cat(nats).numpy() * (sizes > 0), sizes, documents
 
 
 def _measure_hf(place: str, request: EvalRequest, device: torch.device, say: Callable[[str], None]) -> EvalResult:

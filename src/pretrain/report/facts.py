@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 import shlex
 from collections import Counter
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from pretrain.config import Config, as_chosen, config_to_dict, load_config
+from pretrain.config import as_chosen, load_config
 from pretrain.errors import PretrainError
+from pretrain.experiments.groups import flat
 from pretrain.io import duration, without_secrets
 from pretrain.report.baselines import Baselines, baselines
 from pretrain.report.curves import OF_ALL, Curves
@@ -285,28 +285,6 @@ def configuration(run: Run, vocabulary: int) -> tuple[str, list[tuple[str, str, 
             name, recipe = given, theirs if theirs.fit.fields else resolve(theirs, vocabulary, windows)[0]
     usual = dict(flat(recipe or run.config))
     return name, [(field, ours, "" if ours == usual[field] else usual[field]) for field, ours in flat(run.config)]
-
-
-def differences(configs: Sequence[Config]) -> list[tuple[str, list[str]]]:
-    """Fields in which configurations differ, with the value of each."""
-    rows = zip(*map(flat, configs), strict=True)
-    every = [(row[0][0], [value for _, value in row]) for row in rows]
-    return [(field, values) for field, values in every if len(set(values)) > 1]
-
-
-def flat(config: Config) -> Pairs:
-    """The fields as ``section.name``, with their values as text."""
-    tree = without_secrets(config_to_dict(config))
-    return [(f"{section}.{name}", text(value)) for section, fields in tree.items() for name, value in fields.items()]
-
-
-def text(value: Any) -> str:
-    """A value of the configuration for people: floats short where that loses nothing."""
-    if isinstance(value, float) and float(f"{value:g}") == value:
-        return f"{value:g}"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {text(item)}" for key, item in value.items()) + "}"
-    return f"[{', '.join(map(text, value))}]" if isinstance(value, list) else str(value) or "''"
 
 
 def environment(run: Run) -> Pairs:

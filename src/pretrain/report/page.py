@@ -21,10 +21,11 @@ import jinja2
 from markupsafe import Markup
 
 from pretrain.errors import UsageError
+from pretrain.experiments.groups import differences
 from pretrain.io import read_jsonl, without_secrets, write_atomically
 from pretrain.optim import find_optimizer
 from pretrain.report.curves import LOWEST, SKIPPED, Curves, thinned
-from pretrain.report.facts import differences, facts, progress
+from pretrain.report.facts import facts, progress
 from pretrain.runs import Run
 
 ROWS, LEAST_ROWS, MOST_ROWS = 12_000, 600, 5_000
