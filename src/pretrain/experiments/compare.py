@@ -93,14 +93,14 @@ def compare(groups: Sequence[Group], best: bool = False, measure: bool = True) -
     pairs = [pair for pair in pairs if (best or pair[1] == base) and (measure or pair not in single)]
     parts = functools.cache(lambda number: _parts(*held_out_targets(groups[number].runs[0])))
     verdicts = []
-    for pair in pairs:
-        names, ours, theirs = [groups[number].name for number in pair], *(bits[number] for number in pair)
-        if pair in single:
-            verdicts.append(Verdict(*names, "weights", *bootstrap(*map(parts, pair))))
+    for i, j in pairs:
+        ours, theirs = groups[i], groups[j]
+        if (i, j) in single:
+            verdicts.append(Verdict(ours.name, theirs.name, "weights", *bootstrap(parts(i), parts(j))))
         else:
-            data, other_data = (_data(groups[number].runs[0]) for number in pair)
-            paired = data == other_data and ours.keys() == theirs.keys()
-            verdicts.append(Verdict(*names, "settings", *t_test(ours, theirs, paired, 1 - (1 - LEVEL) / len(pairs))))
+            paired = _data(ours.runs[0]) == _data(theirs.runs[0]) and bits[i].keys() == bits[j].keys()
+            result = t_test(bits[i], bits[j], paired, 1 - (1 - LEVEL) / len(pairs))
+            verdicts.append(Verdict(ours.name, theirs.name, "settings", *result))
     corrected = map(_decided, verdicts, holm([each.p for each in verdicts]))
     verdicts = [each for each, (_, other) in zip(corrected, pairs, strict=True) if other == base]
     if len(pairs) > 1:
