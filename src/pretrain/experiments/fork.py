@@ -127,9 +127,6 @@ def _make(parent: Run, checkpoint: Checkpoint, config: Config, folder: Path, out
         kind = replace(config.tokenizer, kind=str(place.resolve() / "tokenizer.json"), bos="")
         draft = open_run(replace(config, tokenizer=kind), folder, console)
         assert isinstance(draft, Draft)
-        if Run(folder, draft.config).tokenizer().hf.get_vocab() != vocabulary.hf.get_vocab():
-            fix = f"pretrain data prepare --tokenizer.kind {place / 'tokenizer.json'}"
-            raise UsageError(f"{config.data.paths[0]} has another tokenizer than {place}; make shards with {fix}")
     else:
         for file in ("tokenizer.json", ORIGIN):
             with suppress(FileNotFoundError):  # earlier versions wrote no origin.json

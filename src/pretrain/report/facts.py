@@ -275,7 +275,7 @@ def configuration(run: Run, vocabulary: int) -> tuple[str, list[tuple[str, str, 
     name, recipe = "", None
     starts = read_environment(run.folder)
     program, command, *words = [*(starts[0].get("command") or [] if starts else []), "", ""]
-    if (program, command) == ("pretrain", "train"):
+    if (program, command) == ("pretrain", "train") and not run.fork:
         without = "fit" if run.config.fit.chosen else "quickstart"
         given = words[0] if words[0] and not words[0].startswith("-") else without
         with suppress(PretrainError):
@@ -322,8 +322,9 @@ def commands(run: Run) -> Pairs:
         go_on = ("train it longer", f"pretrain train --out {folder} --train.steps {2 * run.config.train.steps}")
     else:
         go_on = ("go on with it", f"pretrain train --out {folder}")
+    again = ("make the same again", f"pretrain train {folder}/config.toml --out {folder}-again")
     return [
-        ("make the same again", f"pretrain train {folder}/config.toml --out {folder}-again"),
+        *([] if run.fork else [again]),
         go_on,
         ("let it write", f"pretrain sample {folder} --prompt {prompt}"),
         ("measure it", f"pretrain eval {folder}"),

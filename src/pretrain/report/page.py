@@ -26,6 +26,7 @@ from pretrain.io import read_jsonl, without_secrets, write_atomically
 from pretrain.optim import find_optimizer
 from pretrain.report.curves import LOWEST, SKIPPED, Curves, thinned
 from pretrain.report.facts import facts, progress
+from pretrain.report.family import family
 from pretrain.runs import Run
 
 ROWS, LEAST_ROWS, MOST_ROWS = 12_000, 600, 5_000
@@ -157,6 +158,7 @@ def render(views: Sequence[View], live: bool = False) -> str:
         runs=runs,
         labels=[label for label in runs[0]["results"] if any(run["results"][label] for run in runs)] if runs else [],
         differences=differences([view.run.config for view in views if view.run]),
+        family=family([view.run for view in views if view.run]),
         live=live,
         version=version("pretrain"),
     )

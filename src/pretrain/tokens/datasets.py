@@ -134,7 +134,8 @@ def open_corpus(
     if first is not None:
         found = Tokenizer.load(expand(first) / "tokenizer.json")
         if given is not None and given.fingerprint != found.fingerprint:
-            raise UsageError(f"{first} was not made with --tokenizer.kind {tokenizer}; leave that out")
+            fix = f"leave that out, or make it with: pretrain data prepare --tokenizer {tokenizer}"
+            raise UsageError(f"{first} was not made with --tokenizer.kind {tokenizer}; {fix}")
     elif given is None:
         raise UsageError(
             f"{paths[0]} holds tokens without their vocabulary; name the one that they were made with:"
