@@ -25,6 +25,7 @@ EXTRAS = (
     ("tensorboard", "tensorboard", "TensorBoard's curves of each run"),
     ("wandb", "wandb", "Weights & Biases"),
     ("trackio", "trackio", "trackio"),
+    ("lm_eval", "lm-eval", "pretrain eval --tasks"),
     ("pyppmd", "ppmd", "PPMd in a report's baselines"),
     ("torchao", "fp8", "fp8 on Hopper and later GPUs"),
 )

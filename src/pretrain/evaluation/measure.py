@@ -1,4 +1,4 @@
-"""Runs and other models measured, side by side: loss and bits per byte, CORE; as a table, JSON or CSV.
+"""Runs and other models measured, side by side: loss and bits per byte, CORE, tasks; as a table, JSON or CSV.
 
 RUN or hf:DIR → measure → EvalResult → tables, json_line, write_csv
 """
@@ -9,7 +9,7 @@ import csv
 import functools
 import operator
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +31,7 @@ from pretrain.model import GPT
 from pretrain.model.loss import IGNORE
 from pretrain.runs import Run
 from pretrain.runs.checkpoint import AVERAGE, LAST, Checkpoint
-from pretrain.runs.run import CORE_FILE, weights_id
+from pretrain.runs.run import CORE_FILE, TASKS_FILE, weights_id
 from pretrain.text import ReadStats, find_pieces, refuse_broken
 from pretrain.text.pieces import join_ranges
 from pretrain.text.split import NOTHING, VAL
@@ -65,6 +65,8 @@ class EvalRequest:
     """Estimate on this many random batches of both splits instead. 0: no."""
     core: Sequence[Task] = ()
     """Tasks of CORE; none for no CORE."""
+    tasks: Any = None
+    """Tasks of lm-eval: a :class:`pretrain.evaluation.harness.Tasks`."""
     max_per_task: int = 0
     """Questions of each task; 0 for all."""
     step: int = 0
@@ -84,6 +86,8 @@ class EvalResult:
     """The same numbers for each data set, where the run has several."""
     caution: str = ""
     """What its numbers are of, if not of the text as it was given, or of windows that do not overlap."""
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What :meth:`pretrain.evaluation.harness.Tasks.measure` gives."""
     weights: str = LAST
     """AVERAGE if the numbers are those of the average of a run's weights (``optim.ema``)."""
 
@@ -97,8 +101,9 @@ def check_places(places: Sequence[str], request: EvalRequest) -> None:
                 run.checkpoint(request.step)
         elif request.step:
             raise UsageError(f"{place} is no run, and has no checkpoints of several steps; leave out --step")
-        elif request.batches or not (request.data or request.core):
-            raise UsageError(f"{place} has no text of its own to measure on; give --data or --core, and no --batches")
+        elif request.batches or not (request.data or request.core or request.tasks):
+            fix = "give --data, --core or --tasks, and no --batches"
+            raise UsageError(f"{place} has no text of its own to measure on; {fix}")
         else:
             check_folder(place)
 
@@ -131,20 +136,25 @@ def _measure_run(place: str, request: EvalRequest, device: torch.device, say: Ca
         else:
             numbers, sources = _on_split(model, tokenizer, run, request.split)
     except (DataError, UsageError) as error:
-        if request.data or not request.core:
+        if request.data or not (request.core or request.tasks):
             raise
-        say(f"no loss: {error}")  # CORE needs no text of the run
-    core = None
+        say(f"no loss: {error}")  # tasks need no text of the run
+    core, tasks = None, {}
+    record = {"step": checkpoint.step, "weights": weights_id(checkpoint), "max_per_task": request.max_per_task}
     if request.core:
         core = evaluate_core(GPTScorer(model, tokenizer), request.core, request.max_per_task, _teller(say))
-        record = {"step": checkpoint.step, "weights": weights_id(checkpoint), "max_per_task": request.max_per_task}
         with suppress(OSError):  # a run that may only be read is measured all the same
             append_jsonl(run.folder / CORE_FILE, {**record, "name": core.name, **core.as_dict()})
+    if request.tasks:
+        tasks = request.tasks.measure(GPTScorer(model, tokenizer), request.max_per_task)
+        with suppress(OSError):
+            append_jsonl(run.folder / TASKS_FILE, {**record, "tasks": tasks})
     cautions = [tokenizer.change_in_words]
     if run.config.eval.stride and numbers and not request.batches:
         cautions.append(f"windows overlap (eval.stride {run.config.eval.stride}): compare with runs of the same stride")
     caution = "; ".join(filter(None, cautions))
-    return EvalResult(str(run.folder), checkpoint.step, numbers, core, sources, caution, run.weights(checkpoint.step))
+    weights = run.weights(checkpoint.step)
+    return EvalResult(str(run.folder), checkpoint.step, numbers, core, sources, caution, tasks, weights)
 
 
 def _load(run: Run, checkpoint: Checkpoint, device: torch.device) -> GPT:
@@ -183,6 +193,9 @@ def _measure_hf(place: str, request: EvalRequest, device: torch.device, say: Cal
         model, tokenizer = ours[0].to(device), ours[1]
         model.activation_dtype = choose_precision("fp32" if on_cpu else "auto", device).dtype
         length, scorer = model.config.context_length, GPTScorer(model, tokenizer)
+    elif request.tasks:
+        theirs = f"lm-eval run --model hf --model_args pretrained={folder}"
+        raise UsageError(f"{place} is no architecture of ours; measure its tasks by lm-eval itself: {theirs}")
     else:
         model = scorer = HFScorer(folder, device, torch.float32 if on_cpu else torch.bfloat16)
         length = scorer.context_length or HF_CONTEXT
@@ -191,7 +204,9 @@ def _measure_hf(place: str, request: EvalRequest, device: torch.device, say: Cal
     if request.data and tokenizer:
         numbers = _on_text(model, tokenizer, request, DataConfig(), min(length, HF_CONTEXT), 4, 0, say)
     core = evaluate_core(scorer, request.core, request.max_per_task, _teller(say)) if request.core else None
-    return EvalResult(place, None, numbers, core, caution=tokenizer.change_in_words if numbers and tokenizer else "")
+    tasks = request.tasks.measure(scorer, request.max_per_task) if request.tasks else {}
+    caution = tokenizer.change_in_words if numbers and tokenizer else ""
+    return EvalResult(place, None, numbers, core, caution=caution, tasks=tasks)
 
 
 def _teller(say: Callable[[str], None]) -> Callable[[TaskResult], None]:
@@ -285,6 +300,8 @@ def json_line(result: EvalResult) -> str:
         tree["weights"] = result.weights
     if result.core:
         tree["core"] = result.core.as_dict()
+    if result.tasks:
+        tree["tasks"] = result.tasks
     return msgspec.json.encode(tree).decode()
 
 
@@ -309,6 +326,8 @@ def tables(results: Sequence[EvalResult]) -> str:
             parts.append(f"{result.model}\n{_table(['data set', *result.numbers], rows)}")
         if result.core:
             parts.append(f"{result.model}\n{_table(['task', *CORE_COLUMNS], _core_rows(result.core))}")
+    if tasks := list(_task_rows(results)):
+        parts.append(_table(["task", "metric", "examples", *(result.model for result in results)], tasks))
     cores = {result.model: result.core for result in results if result.core}
     if len(cores) > 1:
         by_task = zip(*map(_core_rows, cores.values()), strict=True)
@@ -322,6 +341,16 @@ def tables(results: Sequence[EvalResult]) -> str:
     parts += [f"{result.model}: the average of the weights." for result in results if result.weights == AVERAGE]
     parts += [f"{result.model}: {result.caution}." for result in results if result.caution]
     return "\n\n".join(parts)
+
+
+def _task_rows(results: Sequence[EvalResult]) -> Iterator[list[Any]]:
+    """A row for each metric of each task: its name, how many questions, and each model's with its standard error."""
+    for name, scores in results[0].tasks.items():
+        for metric in scores["metrics"]:
+            found = [result.tasks[name]["metrics"][metric] for result in results]
+            errors = ["" if each["stderr"] is None else f" ± {_shown(each['stderr'])}" for each in found]
+            shown = [_shown(each["value"]) + error for each, error in zip(found, errors, strict=True)]
+            yield [name, metric, scores["examples"], *shown]
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -347,4 +376,7 @@ def write_csv(file: Path, results: Sequence[EvalResult]) -> None:
             for source, numbers in result.sources.items():
                 rows += [[f"{name}/{source}", value, "", "", ""] for name, value in numbers.items()]
             rows += _core_rows(result.core) if result.core else []
+            for name, scores in result.tasks.items():
+                found = scores["metrics"].items()
+                rows += [[f"{name}/{metric}", each["value"], "", scores["examples"], ""] for metric, each in found]
             writer.writerows([result.model, result.step, *row] for row in rows)

@@ -54,7 +54,7 @@ def sample_text(model: GPT, tokenizer: Tokenizer, prompt: str, **options: Any) -
     encoded, at once.
     """
     settings, ids = SamplingOptions(**options), encode_prompt(tokenizer, prompt)
-    return (piece for _, piece, _ in _pieces(model, tokenizer, [ids], settings, [settings.seed]) if piece)
+    return (piece for _, piece, _ in continue_prompts(model, tokenizer, [ids], settings, [settings.seed]) if piece)
 
 
 def sample_texts(
@@ -74,7 +74,7 @@ def sample_texts(
             batch = rows[start : start + ROWS_AT_ONCE]
             texts, counts = [""] * len(batch), [0] * len(batch)
             tokens, seeds = [ids[prompt] for prompt, _ in batch], [seed for _, seed in batch]
-            for row, piece, counts[row] in _pieces(model, tokenizer, tokens, settings, seeds):
+            for row, piece, counts[row] in continue_prompts(model, tokenizer, tokens, settings, seeds):
                 texts[row] += piece
             for (prompt, seed), text, count in zip(batch, texts, counts, strict=True):
                 yield Sample(prompt, text, count, seed)
@@ -82,7 +82,7 @@ def sample_texts(
     return batches()
 
 
-def _pieces(
+def continue_prompts(
     model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], options: SamplingOptions, seeds: Sequence[int]
 ) -> Iterator[tuple[int, str, int]]:
     """Continue prompts, yielding (row, piece of its text, its tokens so far) with each token, and once at the end."""

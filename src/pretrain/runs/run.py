@@ -34,6 +34,8 @@ BEFORE_RUN = {"data", "data.tmp", "tokenizer.json", ORIGIN, LOCK}
 """What a run that was stopped while preparing leaves behind; it is overwritten."""
 CORE_FILE = "core.jsonl"
 """Results of ``pretrain eval --core``, one per line."""
+TASKS_FILE = "tasks.jsonl"
+"""Results of ``pretrain eval --tasks``, one per line."""
 
 
 @contextmanager
