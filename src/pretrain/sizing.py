@@ -46,6 +46,11 @@ def matrices(counts: dict[str, int]) -> int:
     return counts["attention"] + counts["mlp"]
 
 
+def multiplied(config: ModelConfig, counts: dict[str, int]) -> int:
+    """Parameters that each token is multiplied with: the matrices of the blocks and the head."""
+    return matrices(counts) + (counts["embedding"] if config.tied_head else counts["head"])
+
+
 def flops_per_token(config: ModelConfig, vocab_size: int) -> int:
     """Operations of a forward and backward pass for one token (PaLM, arXiv 2204.02311, appendix B).
 
@@ -131,10 +136,7 @@ def dial_shape(depth: int, width: int = 0) -> dict[str, int]:
 def horizon_tokens(config: Config, model: ModelConfig, vocab_size: int) -> int:
     """Training tokens by ``train.tokens_per_parameter`` for a model."""
     counts = count_parameters(model, vocab_size)
-    if config.train.horizon_parameters == "matrices":
-        counted = matrices(counts) + (counts["embedding"] if model.tied_head else counts["head"])
-    else:
-        counted = sum(counts.values())
+    counted = multiplied(model, counts) if config.train.horizon_parameters == "matrices" else sum(counts.values())
     return int(config.train.tokens_per_parameter * counted)
 
 

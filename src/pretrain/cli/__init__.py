@@ -33,6 +33,7 @@ COMMANDS = {
     "export": ("export.Export", "Write a run's model as a folder that Hugging Face transformers loads."),
     "report": ("report.Report", "Write runs as one HTML page: curves, samples, and what they mean."),
     "watch": ("report.Watch", "Show a run in the browser while it trains, and prompt its newest checkpoint."),
+    "forecast": ("forecast.Forecast", "The loss that a larger run would reach, from a ladder of small ones."),
     "data download": ("download.DownloadCommand", "Download a public set of text, or files by their URLs."),
     "data prepare": ("data.Prepare", "Tokenize text into shards."),
     "data verify": ("data.Verify", "Find damaged, missing or mismatched token shards."),

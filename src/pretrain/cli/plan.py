@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -36,6 +37,8 @@ class Plan(Command):
     """Gigabytes per second that a machine can write, for the time of a checkpoint."""
     measure: bool = True
     """Measure the speed on this machine, rather than assume a share of its peak."""
+    forecast: Annotated[str, tyro.conf.arg(metavar="LADDER")] = ""
+    """Also predict the held-out loss, from a folder of small runs where 'pretrain forecast' was run."""
     json: bool = False
     """Print one JSON object."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
@@ -45,11 +48,18 @@ class Plan(Command):
             raise ValueError(f"--gpus {self.gpus} needs --gpu, the name of the GPU, such as h100")
 
     def __call__(self) -> int:
+        from pretrain.experiments.forecast import Forecast
         from pretrain.plan import describe, make_plan, warnings
         from pretrain.training.init_from import resolve_init
 
+        forecast = Forecast.load(self.forecast) if self.forecast else None
         config, measure = resolve_init(self.config), self.measure and not self.mfu
         made = make_plan(config, self.gpu, self.gpus, self.parallel, measure, self.mfu, self.disk_gb * 1e9)
         found = warnings(made)
-        print(json.dumps({**made.as_dict(), "warnings": found}) if self.json else describe(made, found))
+        predicted = made.predicted(forecast) if forecast else None
+        if self.json:
+            loss = {"forecast": dataclasses.asdict(predicted)} if predicted else {}
+            print(json.dumps({**made.as_dict(), **loss, "warnings": found}))
+        else:
+            print(describe(made, found, str(predicted or "")))
         return 0

@@ -26,6 +26,8 @@ class Report(Command):
     """Run directories; they need not be finished."""
     out: str = ""
     """The file to write. Default: report.html in the run directory, or comparison.html here for several runs."""
+    forecast: Annotated[str, tyro.conf.arg(metavar="LADDER")] = ""
+    """Show the predicted loss beside the measured one, by a folder of small runs where 'pretrain forecast' was run."""
     png: bool = False
     """Also draw the curves for papers, as loss.png and others beside the page."""
 
@@ -34,6 +36,7 @@ class Report(Command):
             raise ValueError("RUN is missing: give a run directory")
 
     def __call__(self) -> int:
+        from pretrain.experiments.forecast import Forecast
         from pretrain.report import write_report
         from pretrain.report.page import run_names
         from pretrain.report.plot import plot_runs
@@ -43,7 +46,8 @@ class Report(Command):
         file = Path(self.out or (runs[0].folder / "report.html" if len(runs) == 1 else "comparison.html"))
         if file.is_dir() or not file.absolute().parent.is_dir():
             raise UsageError(f"cannot write {file}: give a file in a folder that exists with --out")
-        print(f"Wrote {write_report(runs, file, patient=True)}")
+        forecast = Forecast.load(self.forecast) if self.forecast else None
+        print(f"Wrote {write_report(runs, file, patient=True, forecast=forecast)}")
         if self.png:
             for picture in plot_runs(runs, run_names(runs), file.parent):
                 print(f"Wrote {picture}")

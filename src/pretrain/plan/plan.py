@@ -16,6 +16,7 @@ from pretrain import device as machine
 from pretrain.config import Config, ModelConfig
 from pretrain.device import GPUS, Precision, free_memory
 from pretrain.errors import UsageError
+from pretrain.experiments.forecast import Forecast, Prediction, Size, measured_with
 from pretrain.fitting import Machine, Text, fit_model, fit_steps, fit_text, look_at_text, settled, with_steps
 from pretrain.optim import find_optimizer
 from pretrain.plan.cluster import Layout, memory_parts, traffic, traffic_seconds
@@ -26,6 +27,7 @@ from pretrain.sizing import (
     Speed,
     count_parameters,
     flops_per_token,
+    multiplied,
     parallelism_that_fits,
     resolve,
     rows_that_fit,
@@ -140,6 +142,12 @@ class Plan:
     def checkpoint_seconds(self) -> float:
         """To write a checkpoint."""
         return self.checkpoint_bytes / (self.disk_rate * self.layout.machines)
+
+    def predicted(self, forecast: Forecast) -> Prediction:
+        """Its held-out loss by a forecast. Raises UsageError if that says nothing of such a run."""
+        forecast.check(measured_with(self.config, self.data.vocab_size), "this run")
+        parameters = multiplied(self.config.model, self.parameters)
+        return forecast.predict(Size(self.flops_per_token * self.tokens, parameters, self.tokens, self.epochs))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

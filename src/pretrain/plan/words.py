@@ -19,8 +19,8 @@ LABEL, LINE = 11, 100
 """Characters before each line, and in a line of a warning."""
 
 
-def describe(plan: Plan, warnings: list[str]) -> str:
-    """All of a plan, some twenty lines, and its warnings."""
+def describe(plan: Plan, warnings: list[str], forecast: str = "") -> str:
+    """All of a plan, some twenty lines, what is predicted of it, and its warnings."""
     config, data, layout = plan.config, plan.data, plan.layout
     steps, batch, total = config.train.steps, config.train.batch_tokens, sum(plan.parameters.values())
     several, machines = layout.processes > 1, layout.machines > 1
@@ -68,6 +68,8 @@ def describe(plan: Plan, warnings: list[str]) -> str:
         add("loader", f"{size(plan.loader_bytes_per_second)}/s of tokens")
     share = f"{plan.utilisation:.0%} of {flop(plan.hardware.peak * layout.processes)}/s"
     add("time", f"{duration(plan.seconds)}: {plan.tokens_per_second:,.0f} tokens/s, {plan.speed}; {share}")
+    if forecast:
+        add("forecast", forecast)
     for line in plan.fitted:
         add("fitted", line)
     for line in plan.derived:

@@ -85,6 +85,7 @@ def results(run: Run, curves: Curves, vocabulary: int, parameters: int, flops: i
     return {
         "model": f"of step {at:,.0f}{average}" if average or earlier_best(run) else "",
         "held-out loss": shown(loss, ".4f"),
+        "predicted loss": "",
         "bits per byte": shown(bits, ".4f"),
         "test loss": shown(test, ".4f"),
         "test, bits per byte": shown(test_bits, ".4f"),

@@ -21,6 +21,7 @@ import jinja2
 from markupsafe import Markup
 
 from pretrain.errors import UsageError
+from pretrain.experiments.forecast import Forecast
 from pretrain.experiments.groups import differences
 from pretrain.io import read_jsonl, without_secrets, write_atomically
 from pretrain.optim import find_optimizer
@@ -119,14 +120,18 @@ def evenly(records: list[Any], most: int) -> list[Any]:
     return records if last < most else [records[i * last // (most - 1)] for i in range(most)]
 
 
-def write_report(runs: Sequence[Run], file: Path, patient: bool = False) -> Path:
+def write_report(runs: Sequence[Run], file: Path, patient: bool = False, forecast: Forecast | None = None) -> Path:
     """Write the page of one run, or of several overlaid, and give its file. Raises UsageError: it cannot be written.
 
-    ``patient``: as in :class:`View`.
+    ``patient``: as in :class:`View`. With a forecast the page has what was predicted, too.
     """
     views = [View(run.folder, name, len(runs), patient) for run, name in zip(runs, run_names(runs), strict=True)]
     for view in views:
         view.refresh()
+        if forecast and view.run:
+            predicted = forecast.of_run(view.run)
+            view.facts["results"]["predicted loss"] = f"{predicted.loss:.4f}"
+            view.facts["remarks"].append(predicted.beside((view.run.summary or {}).get("val_loss")))
     try:
         write_atomically(file, render(views))
     except OSError as error:
