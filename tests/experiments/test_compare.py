@@ -145,10 +145,11 @@ def test_runs_that_differ_only_in_their_seed_are_a_group(tmp_path: Path):
 
 def test_a_folder_is_groups_by_what_differs(tmp_path: Path):
     one, other = (sweep(tmp_path / name, {0.01: [1, 1.1], 0.02: [1.2, 1.3, 1.4]}) for name in ("one", "other"))
-    assert [group.name for group in groups_at([one])] == ["optim.lr 0.01", "optim.lr 0.02"]
+    values = ["optim.lr 0.01", "optim.lr 0.02"]
+    assert [group.name for group in groups_at([one])] == values
     assert [len(group.runs) for group in groups_at([one])] == [2, 3]
     names = [group.name for group in groups_at([one, other])]
-    assert names == ["one optim.lr 0.01", "one optim.lr 0.02", "other optim.lr 0.01", "other optim.lr 0.02"]
+    assert names == [f"{place}: {value}" for place in (one, other) for value in values]
     equal = [sweep(tmp_path / name, {0.01: [1, 1.1]}) for name in ("first", "second")]
     assert [group.name for group in groups_at(equal)] == ["first", "second"]
 
@@ -204,10 +205,11 @@ def test_many_comparisons_make_a_verdict_rarer(tmp_path: Path):
     assert same.p == pytest.approx(min(1, len(among) * alone.p))
 
 
-def test_each_of_a_folder_is_compared_with_its_best(tmp_path: Path):
-    groups = groups_at([sweep(tmp_path, {0.1: [2.0, 2.01], 0.2: [1.0, 1.01], 0.3: [3.0, 3.02]})])
-    assert [verdict.against for verdict in compare(groups, best=True).verdicts] == ["optim.lr 0.2"] * 2
-    assert [verdict.against for verdict in compare(groups).verdicts] == ["optim.lr 0.1"] * 2
+def test_each_of_a_single_folder_is_compared_with_its_best(tmp_path: Path):
+    place = sweep(tmp_path / "lr", {0.1: [2.0, 2.01], 0.2: [1.0, 1.01], 0.3: [3.0, 3.02]})
+    assert [verdict.against for verdict in compare(groups_at([place])).verdicts] == ["optim.lr 0.2"] * 2
+    places = [f"{place}/0.1-1", f"{place}/0.1-2", place]
+    assert [verdict.against for verdict in compare(groups_at(places)).verdicts] == ["0.1-1, 0.1-2"] * 3
 
 
 def test_pairs_are_of_the_same_seeds_and_data(tmp_path: Path):
@@ -280,6 +282,7 @@ def test_a_text_of_one_long_document_is_cut_into_blocks():
         assert bootstrap(a, b)[0] == "bootstrap over 100 blocks of 30 bytes"
     other = _parts(np.ones(600), np.full(600, 5), np.zeros(600, int))  # the same text by another tokenizer
     assert other[1][:, 1] == pytest.approx(30)
+    assert len(_parts(np.ones(5), np.full(5, 9), np.zeros(5, int))[1]) == PARTS  # so few tokens that most are empty
 
 
 @pytest.fixture(scope="module")

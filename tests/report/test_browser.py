@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from tests.report.conftest import Browser, records
 
+from pretrain.experiments.groups import groups_at
 from pretrain.io import append_jsonl
 from pretrain.report import write_report
 from pretrain.runs import Run
@@ -194,6 +195,32 @@ def test_several_runs_and_numbers_without_a_plot_of_their_own(make_run, tmp_path
     assert browser.legend("train/memory_bytes") == {"step": "30", "b": "2.5B"}
     browser.shoot(tmp_path / "several.png")
     assert browser.complaints() == []
+
+
+def test_seeds_are_a_band_that_goes_with_its_curve(make_run, tmp_path: Path, browser: Browser):
+    for rate, seed in ((0.01, 1), (0.01, 2), (0.02, 1)):
+        run = make_run(f"lr/{rate}-{seed}", steps=0, **{"optim.lr": rate, "train.seed": seed})
+        append_jsonl(run.metrics, *records(1, 40, **{"train/grad_norm": 100 * rate + seed}))
+    groups = groups_at([str(tmp_path / "lr")])
+    browser.open(write_report([run for group in groups for run in group.runs], tmp_path / "page.html", groups=groups))
+    assert browser.run(LABELS) == PLOTS
+    legend = browser.legend("norm")
+    assert (legend["optim.lr 0.01"], legend["optim.lr 0.02"]) == ("2.5", "3")
+    assert browser.find("figure[data-plot=norm] .edge").value_of_css_property("display") == "none"
+    before = browser.run(PIXELS, "norm")
+    faint = browser.run(FAINT)
+    assert faint > 1000  # the band
+    browser.find("figure[data-plot=norm] .u-series:nth-child(2) th").click()
+    browser.until(f"return (function () {{ {PIXELS} }})('norm') !== arguments[0]", before)
+    assert browser.run(FAINT) < faint / 10
+    assert browser.complaints() == []
+
+
+FAINT = """const canvas = document.querySelector("figure[data-plot=norm] canvas");
+const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+let faint = 0;
+for (let i = 3; i < pixels.length; i += 4) faint += pixels[i] === 0x30;
+return faint;"""
 
 
 def test_before_the_first_step_and_both_of_the_last(make_run, tmp_path: Path, browser: Browser):

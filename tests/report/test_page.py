@@ -149,6 +149,34 @@ def test_several_runs_with_what_differs(make_run, tmp_path: Path):
     assert "repetitions of each other" in same.text
 
 
+def test_groups_of_seeds_have_a_mean_and_a_band(make_run, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for i, (rate, seed) in enumerate([(0.01, 1), (0.01, 2), (0.02, 1), (0.02, 2), (0.04, 1)]):
+        more = {"optim.lr": rate, "train.seed": seed, "checkpoint.every": 5 + seed}
+        run = make_run(f"lr/{rate}-{seed}", steps=0, **more)
+        append_jsonl(run.metrics, *records(1, 40 - 10 * (i == 1), **{"train/grad_norm": rate + seed}))
+        if i != 1:
+            (run.folder / "summary.json").write_text(json.dumps({"steps": 40, "val_loss": 2 + i, "val_bpb": 1 + i / 9}))
+    assert main(["report", "lr", "--png"]) == 0
+    elements = read(Path("comparison.html"))
+    low, high, last = elements.data["groups"]
+    assert [group["name"] for group in (low, high, last)] == ["optim.lr 0.01", "optim.lr 0.02", "optim.lr 0.04"]
+    assert low["train"]["step"][-1] == 30  # the last that both runs have
+    assert low["train"]["train/grad_norm"][0] == 1.51
+    assert (low["train"]["train/grad_norm low"][0], low["train"]["train/grad_norm high"][0]) == (1.01, 2.01)
+    assert "train/lr low" not in low["train"]  # it is the same with every seed
+    assert "train/grad_norm low" not in last["train"]
+    assert [run["train"] for run in elements.data["runs"]] == [{}] * 5
+    assert "Groups of seeds" in elements.text
+    assert "Left out: lr/0.01-2 is not finished." in elements.text
+    assert "optim.lr 0.02 from optim.lr 0.01" in elements.text or "optim.lr 0.02 is" in elements.text
+    (tmp_path / "lr" / "0.01-1" / "config.toml").write_text(
+        (tmp_path / "lr" / "0.01-1" / "config.toml").read_text().replace("stride = 0", "stride = 8")
+    )
+    assert main(["report", "lr"]) == 0
+    assert "eval.stride 8 and 0, which do not compare" in read(Path("comparison.html")).text
+
+
 def test_names_tell_runs_apart(make_run, tmp_path: Path):
     one = make_run()
     assert run_names([one]) == ["one"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -35,9 +34,7 @@ class Compare(Command):
 
         from pretrain.experiments.compare import compare
         from pretrain.experiments.groups import groups_at
-        from pretrain.runs import Run
 
-        best = len(self.runs) == 1 and not Run.exists(Path(self.runs[0]))
-        found = compare(groups_at(self.runs), best)
+        found = compare(groups_at(self.runs))
         print(msgspec.json.encode(found).decode() if self.json else found)
         return 0

@@ -19,11 +19,12 @@ from pretrain.errors import UsageError
 class Report(Command):
     """Write runs as one HTML page that loads nothing: docs/report.md.
 
-    Curves, samples, the loss in plain words, data, configuration, environment, commands; several runs overlaid.
+    Curves, samples, the loss in plain words, data, configuration, environment, commands; several runs overlaid, those
+    of the same settings as one curve in a band, with the verdicts of 'pretrain compare'.
     """
 
     runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
-    """Run directories; they need not be finished."""
+    """Run directories, which need not be finished, or folders of them."""
     out: str = ""
     """The file to write. Default: report.html in the run directory, or comparison.html here for several runs."""
     forecast: Annotated[str, tyro.conf.arg(metavar="LADDER")] = ""
@@ -37,19 +38,21 @@ class Report(Command):
 
     def __call__(self) -> int:
         from pretrain.experiments.forecast import Forecast
+        from pretrain.experiments.groups import groups_at
         from pretrain.report import write_report
         from pretrain.report.page import run_names
         from pretrain.report.plot import plot_runs
-        from pretrain.runs import Run
 
-        runs = [Run.open(folder) for folder in dict.fromkeys(self.runs)]
+        groups = groups_at(self.runs)
+        runs = [run for group in groups for run in group.runs]
         file = Path(self.out or (runs[0].folder / "report.html" if len(runs) == 1 else "comparison.html"))
         if file.is_dir() or not file.absolute().parent.is_dir():
             raise UsageError(f"cannot write {file}: give a file in a folder that exists with --out")
         forecast = Forecast.load(self.forecast) if self.forecast else None
-        print(f"Wrote {write_report(runs, file, patient=True, forecast=forecast)}")
+        print(f"Wrote {write_report(runs, file, patient=True, forecast=forecast, groups=groups)}")
         if self.png:
-            for picture in plot_runs(runs, run_names(runs), file.parent):
+            names = run_names(runs) if len(groups) == len(runs) else [group.name for group in groups]
+            for picture in plot_runs([group.runs for group in groups], names, file.parent):
                 print(f"Wrote {picture}")
         return 0
 

@@ -72,8 +72,8 @@ class Comparison:
         return "\n".join([table(self.rows()), *(f"\n{each.words}" for each in self.verdicts), "", *self.notes]).rstrip()
 
 
-def compare(groups: Sequence[Group], best: bool = False, measure: bool = True) -> Comparison:
-    """What can be said of groups (``groups_at``), each against the first, or against the ``best`` of them.
+def compare(groups: Sequence[Group], measure: bool = True) -> Comparison:
+    """What can be said of groups, each against the first, or those of a single folder against the best of them.
 
     Runs that are not finished are left out, which is noted. Without ``measure`` no model is run: groups of one seed
     each are then not compared. Raises a PretrainError if no run is finished, or they were not measured alike.
@@ -87,6 +87,7 @@ def compare(groups: Sequence[Group], best: bool = False, measure: bool = True) -
         numbers = {"loss": [end["val_loss"] for end in ends.values()], "bits_per_byte": [*bits[-1].values()]}
         spreads = {name: _spread(values) for name, values in numbers.items()}
         found.append({"name": group.name, "runs": [str(run.folder) for run in group.runs], "seeds": [*ends], **spreads})
+    best = bool(groups[0].folder) and len({group.folder for group in groups}) == 1
     base = min(range(len(groups)), key=lambda i: found[i]["bits_per_byte"]["mean"]) if best else 0
     pairs = [(j, i) if i == base else (i, j) for i, j in combinations(range(len(groups)), 2)]
     single = [pair for pair in pairs if len(bits[pair[0]]) == len(bits[pair[1]]) == 1]
@@ -145,7 +146,7 @@ def _finished(groups: Sequence[Group]) -> tuple[list[Group], list[str]]:
     for group in groups:
         ends = [(run, run.summary or {}) for run in group.runs]
         good = tuple(run for run, end in ends if None not in (end.get("val_loss"), end.get("val_bpb")))
-        kept += [Group(group.name, good)] if good else []
+        kept += [replace(group, runs=good)] if good else []
         for run, end in ends:
             why = "has no held-out loss at its end: its group may look better than it is" if end else "is not finished"
             notes += [f"Left out: {run.folder} {why}."] if run not in good else []
@@ -258,12 +259,10 @@ def holm(chances: Sequence[float]) -> list[float]:
 def _parts(nats: np.ndarray, sizes: np.ndarray, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Nats and bytes (N, 2) of the documents, neighbours together where they are many, and of blocks of equal bytes."""
     total, number = int(sizes.sum()), int(documents[-1]) + 1
-    after = total - np.cumsum(
-        sizes
-    )  # bytes; from the end, for tokenizers differ in the first token, which is no target
     count = min(PARTS, number)
-    places = (documents * count // number, np.minimum(after * PARTS // total, PARTS - 1))
-    both = (np.stack([np.bincount(place, each) for each in (nats, sizes)], axis=1) for place in places)
+    after = total - np.cumsum(sizes)  # from the end: tokenizers differ in the first token, which is no target
+    places = ((documents * count // number, count), (np.minimum(after * PARTS // total, PARTS - 1), PARTS))
+    both = (np.stack([np.bincount(place, each, most) for each in (nats, sizes)], axis=1) for place, most in places)
     return next(both), next(both)
 
 

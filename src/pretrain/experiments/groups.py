@@ -27,6 +27,7 @@ class Group:
 
     name: str
     runs: tuple[Run, ...]
+    folder: str = ""  # of runs that was named; empty: they were named one by one
 
 
 def runs_at(place: str | Path) -> list[Run]:
@@ -57,14 +58,15 @@ def groups_at(places: Iterable[str]) -> list[Group]:
     for (folder, same, _), runs in found.items():
         beside = [dict(others) for of, others, _ in found if of == folder]
         values, members = dict(flat(runs[0].config)), [run.folder.resolve().name for run in runs]
-        named = [f"{name} {values[name]}" for name, _ in same if len({others[name] for others in beside}) > 1]
-        if folder and (named or len(beside) == 1):
-            home = [Path(folder).resolve().name] if len(places) > 1 or not named else []
-            names.append(" ".join([*home, ", ".join(named)]).strip())
-        else:
-            names.append(", ".join(members if len(members) < 4 else [members[0], "...", members[-1]]))
-    pairs = zip(names, found.values(), strict=True)
-    return [Group(name if names.count(name) == 1 else str(runs[0].folder), tuple(runs)) for name, runs in pairs]
+        differing = [f"{name} {values[name]}" for name, _ in same if len({others[name] for others in beside}) > 1]
+        alone = [Path(folder).resolve().name] if len(beside) == 1 else []
+        members = members if len(members) < 4 else [members[0], "...", members[-1]]
+        names.append(", ".join((folder and (differing or alone)) or members))
+    named = zip(names, found.items(), strict=True)
+    return [
+        Group(name if names.count(name) == 1 else f"{folder or runs[0].folder.parent}: {name}", tuple(runs), folder)
+        for name, ((folder, *_), runs) in named
+    ]
 
 
 def settings(run: Run) -> dict[str, str]:

@@ -5,10 +5,12 @@ metrics.jsonl → Curves: a Table of training and one of validation → thinned
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import os
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
@@ -24,6 +26,7 @@ WITHOUT_SPIKES = {*AXES, SMOOTHED_LOSS, SKIPPED, "train/lr"}
 EVALUATED = "train/eval_loss"
 OF_ALL = " of all"
 LOWEST = "val/loss lowest"
+LOW, HIGH = " low", " high"
 
 
 class Table:
@@ -75,6 +78,16 @@ class Curves:
         self._step: float = -1
         self._offset, self._last_line = 0, b""
 
+    @staticmethod
+    def over(every: Sequence[Curves]) -> Curves:
+        """The mean over runs at the steps that all have; beside it, where they differ, the least and the greatest.
+
+        Those of ``val/loss`` are in the columns ``val/loss low`` and ``val/loss high``.
+        """
+        mean = Curves(Path(os.devnull))
+        mean.train, mean.val = _mean([curves.train for curves in every]), _mean([curves.val for curves in every])
+        return mean
+
     def refresh(self) -> None:
         """Take in the lines written since the last time."""
         with self.file.open("rb") if self.file.exists() else BytesIO() as lines:
@@ -122,6 +135,19 @@ class Curves:
         """Of the steps after ``first``: those with a gradient norm above ``norm`` (0: no clipping), and all."""
         norms = self.train.column("train/grad_norm")[self.train.column("step") > first]
         return (int((norms > norm).sum()), int(np.isfinite(norms).sum())) if norm else (0, 0)
+
+
+def _mean(tables: Sequence[Table]) -> Table:
+    mean = Table()
+    steps = functools.reduce(np.intersect1d, [table.column("step") for table in tables])
+    rows = [np.isin(table.column("step"), steps) for table in tables]
+    for name in tables[0].columns:
+        values = np.stack([table.column(name)[chosen] for table, chosen in zip(tables, rows, strict=True)])
+        low, high = values.min(0), values.max(0)
+        mean.columns[name] = array("d", values.mean(0))
+        if name not in (*AXES, SKIPPED) and (low < high).any():
+            mean.columns |= {name + LOW: array("d", low), name + HIGH: array("d", high)}
+    return mean
 
 
 def thinned(table: Table, limit: int) -> dict[str, list[Any]]:

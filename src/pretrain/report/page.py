@@ -20,9 +20,10 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from pretrain.errors import UsageError
+from pretrain.errors import PretrainError, UsageError
+from pretrain.experiments.compare import compare
 from pretrain.experiments.forecast import Forecast
-from pretrain.experiments.groups import differences
+from pretrain.experiments.groups import Group, differences
 from pretrain.io import read_jsonl, without_secrets, write_atomically
 from pretrain.optim import find_optimizer
 from pretrain.report.curves import LOWEST, SKIPPED, Curves, thinned
@@ -82,32 +83,37 @@ class View:
 
     def payload(self) -> dict[str, Any]:
         """What the page's script shows, thinned."""
-        rows = min(MOST_ROWS, max(LEAST_ROWS, ROWS // self.of))
-        train = thinned(self.curves.train, rows)
-        train.pop(SKIPPED, None)
-        if config := self.run.config if self.run else None:
-            settings = find_optimizer(config.optim).settings
-            if "momentum" in settings(0, config):
-                train["train/momentum"] = [round(settings(step - 1, config)["momentum"], 5) for step in train["step"]]
-        val = thinned(self.curves.val, rows)
-        if lowest := self.curves.lowest():
-            val[LOWEST] = [lowest[1] if step == lowest[0] else None for step in val["step"]]
         samples = read_jsonl(self.folder / "samples.jsonl")
         steps = list(dict.fromkeys(sample["step"] for sample in samples))
         prompts = -(-len(samples) // max(1, len(steps)))
         shown = set(evenly(steps, max(10, SAMPLES // self.of // max(1, prompts))))
-        counted = self.facts.get("baselines")
-        return {
-            "name": self.name,
-            "train": train,
-            "val": val,
+        return self.plotted(self.curves) | {
             "samples": [
                 sample | {name: sample[name][:SAMPLE_CHARACTERS] for name in ("prompt", "text")}
                 for sample in samples
                 if sample["step"] in shown
             ],
             "events": without_secrets(read_jsonl(self.folder / "events.jsonl")[-EVENTS:]),
-            "skipped": self.curves.skipped()[-MARKS:],
+        }
+
+    def plotted(self, curves: Curves) -> dict[str, Any]:
+        """What its plots show: of its own curves, or of those of runs of the same settings together."""
+        rows = min(MOST_ROWS, max(LEAST_ROWS, ROWS // self.of))
+        train = thinned(curves.train, rows)
+        train.pop(SKIPPED, None)
+        if config := self.run.config if self.run else None:
+            settings = find_optimizer(config.optim).settings
+            if "momentum" in settings(0, config):
+                train["train/momentum"] = [round(settings(step - 1, config)["momentum"], 5) for step in train["step"]]
+        val = thinned(curves.val, rows)
+        if lowest := curves.lowest():
+            val[LOWEST] = [lowest[1] if step == lowest[0] else None for step in val["step"]]
+        counted = self.facts.get("baselines")
+        return {
+            "name": self.name,
+            "train": train,
+            "val": val,
+            "skipped": curves.skipped()[-MARKS:],
             "flops_per_token": self.facts.get("flops_per_token"),
             "clip": config.train.grad_clip if config else 0,
             "baselines": {"count tokens": counted.unigram, "count pairs": counted.bigram} if counted else {},
@@ -120,10 +126,17 @@ def evenly(records: list[Any], most: int) -> list[Any]:
     return records if last < most else [records[i * last // (most - 1)] for i in range(most)]
 
 
-def write_report(runs: Sequence[Run], file: Path, patient: bool = False, forecast: Forecast | None = None) -> Path:
+def write_report(
+    runs: Sequence[Run],
+    file: Path,
+    patient: bool = False,
+    forecast: Forecast | None = None,
+    groups: Sequence[Group] = (),
+) -> Path:
     """Write the page of one run, or of several overlaid, and give its file. Raises UsageError: it cannot be written.
 
-    ``patient``: as in :class:`View`. With a forecast the page has what was predicted, too.
+    ``patient``: as in :class:`View`. With a forecast the page has what was predicted, too. ``groups`` of the runs, if
+    any is of several seeds, have a curve each, in a band, and what can be said of them.
     """
     views = [View(run.folder, name, len(runs), patient) for run, name in zip(runs, run_names(runs), strict=True)]
     for view in views:
@@ -133,7 +146,7 @@ def write_report(runs: Sequence[Run], file: Path, patient: bool = False, forecas
             view.facts["results"]["predicted loss"] = f"{predicted.loss:.4f}"
             view.facts["remarks"].append(predicted.beside((view.run.summary or {}).get("val_loss")))
     try:
-        write_atomically(file, render(views))
+        write_atomically(file, render(views, groups=groups if any(len(group.runs) > 1 for group in groups) else ()))
     except OSError as error:
         raise UsageError(f"cannot write {file}: {error.strerror}; choose another file with --out") from None
     return file
@@ -149,16 +162,32 @@ def run_names(runs: Sequence[Run]) -> list[str]:
     return names
 
 
-def render(views: Sequence[View], live: bool = False) -> str:
+def render(views: Sequence[View], live: bool = False, groups: Sequence[Group] = ()) -> str:
     """The page of what the views hold now; if ``live`` one that asks its server what has changed."""
     script = f"{_static('uPlot.iife.min.js')}\n{_static('page.js')}"
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     runs = [view.facts for view in views if view.run]
+    data = {"runs": [view.payload() for view in views], "live": live and {"fingerprint": views[0].fingerprint}}
+    said, table = [], []
+    if groups:
+        by_folder = {view.folder: view for view in views}
+        members = [[by_folder[run.folder] for run in group.runs] for group in groups]
+        plotted = [several[0].plotted(Curves.over([view.curves for view in several])) for several in members]
+        data["groups"] = [curves | {"name": group.name} for curves, group in zip(plotted, groups, strict=True)]
+        for run in data["runs"]:
+            run["train"] = {}  # only the groups' are shown
+        try:
+            comparison = compare(groups, measure=False)
+            table, said = comparison.rows(), [*(each.words for each in comparison.verdicts), *comparison.notes]
+        except PretrainError as error:
+            said = [f"{error}."]
     page = TEMPLATES.get_template("page.html").render(
         digest=digest,
         css=Markup(f"{_static('uPlot.min.css')}\n{_static('page.css')}"),
         script=Markup(script),
-        data={"runs": [view.payload() for view in views], "live": live and {"fingerprint": views[0].fingerprint}},
+        data=data,
+        groups=table,
+        said=said,
         views=views,
         runs=runs,
         labels=[label for label in runs[0]["results"] if any(run["results"][label] for run in runs)] if runs else [],

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pretrain.report.curves import EVALUATED, OF_ALL, Curves
+from pretrain.report.curves import EVALUATED, HIGH, LOW, OF_ALL, Curves
 from pretrain.runs import Run
 from pretrain.runs.metrics import SMOOTHED_LOSS
 
@@ -49,11 +49,14 @@ def plot_run(run: Run) -> Path:
     return file
 
 
-def plot_runs(runs: Sequence[Run], names: Sequence[str], folder: Path) -> list[Path]:
-    """Draw runs over each other, a file in ``folder`` for each kind of curve that there is; gives the files."""
+def plot_runs(groups: Sequence[Sequence[Run]], names: Sequence[str], folder: Path) -> list[Path]:
+    """Draw runs over each other, a file in ``folder`` for each kind of curve that there is; gives the files.
+
+    Groups of several runs are drawn as their mean in a band from the least to the greatest.
+    """
     from matplotlib.figure import Figure
 
-    several, every = len(runs) > 1, [Curves(run.metrics) for run in runs]
+    several, every = len(groups) > 1, [Curves.over([Curves(run.metrics) for run in runs]) for runs in groups]
     written = []
     for file, (number, ylabel) in FILES.items():
         figure = Figure(figsize=(6, 4), layout="constrained")
@@ -98,4 +101,7 @@ def _draw(axes: Axes, curves: Curves, name: str, **look: Any) -> None:
     values = table.column(name)
     there = np.isfinite(values)
     if there.any():
-        axes.plot(table.column("step")[there], values[there], **look)
+        (line,) = axes.plot(table.column("step")[there], values[there], **look)
+        if name + LOW in table.columns:
+            band = (table.column(name + edge)[there] for edge in (LOW, HIGH))
+            axes.fill_between(table.column("step")[there], *band, color=line.get_color(), alpha=0.2, linewidth=0)

@@ -3,6 +3,7 @@
 (() => {
   let page = JSON.parse(document.getElementById("data").textContent);
   let runs = page.runs;
+  const plotted = () => page.groups ?? runs; // groups of seeds have a curve each, in a band from their least to their greatest
   const several = runs.length > 1;
   const byId = (id) => document.getElementById(id);
 
@@ -94,18 +95,18 @@
   /** The plots that there are numbers for; what has no plot of its own here gets one with its name. */
   function wanted() {
     const plots = KNOWN.map((plot) => ({
-      ...plot, lines: plot.lines.filter((line) => runs.some((run) => has(run, line)) && (byId("each").checked || !line.faint)),
+      ...plot, lines: plot.lines.filter((line) => plotted().some((run) => has(run, line)) && (byId("each").checked || !line.faint)),
     }));
-    const columns = [...new Set(runs.flatMap((run) => Object.keys(run.val)))];
+    const columns = [...new Set(plotted().flatMap((run) => Object.keys(run.val)))];
     const tasks = columns.filter((column) => column.startsWith("core/") && column.endsWith("/centered"));
     const lines = tasks.map((column, i) => ({ table: "val", column, label: column.slice("core/".length, -"/centered".length), points: true, shade: i }));
     if (!several) plots.push({ id: "core-tasks", title: "CORE by task", unit: "centered accuracy", lines });
     const taken = new Set(KNOWN.flatMap((plot) => plot.lines.map((line) => line.column)));
     for (const table of ["train", "val"]) {
-      for (const column of new Set(runs.flatMap((run) => Object.keys(run[table])))) {
-        if (["step", "tokens", "time"].includes(column) || column.startsWith("core/") || taken.has(column)) continue;
+      for (const column of new Set(plotted().flatMap((run) => Object.keys(run[table])))) {
+        if (["step", "tokens", "time"].includes(column) || column.startsWith("core/") || taken.has(column) || / (low|high)$/.test(column)) continue;
         const line = { table, column, label: column, points: table === "val" };
-        if (runs.some((run) => has(run, line))) plots.push({ id: column, title: column, unit: "", lines: [line] });
+        if (plotted().some((run) => has(run, line))) plots.push({ id: column, title: column, unit: "", lines: [line] });
       }
     }
     return plots.filter((plot) => plot.lines.length);
@@ -119,8 +120,8 @@
   /** What a plot draws: its series as uPlot wants them, and the aligned data. */
   function contents(plot) {
     const series = [{ label: AXES[axis].label, value: (u, value) => (AXES[axis].format ?? plain)(value ?? u.data[0][u.data[0].length - 1]) }];
-    const tables = [];
-    runs.forEach((run, number) => {
+    const tables = [], bands = [];
+    plotted().forEach((run, number) => {
       for (const source of ["train", "val"]) {
         const lines = plot.lines.filter((line) => line.table === source && has(run, line));
         const xs = lines.length && AXES[axis].of(run, run[source]);
@@ -129,8 +130,10 @@
         if (rows.some((row, i) => i && xs[row] <= xs[rows[i - 1]])) {
           rows = rows.sort((a, b) => xs[a] - xs[b]).filter((row, i, all) => !i || xs[row] > xs[all[i - 1]]);
         }
-        tables.push([rows.map((row) => xs[row]), ...lines.map((line) => rows.map((row) => positive(plot, line, run[source][line.column][row])))]);
+        tables.push([rows.map((row) => xs[row])]);
         for (const line of lines) {
+          const columns = ["", " high", " low"].map((edge) => run[source][line.column + edge]).filter(Boolean);
+          tables.at(-1).push(...columns.map((column) => rows.map((row) => positive(plot, line, column[row]))));
           const shade = color(`series-${(several ? number : line.shade ?? 0) % 8}`);
           series.push({
             label: several ? (plot.lines.length > 1 ? `${run.name}: ${line.label}` : run.name) : line.label,
@@ -142,10 +145,14 @@
             points: line.points ? { show: true, size: line.single ? 10 : 6, fill: shade } : { show: run[source].step.length < 3 },
             value: (u, value, index, row) => plain(nearest(u.data[index], row ?? u.data[index].length - 1, value)),
           });
+          if (columns.length === 1) continue;
+          const mean = series.length - 1;
+          for (let i = 0; i < 2; i++) series.push({ of: mean, class: "edge", label: "", scale: line.scale ?? "y", width: 0, points: { show: false }, stroke: shade });
+          bands.push({ series: [mean + 1, mean + 2], fill: `${shade}30` });
         }
       }
     });
-    return { series, data: tables.length > 1 ? uPlot.join(tables) : tables[0] ?? [[]] };
+    return { series, bands, data: tables.length > 1 ? uPlot.join(tables) : tables[0] ?? [[]] };
   }
 
   /** A positive number cut, or raised, to its leading digit. */
@@ -183,7 +190,7 @@
       element("figcaption", {}, element("h3", {}, plot.title, " ", element("span", { className: "quiet", textContent: plot.unit }))), box);
     figure.dataset.plot = plot.id;
     byId("plots").append(figure);
-    const { series, data } = contents(plot);
+    const { series, bands, data } = contents(plot);
     const ink = color("quiet"), grid = { stroke: color("grid"), width: 1 }, ticks = { stroke: color("rule"), width: 1 };
     const scales = { x: { time: false }, y: isLogarithmic(plot) ? { distr: 3, range: (u, low, high) => low == null ? [1, 10] : [leading(low / 1.05, Math.floor), leading(high * 1.05, Math.ceil)] } : {} };
     const look = { stroke: ink, grid, ticks, font: "12px system-ui, sans-serif" };
@@ -196,10 +203,11 @@
       axes.push({ ...look, scale: "momentum", side: 1, size: 50, grid: { show: false }, values: (_, all) => all.map(plain) });
     }
     const u = new uPlot({
-      ...size(box, plot), series, scales, axes,
+      ...size(box, plot), series, bands, scales, axes,
       cursor: { sync: { key: "x", scales: ["x", null] }, drag: { x: true, y: false }, points: { size: 7 } },
       hooks: {
         draw: [(u) => { rules(u, plot); skips(u, plot); }],
+        setSeries: [(u, number, { show }) => show != null && u.series.forEach((one, i) => number != null && one.of === number && u.setSeries(i, { show }))],
         setSelect: [(u) => { zoomed ||= u.select.width > 0; }],
       },
     }, data, box);
@@ -215,7 +223,7 @@
   /** A plot for those who cannot see it: where each curve begins and ends. */
   function inWords(plot) {
     const parts = [];
-    for (const run of runs) {
+    for (const run of plotted()) {
       for (const line of plot.lines.filter((each) => !each.faint && has(run, each))) {
         const values = run[line.table][line.column].map((value, row) => [run[line.table].step[row], value]).filter((pair) => pair[1] != null);
         const [first, last] = [values[0], values[values.length - 1]];
@@ -228,7 +236,7 @@
   /** Level lines: the losses of counting alone, or where gradients are clipped. */
   function rules(u, plot) {
     const levels = new Map();
-    for (const run of plot.rules ? runs : []) for (const rule of plot.rules(run)) levels.set(`${rule.label} ${rule.value}`, rule);
+    for (const run of plot.rules ? plotted() : []) for (const rule of plot.rules(run)) levels.set(`${rule.label} ${rule.value}`, rule);
     if (levels.size > 6) return;
     const { ctx, bbox } = u, ratio = uPlot.pxRatio;
     ctx.save();
@@ -256,7 +264,7 @@
     const { ctx, bbox } = u, size = 5 * uPlot.pxRatio;
     ctx.save();
     ctx.fillStyle = color("bad");
-    for (const run of runs) {
+    for (const run of plotted()) {
       const xs = AXES[axis].of(run, run.train);
       for (const [step] of xs ? run.skipped : []) {
         const row = lowerBound(run.train.step, step);
