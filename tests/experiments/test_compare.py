@@ -202,7 +202,7 @@ def test_many_comparisons_make_a_verdict_rarer(tmp_path: Path):
     same = next(verdict for verdict in among if verdict.group == "optim.lr 0.2")
     assert alone.verdict == "worse"
     assert (same.verdict, same.low, same.high) == ("cannot tell", alone.low, alone.high)
-    assert same.p == pytest.approx(min(1, len(among) * alone.p))
+    assert 7 * alone.p < same.p < 28 * alone.p  # all 28 pairs count, as the best was chosen among them
 
 
 def test_each_of_a_single_folder_is_compared_with_its_best(tmp_path: Path):
