@@ -116,7 +116,8 @@ def mixture_read(config: Config, datasets: Sequence[tuple[str, int]]) -> list[di
     """What a run reads of each data set of a mixture: tokens in each stage, and its epochs in all."""
     if not datasets:
         return []
-    order = mixed_order(*zip(*datasets, strict=True), config)
+    names, sizes = zip(*datasets, strict=True)
+    order = mixed_order(names, sizes, config)
     ends = [batch * config.batch_rows for batch in [*(begin for begin, _ in config.mixtures), config.train.steps]]
     before = [order.rows_before(row) for row in ends]
     length = config.model.context_length
