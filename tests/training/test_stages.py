@@ -1,4 +1,4 @@
-"""Mixtures whose weights change over the course of a run, and the exact text of any step."""
+"""Mixtures whose weights change over the course of a run."""
 
 import json
 from pathlib import Path

@@ -38,6 +38,7 @@ COMMANDS = {
     "data prepare": ("data.Prepare", "Tokenize text into shards."),
     "data verify": ("data.Verify", "Find damaged, missing or mismatched token shards."),
     "data inspect": ("data.Inspect", "Show what token shards hold."),
+    "data at": ("data.At", "Show the exact text that a step of a run trained on."),
     "tokenizer train": ("tokenizer.Train", "Train a tokenizer on text."),
     "tokenizer show": ("tokenizer.Show", "Show how a tokenizer splits a text."),
     "recipes": ("recipes.Recipes", "List the recipes, or print one as TOML."),

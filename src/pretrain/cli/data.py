@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -18,6 +19,8 @@ from pretrain.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
     from pretrain.tokens import Manifest
+
+SHOWN = 60  # tokens and characters of a row at its beginning
 
 
 @dataclass(kw_only=True)
@@ -185,4 +188,61 @@ class Inspect(Command):
         for split in SIDES:
             for line in inspect_split(corpus, split, self.samples, self.seed):
                 print(line)
+        return 0
+
+
+@dataclass
+class At(Command):
+    """Show the exact text that a step of a run trained on, and where each row of it came from.
+
+    Without --row a line for each row. It is found again from the data, which must be as it was; of a
+    stream it is read again from the nearest checkpoint. See docs/data.md.
+    """
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """A run directory."""
+    step: Natural = 0
+    """The step, as in metrics.jsonl: that whose update made the weights of this step."""
+    batch: int = -1
+    """A batch by its number instead, the first being 0: also one that was skipped, as events.jsonl names it."""
+    row: int = -1
+    """Show all of this row of the batch, the first being 0, and find its documents in their files."""
+    rank: int = -1
+    """Only the rows of this process."""
+    world: Natural = 0
+    """How many processes there were. 0: as the run noted."""
+    json: bool = False
+    """Print one JSON object, with the ids of the tokens."""
+
+    def __post_init__(self):
+        if bool(self.step) == (self.batch >= 0):
+            raise ValueError("give one of --step N and --batch N")
+
+    def __call__(self) -> int:
+        from pretrain.runs import Run
+        from pretrain.runs.batch import batch_of, read_batch, world_of
+
+        run = Run.open(self.run)
+        batch = batch_of(run, self.step) if self.step else self.batch
+        world, size = self.world or world_of(run, self.step), run.config.batch_rows
+        if self.rank >= 0 and world is None:
+            raise UsageError(f"{self.run} does not say how many processes computed this batch; add --world N")
+        rows = range(size) if self.rank < 0 else range(size)[self.rank :: world] if self.rank < world else range(0)
+        rows = [row for row in rows if self.row in (-1, row)]
+        if not rows:
+            raise UsageError(
+                f"there is no such row: a batch has rows 0 to {size - 1}, and process R row R, R + {world}, ..."
+            )
+        found, tokenizer = read_batch(run, batch, rows, world, closely=self.row >= 0), run.tokenizer()
+        if self.json:
+            texts = [{"text": tokenizer.decode(row.tokens, show_special=True), **asdict(row)} for row in found]
+            print(json.dumps({"step": self.step or None, "batch": batch, "world": world, "rows": texts}))
+            return 0
+        for row in found:
+            name = f"batch {batch}, row {row.row}" + (f", rank {row.rank}" if world else "")
+            for part in row.parts if self.row >= 0 else row.parts[:1]:
+                place = [f"{key} {each:,}" if isinstance(each, int) else each for key, each in part.items() if each]
+                print(f"{name}: {', '.join(place)}")
+            text = tokenizer.decode(row.tokens, show_special=True)
+            print(f"\n{text}" if self.row >= 0 else f"    {' '.join(text.split())[:SHOWN]}")
         return 0

@@ -32,9 +32,9 @@ from pretrain.config import Config, DataConfig, TokenizerConfig
 from pretrain.errors import DataError, Interrupted, PretrainError, UsageError
 from pretrain.io import cores, write_atomically
 from pretrain.text import ReadStats, refuse_broken
-from pretrain.text.pieces import EMBEDDED, Piece
+from pretrain.text.pieces import EMBEDDED, Piece, read_piece
 from pretrain.text.problems import Cuts
-from pretrain.text.split import SIDES, TEST, TRAIN, VAL, Shares, Survey, find_tail, join_surveys
+from pretrain.text.split import SIDES, TEST, TRAIN, VAL, Shares, Survey, find_tail, join_surveys, side_by_hash
 from pretrain.tokenizer import Tokenizer, build_tokenizer
 from pretrain.tokenizer.boundary import BOS_NAMES
 from pretrain.tokenizer.build import TOO_MANY_WORDS
@@ -54,6 +54,7 @@ from pretrain.tokens.on_ray import run_on_ray
 from pretrain.tokens.progress import Progress
 from pretrain.tokens.shards import MANIFEST, PLAN, Manifest, utf8_bytes
 from pretrain.tokens.source import (
+    HASH,
     NO_TEST,
     NO_TEXT,
     NO_VALIDATION,
@@ -245,6 +246,45 @@ def prepare_text(
         manifest.save(folder)
         shutil.rmtree(folder / WORK, ignore_errors=True)
         return Prepared(folder, manifest, built)
+
+
+def find_records(shard: Path, documents: Sequence[int]) -> dict[int, dict[str, Any]]:
+    """Where the text is that training documents of a shard of ours, numbered from 1 on, were made of.
+
+    ``file``, ``record`` and ``after`` of each (see :mod:`pretrain.runs.batch`); nothing of what is not found exactly.
+    """
+    folder, (side, job_number, *_) = shard.parent, (*shard.stem.split("-"), "", "")
+    try:
+        manifest, plan = Manifest.load(folder), json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        names = ("field", "separator", "split", "val_fraction", "test_fraction")
+        paths, val_paths = (
+            tuple(name for name, *_ in plan[each] if name != EMBEDDED) for each in ("text", "validation text")
+        )
+        sides = find_sides(DataConfig(paths=paths, val_paths=val_paths, **{name: plan[name] for name in names}))
+        text = [*sides.train, *([] if val_paths else sides.val), *sides.test]
+        cuts = Tokenizer.load(folder / TOKENIZER).cuts
+        shape = {"field": plan["field"], "shares": sides.shares, "cuts": cuts, "whole": plan["whole"]}
+        job = plan_jobs(sides.train, sides.split, plan["shard_tokens"], **shape)[int(job_number)]
+        unmarked = manifest.boundary is None and manifest.documents(TRAIN) > 1  # nothing tells where they begin
+        if side != TRAIN or unmarked or _sources(text) != plan["text"]:
+            return {}
+    except (OSError, ValueError, KeyError, TypeError, IndexError, PretrainError):
+        return {}
+    shards = [each for each in manifest.shards if each.file.startswith(f"{side}-{job_number}-")]
+    number = -sum(each.documents for each in shards if each.file < shard.name)
+    first = {"file": job.pieces[0].file, "after": job.pieces[0].begin}
+    found = {} if number else {0: first}  # 0: what goes on from before the job
+    for piece in job.pieces if max(documents) else ():
+        stats = job.stats()
+        for document in read_piece(piece, job.field, stats):
+            if document.continues or (job.split == HASH and side_by_hash(document.text, job.shares) != TRAIN):
+                continue
+            number += 1
+            if number in documents:
+                found[number] = {"file": piece.file, "record": stats.records, "after": piece.begin}
+            if number >= max(documents):
+                return found
+    return found
 
 
 def check_boundary(tokenizer: Tokenizer, masked: bool) -> None:

@@ -361,16 +361,24 @@ class Readers:
 
     def packed(self, reader: int, start: Cursor) -> Iterator[tuple[np.ndarray, Cursor]]:
         """The rows of a reader, each with the cursor of the next one."""
-        bos, texts = self.tokenizer.bos_id, self.texts(reader, start.place)
-        lead = np.array([] if bos is None else [bos], dtype=self.tokenizer.dtype)
+        return self.pack(self.documents(reader, start.place), reader, start, self.tokenizer.bos_id)
+
+    def documents(self, reader: int, start: Place) -> Iterator[tuple[Place, np.ndarray]]:
+        """The ids of the documents from a place on, as :meth:`pack` wants them: best_fit puts BOS itself."""
+        bos, texts = self.tokenizer.bos_id, self.texts(reader, start)
+        lead = np.array([] if bos is None or self.packing == "best_fit" else [bos], dtype=self.tokenizer.dtype)
         documents = self.tokenizer.encode_documents(((place, begins), text) for place, text, begins in texts)
+        return ((at, np.concatenate((lead, ids)) if begins else ids) for (at, begins), ids in documents)
+
+    def pack(
+        self, documents: Iterator[tuple[Place, np.ndarray]], reader: int, start: Cursor, bos: int | None
+    ) -> Iterator[tuple[np.ndarray, Cursor]]:
+        """The rows of a reader of these documents, each with the cursor of the next one."""
         if self.packing == "concatenate":
-            ids = ((at, np.concatenate((lead, ids)) if begins else ids) for (at, begins), ids in documents)
-            return concatenate(ids, self.length, start)
+            return concatenate(documents, self.length, start)
         budget = max(PACKED_TOKENS, PACKED_ROWS * self.length)
         first_budget = budget * (reader + 1) // self.assignment.readers
-        ids = ((place, ids) for (place, _), ids in documents)  # best_fit puts BOS itself
-        return best_fit(ids, self.length, start, bos, budget, first_budget, self.seed)
+        return best_fit(documents, self.length, start, bos, budget, first_budget, self.seed)
 
     def texts(self, reader: int, start: Place) -> Iterator[tuple[Place, str, bool]]:
         """Training documents from a place on, epoch after epoch, and whether each begins rather than goes on.
@@ -501,7 +509,7 @@ class LiveBatches:
         mine = range(rank, rows, world)
         self._mine = sorted({row % self.readers for row in mine})  # the readers that feed the rows of this rank
         arguments = (joined, tokenizer, data.packing, assignment, rows, mine, length, seed)
-        self._new_readers = functools.partial(Readers, *arguments, read=self.read)
+        self.new_readers = functools.partial(Readers, *arguments, read=self.read)
         self._ahead: ReadAhead | None = None
         self._begin(0, dict.fromkeys(range(self.readers), Cursor()))
 
@@ -520,7 +528,7 @@ class LiveBatches:
         if step not in self._made:
             assert step == self._next, f"batches come in order: step {step} after {self._next - 1}"
             if self._ahead is None:
-                readers = self._new_readers()
+                readers = self.new_readers()
                 most = min(MOST_AHEAD, max(2, AHEAD_TOKENS // (self.rows * self.length)))
                 self._ahead = ReadAhead(readers.batches(self._cursors[step]), most, readers.stop)
             self._made[step], self._cursors[step + 1] = next(self._ahead)

@@ -183,8 +183,10 @@ class Trainer:
             self.world.set_timeout(self.config.parallel.timeout_seconds, self.state.parameters.groups)
         known = self.fetch_every == 1  # a GPU is still computing
         self.phase("between steps", seconds=seconds if known else None)
+        skipped = self.state.progress.skipped_batches
         return {
             "step": self.step,
+            **({"batch": self.step - 1 + skipped} if skipped else {}),
             "tokens": self.step * self.config.train.batch_tokens + self.state.progress.more_tokens,
             "time": round(time.monotonic() - self.clock_start, 3),
             **numbers,
@@ -281,7 +283,7 @@ class Trainer:
                 self.skips = 0
                 continue
             why = "a spike" if record["train/skipped"] == SPIKE else "not finite"
-            step, batch = record["step"], record["step"] - 1 + self.state.progress.skipped_batches
+            step, batch = record["step"], record.get("batch", record["step"] - 1)
             numbers = f"loss {record['train/loss']:.4g}, gradient norm {record['train/grad_norm']:.4g}"
             self.event("skipped", f"skipped step {step}, batch {batch}: {why} ({numbers})", step=step, batch=batch)
             self.count_skip(step, why)
@@ -320,7 +322,9 @@ class Trainer:
         self.notify("on_rollback", self.step)
         if self.world.is_rank0:
             self.smoothed = Smoothed(read_jsonl(self.run.metrics))
-        self.event("roll_back", f"a spike at step {spike}: back to step {self.step}, skipping the batches since then")
+        batch = spike - 1 + before.skipped_batches
+        text = f"a spike at step {spike}, batch {batch}: back to step {self.step}, skipping the batches since then"
+        self.event("roll_back", text, batch=batch)
 
     def save(self, must: bool) -> None:
         """Begin to commit a checkpoint of this step; once it is committed, those no longer wanted are pruned.
