@@ -16,6 +16,7 @@ from pretrain.io import append_jsonl, read_jsonl
 from pretrain.runs import Run
 from pretrain.runs.checkpoint import remove
 from pretrain.tokens import LiveBatches, TrainingBatches
+from pretrain.tokens.prepare import find_records
 from pretrain.training import train
 from pretrain.training.guard import LossScale
 
@@ -176,6 +177,35 @@ def test_after_a_roll_back(files: list[str], tmp_path: Path, given: Given, capsy
     assert main(["data", "at", str(run.folder), "--step", "9"]) == 2
     assert "did not note which batches it skipped before step 9; give --batch N" in capsys.readouterr().err
     assert rows_at(run, capsys, "--step", 8) == recorded[7]
+
+
+def test_a_document_larger_than_a_shard(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("pretrain.text.formats.PART_CHARACTERS", 3000)
+    monkeypatch.setattr("pretrain.text.formats.CUT_WINDOW", 100)
+    text = " ".join(random.Random(0).choices(["ash", "Noël", "elm"], k=4000))
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "short"}) + "\n" + json.dumps({"text": text}) + "\n")
+    out = tmp_path / "tokens"
+    options = ["--tokenizer", "byte", "--val-fraction", "0", "--shard-tokens", "2000"]
+    assert main(["data", "prepare", str(tmp_path / "long.jsonl"), "--out", str(out), *options]) == 0
+    shards = sorted(out.glob("train-*.bin"))
+    assert len(shards) > 3
+    place = {"file": str(tmp_path / "long.jsonl"), "after": 0}
+    assert find_records(shards[0], range(1, 3)) == {0: place, 1: {**place, "record": 1}, 2: {**place, "record": 2}}
+    for shard in shards[1:]:
+        assert find_records(shard, range(2)) == {0: {**place, "record": 2}}
+
+
+def test_rows_of_a_fork(tiny: Config, tmp_path: Path, given: Given, capsys):
+    train(tiny, tmp_path / "run")
+    arguments = ["--step", "8", "--out", str(tmp_path / "fork"), "--train.batch_tokens", "512", "--train.steps", "12"]
+    given.clear()
+    assert main(["fork", str(tmp_path / "run"), *arguments]) == 0
+    run, recorded = Run.open(tmp_path / "fork"), dict(given)
+    found = at(run, capsys, "--step", 9)
+    assert (found["batch"], len(found["rows"])) == (4, 16)
+    assert [row["tokens"] for row in found["rows"]] == recorded[4]
+    assert main(["data", "at", str(run.folder), "--step", "8"]) == 2
+    assert f"was trained before the fork: pretrain data at {tmp_path / 'run'}" in capsys.readouterr().err
 
 
 def test_what_cannot_be_shown(tiny: Config, tmp_path: Path, capsys):

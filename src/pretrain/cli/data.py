@@ -241,8 +241,9 @@ class At(Command):
         for row in found:
             name = f"batch {batch}, row {row.row}" + (f", rank {row.rank}" if world else "")
             for part in row.parts if self.row >= 0 else row.parts[:1]:
+                at = f", token {part.pop('begin')}"
                 place = [f"{key} {each:,}" if isinstance(each, int) else each for key, each in part.items() if each]
-                print(f"{name}: {', '.join(place)}")
+                print(f"{name}{at if self.row >= 0 else ''}: {', '.join(place)}")
             text = tokenizer.decode(row.tokens, show_special=True)
             print(f"\n{text}" if self.row >= 0 else f"    {' '.join(text.split())[:SHOWN]}")
         return 0

@@ -166,10 +166,9 @@ def _traced(readers: Readers, reader: int, start: Cursor, count: int, closely: b
             number, at = divmod(int(row[begin + after_bos]), 1 << 40)
             (epoch, turn, document), ids = documents[number]
             piece = readers.text.train[readers.assignment.pieces(epoch, reader)[turn]]
-            part = {"begin": begin, "file": piece.file, "after": piece.begin, "byte": int(bytes_of[ids[:at]].sum())}
+            stats = ReadStats(cuts=readers.read.cuts, whole=readers.read.whole)
             if closely:
-                stats = ReadStats(cuts=readers.read.cuts, whole=readers.read.whole)
                 next(islice(readers.text.parts(piece, TRAIN, stats), document, None))
-                part["record"] = stats.records
-            parts.append(part)
+            known = {"record": stats.records, "after": piece.begin} if closely else {}
+            parts.append({"begin": begin, "file": piece.file, **known, "byte": int(bytes_of[ids[:at]].sum())})
         yield parts

@@ -270,10 +270,10 @@ def find_records(shard: Path, documents: Sequence[int]) -> dict[int, dict[str, A
             return {}
     except (OSError, ValueError, KeyError, TypeError, IndexError, PretrainError):
         return {}
-    shards = [each for each in manifest.shards if each.file.startswith(f"{side}-{job_number}-")]
-    number = -sum(each.documents for each in shards if each.file < shard.name)
+    of_job = [each for each in manifest.shards if each.file.startswith(f"{side}-{job_number}-")]
+    earlier = [each.documents for each in of_job if each.file < shard.name]
     first = {"file": job.pieces[0].file, "after": job.pieces[0].begin}
-    found = {} if number else {0: first}  # 0: what goes on from before the job
+    number, found = -sum(earlier), {} if earlier else {0: first}  # 0: what goes on from before the job
     for piece in job.pieces if max(documents) else ():
         stats = job.stats()
         for document in read_piece(piece, job.field, stats):
