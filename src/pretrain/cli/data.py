@@ -227,8 +227,7 @@ class At(Command):
         world, size = self.world or world_of(run, self.step), run.config.batch_rows
         if self.rank >= 0 and world is None:
             raise UsageError(f"{self.run} does not say how many processes computed this batch; add --world N")
-        rows = range(size) if self.rank < 0 else range(size)[self.rank :: world] if self.rank < world else range(0)
-        rows = [row for row in rows if self.row in (-1, row)]
+        rows = [row for row in range(size) if self.row in (-1, row) and self.rank in (-1, row % (world or 1))]
         if not rows:
             raise UsageError(
                 f"there is no such row: a batch has rows 0 to {size - 1}, and process R row R, R + {world}, ..."
