@@ -63,8 +63,6 @@ class Evaluate(Command):
             raise ValueError("--split is of the run's own text; leave it out with --data")
         if not self.tasks and (self.tasks_dir or self.num_fewshot is not None):
             raise ValueError("--tasks-dir and --num-fewshot are for --tasks; name some with it")
-        if self.tasks_dir and not Path(self.tasks_dir).is_dir():
-            raise ValueError(f"--tasks-dir {self.tasks_dir} is no folder; give one with YAML files of tasks")
         if not self.runs:
             raise ValueError("RUN is missing: give a run directory, or hf:DIR")
 
@@ -79,6 +77,8 @@ class Evaluate(Command):
                 from pretrain.evaluation.harness import Tasks
             except ImportError as error:
                 raise UsageError(f"--tasks needs lm-eval ({error}); pip install 'pretrain[lm-eval]'") from None
+            if self.tasks_dir and not Path(self.tasks_dir).is_dir():
+                raise UsageError(f"--tasks-dir {self.tasks_dir} is no folder; give one with YAML files of tasks")
             harness = Tasks(self.tasks.split(","), self.tasks_dir, self.num_fewshot)
         request = EvalRequest(
             split=self.split,
