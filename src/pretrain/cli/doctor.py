@@ -26,6 +26,7 @@ EXTRAS = (
     ("wandb", "wandb", "Weights & Biases"),
     ("trackio", "trackio", "trackio"),
     ("lm_eval", "lm-eval", "pretrain eval --tasks"),
+    ("gguf", "gguf", "pretrain export --format gguf"),
     ("pyppmd", "ppmd", "PPMd in a report's baselines"),
     ("torchao", "fp8", "fp8 on Hopper and later GPUs"),
 )

@@ -3,6 +3,7 @@
 hf            model.safetensors, config.json, tokenizer.json and its settings, README.md; where transformers has no
               such architecture, also our model's Python files, which it then loads with trust_remote_code
 safetensors   model.safetensors by our parameter names, config.json, tokenizer.json
+gguf          model.gguf, for llama.cpp
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 from pretrain.config import FREE_SECTIONS, config_to_dict
 from pretrain.errors import DataError, UsageError
 from pretrain.hf.convert import OWN, hf_type, obstacles, to_hf
+from pretrain.hf.ggml import write_gguf
 from pretrain.io import expand, read_jsonl, without_secrets
 from pretrain.runs import Run
 from pretrain.runs.checkpoint import AVERAGE, Checkpoint
@@ -42,22 +44,30 @@ CODE = (
 """The modules that an export of our own architecture contains, in one folder."""
 
 
-def export_run(run: Run, format: Literal["hf", "safetensors"], out: Path, checkpoint: Checkpoint | None = None) -> str:
+def export_run(
+    run: Run,
+    format: Literal["hf", "safetensors", "gguf"],
+    out: Path,
+    checkpoint: Checkpoint | None = None,
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32",
+) -> str:
     """Write the model of ``run`` into the folder ``out``, which appears whole or not at all; says how to load it.
 
-    ``checkpoint`` is by default the model that the run leaves: :meth:`Run.model_checkpoint`.
+    ``checkpoint`` is by default the model that the run leaves: :meth:`Run.model_checkpoint`. ``dtype`` is of gguf.
 
     Raises:
-        UsageError: ``out`` has files, or cannot be written.
+        UsageError: ``out`` has files, or cannot be written; or the format cannot express the model.
         CheckpointError: the run has no intact checkpoint.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists and is not an empty folder; choose another --out")
     checkpoint = checkpoint or run.model_checkpoint()
     model, tokenizer = run.load_model(checkpoint=checkpoint), run.tokenizer()
-    tree, tensors = to_hf(model, OWN if format == "safetensors" else "")
+    tree, tensors = to_hf(model, "" if format == "hf" else OWN)
     files = {"config.json": _json(tree)}
-    if format == "safetensors":
+    if format == "gguf":
+        how = f"llama-cli -m {out}/model.gguf"
+    elif format == "safetensors":
         tensors = {name.removeprefix("gpt."): tensor for name, tensor in tensors.items()}
         how = f'from pretrain.hf.convert import load_hf; model = load_hf("{out}")'
     else:
@@ -71,11 +81,14 @@ def export_run(run: Run, format: Literal["hf", "safetensors"], out: Path, checkp
         with tempfile.TemporaryDirectory(dir=final.parent, prefix=f".{final.name}.") as temporary:
             folder = Path(temporary, "whole")
             folder.mkdir()
-            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-            (folder / "model.safetensors").chmod(0o644)  # safetensors lets only its owner read it
-            tokenizer.save(folder / "tokenizer.json")
-            for name, text in files.items():
-                (folder / name).write_text(text, encoding="utf-8", errors="surrogateescape")
+            if format == "gguf":
+                write_gguf(folder / "model.gguf", out.resolve().name, model, tokenizer, dtype)
+            else:
+                save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+                (folder / "model.safetensors").chmod(0o644)  # safetensors lets only its owner read it
+                tokenizer.save(folder / "tokenizer.json")
+                for name, text in files.items():
+                    (folder / name).write_text(text, encoding="utf-8", errors="surrogateescape")
             os.replace(folder, final)  # an empty folder gives way
     except OSError as error:
         raise UsageError(f"cannot write {out}: {error.strerror}; choose another --out") from None
