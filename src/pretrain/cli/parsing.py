@@ -122,9 +122,16 @@ def _base_config(args: list[str], of_run: bool) -> tuple[str, Config]:
     recipe = args[0] if args and not args[0].startswith("-") else ""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--out", nargs="?")
-    out = finder.parse_known_args(args)[0].out
-    resumed = out and (of_run or not recipe) and Path(out, "config.toml").is_file()
-    if run := out if resumed else recipe if of_run else "":
+    finder.add_argument("--checkpoint.copy-to", "--checkpoint.copy_to", nargs="?", dest="copy_to")
+    found, copied = finder.parse_known_args(args)[0], None
+    out, here = found.out, bool(found.out) and Path(found.out, "config.toml").is_file()
+    if out and found.copy_to and not (here or recipe or of_run):  # a run that was begun on another machine
+        from pretrain.runs.copy import RunCopy
+
+        copied = RunCopy(found.copy_to).config()
+    if copied:
+        config = copied
+    elif run := out if here and (of_run or not recipe) else recipe if of_run else "":
         from pretrain.runs.run import Run
 
         config = Run.open(run).config

@@ -461,6 +461,9 @@ class CheckpointConfig(Section):
     """Also save whenever the validation loss is the lowest so far, and keep that checkpoint."""
     on_error: Literal["continue", "stop"] = "continue"
     """When a checkpoint cannot be written, as on a full disk: continue to the next one, or stop; the last is kept."""
+    copy_to: str = ""
+    """A bucket (s3://BUCKET/PATH, gs://...) or a folder on another disk, to which each checkpoint and the run's files
+    are copied in the background. A machine that has no such run directory goes on from there (docs/reliability.md)."""
 
 
 @dataclass(frozen=True)

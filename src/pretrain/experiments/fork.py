@@ -60,6 +60,8 @@ def fork(
     DataError where checkpoint or text cannot be used.
     """
     console = console or Console(quiet=True)
+    if "checkpoint.copy_to" not in given:  # the place of the parent
+        config = replace(config, checkpoint=replace(config.checkpoint, copy_to=""))
     if Run.exists(out):
         run = Run.open(out)
         if not (known := run.fork) or Path(known["parent"]) != parent.resolve() or step not in (0, known["step"]):

@@ -15,7 +15,7 @@ import operator
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -451,20 +451,27 @@ def lowest(folder: Path, val_losses: Mapping[int, float], peers: Peers = ALONE) 
     return next((there[step] for step in by_loss(there, val_losses) if not there[step].broken(peers)), None)
 
 
-def prune(folder: Path, config: CheckpointConfig, val_losses: Mapping[int, float]) -> None:
-    """Remove the checkpoints that ``config`` does not keep; the newest always stays.
+def prune(
+    folder: Path, config: CheckpointConfig, val_losses: Mapping[int, float], held: Container[int | None] = ()
+) -> None:
+    """Remove the checkpoints that ``config`` does not keep, except those ``held``; see :func:`surplus`."""
+    there = {checkpoint.step: checkpoint for checkpoint in checkpoints(folder)}
+    for step in surplus(there, config, val_losses):
+        if step not in held:
+            remove(there[step].folder)
+
+
+def surplus(there: Iterable[int], config: CheckpointConfig, val_losses: Mapping[int, float]) -> list[int]:
+    """The steps, of those with a checkpoint, whose checkpoint ``config`` does not keep; never the newest.
 
     ``val_losses`` are the validation losses by step, of which ``keep_best`` keeps the lowest that has a checkpoint.
     """
-    there = {checkpoint.step: checkpoint for checkpoint in checkpoints(folder)}
-    steps, every = list(there), config.keep_every
+    steps, every = sorted(there), config.keep_every
     regular = [step for step in steps if step not in config.at and not (every and step % every == 0)]
     keep = {*regular[-config.keep_last :], *steps[-1:]}  # keep_last 0 keeps all, as -0 is 0
     if config.keep_best:
-        keep.update(by_loss(there, val_losses)[:1])
-    for step in regular:
-        if step not in keep:
-            remove(there[step].folder)
+        keep.update(by_loss(steps, val_losses)[:1])
+    return [step for step in regular if step not in keep]
 
 
 def remove(folder: Path) -> None:

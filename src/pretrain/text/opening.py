@@ -5,7 +5,7 @@
 
 ``format_of`` gives the format by the name. fsspec and the package of each protocol read https://, hf://, s3://,
 gs:// and others; for runs of days, a range that does not arrive complete is requested again. Errors become one line for
-the user (``one_line``, ``_one_line_remote``).
+the user (``one_line``, ``one_line_remote``).
 """
 
 from __future__ import annotations
@@ -160,10 +160,10 @@ def expand_url(url: str) -> list[tuple[str, int | None]]:
     matches. Over http a URL is one file. Raises DataError if it is not there or not to be reached, or a package is
     missing.
     """
-    if _protocol(url) in _HTTP:
+    if protocol_of(url) in _HTTP:
         return [(url, _size_and_ranges(url)[0])]
-    with _one_line_remote(url):
-        fs, path = _filesystem(url)
+    with one_line_remote(url):
+        fs, path = filesystem(url)
         if any(character in path for character in "*?["):
             found = fs.glob(path, detail=True)
         else:
@@ -172,7 +172,7 @@ def expand_url(url: str) -> list[tuple[str, int | None]]:
                 return [(url, info["size"])]
             found = fs.find(path, detail=True)
             found = {name: info for name, info in found.items() if "/." not in name.removeprefix(path)}
-    return sorted((fs.unstrip_protocol(name), info["size"]) for name, info in found.items() if info["type"] == "file")
+    return sorted((fs.unstripprotocol_of(name), info["size"]) for name, info in found.items() if info["type"] == "file")
 
 
 class _RemoteFile(io.RawIOBase):
@@ -226,7 +226,7 @@ class _RemoteFile(io.RawIOBase):
                 raise EOFError(f"{len(data):,} bytes came instead of {wanted:,}")
             return data
 
-        with _one_line_remote(self.url):
+        with one_line_remote(self.url):
             data = self.retrying(read)
         view[: len(data)] = data
         return len(data)
@@ -237,15 +237,16 @@ class _RemoteFile(io.RawIOBase):
         super().close()
 
 
-def _protocol(url: str) -> str:
+def protocol_of(url: str) -> str:
+    """The protocol of a URL."""
     return url.partition("://")[0].lower()
 
 
-def _filesystem(url: str) -> tuple[Any, str]:
+def filesystem(url: str) -> tuple[Any, str]:
     """The file system of fsspec for a URL, and the path in it."""
     from fsspec.core import url_to_fs
 
-    protocol = _protocol(url)
+    protocol = protocol_of(url)
     options: dict[str, Any] = {}
     if protocol in _HTTP:
         import aiohttp
@@ -285,22 +286,22 @@ def _reach(server: str) -> None:
 def _open(url: str, size: int | None) -> Any:
     """Open for reading by ranges; over http with size None, as a stream."""
     options: dict[str, Any] = {"cache_type": "none"}
-    if _protocol(url) in _HTTP:
+    if protocol_of(url) in _HTTP:
         options = {"block_size": 0} if size is None else {"size": size, **options}
-    with _one_line_remote(url):
-        fs, path = _filesystem(url)
+    with one_line_remote(url):
+        fs, path = filesystem(url)
         return fs.open(path, "rb", **options)
 
 
 @lru_cache(maxsize=4096)
 def _size_and_ranges(url: str) -> tuple[int | None, bool]:
     """Ask for the size of a file, and whether any part of it can be read by itself. Tries only once."""
-    with _one_line_remote(url):
-        fs, path = _filesystem(url)
+    with one_line_remote(url):
+        fs, path = filesystem(url)
         info = fs.info(path)
         size = info["size"]
         ranges = size is not None and info.get("partial", True)
-        if size and ranges and _protocol(url) in _HTTP:
+        if size and ranges and protocol_of(url) in _HTTP:
             with _open(url, size) as file:
                 try:
                     file.seek(1)
@@ -324,17 +325,17 @@ def _status(error: BaseException) -> int | None:
 
 
 @contextmanager
-def _one_line_remote(url: str) -> Iterator[None]:
+def one_line_remote(url: str) -> Iterator[None]:
     """Turn the exceptions of a protocol's package into DataError: what they mean, and what to do."""
     try:
         yield
-    except DataError:
+    except PretrainError:
         raise
     except Exception as error:
         chain = _chain(error)
         names = {type(each).__name__ for each in chain}
         why = " ".join(f"{type(chain[-1]).__name__}: {chain[-1]}".split())[:200]
-        protocol, status = _protocol(url), _status(error)
+        protocol, status = protocol_of(url), _status(error)
         if isinstance(error, ImportError):
             fix = f"; pip install 'pretrain[{_EXTRAS[protocol]}]'" if protocol in _EXTRAS else ""
             text = f"{protocol}:// needs another package ({error}){fix}"

@@ -25,6 +25,7 @@ from pretrain.runs.metrics import SMOOTHED_LOSS, Smoothed, comparable_loss, fetc
 from pretrain.tokens import Corpus
 from pretrain.training.callbacks import Callback
 from pretrain.training.console import Console
+from pretrain.training.copier import Copier
 from pretrain.training.evaluator import Evaluator, total
 from pretrain.training.guard import SPIKE
 from pretrain.training.heartbeat import SAVING
@@ -34,6 +35,7 @@ from pretrain.training.step import UPDATE, train_step_with_oom_retry
 from pretrain.training.world import Later
 
 SPEED = "train/tokens_per_second"
+LEAVING = 4.0  # seconds of the grace period that are kept for all that follows a copy
 FETCH_EVERY = 10  # steps between fetches of metrics on a GPU, so that no step waits for the device
 
 
@@ -55,6 +57,8 @@ class Trainer:
     bytes_per_token: float
     smoothed: Smoothed
     """The training loss of the steps so far, smoothed; only that of rank 0 counts earlier jobs."""
+    copier: Copier | None = None
+    """What copies checkpoints (``checkpoint.copy_to``), on rank 0."""
     stop: StopRequest = field(init=False)
     saved: int = field(init=False)
     """The step of the newest checkpoint; 0 for none."""
@@ -111,19 +115,28 @@ class Trainer:
                 if self.world.size == 1 or isinstance(error, PretrainError):
                     with suppress(OSError):  # a save under way is finished all the same
                         self.writer.wait()
+                    if self.copier:
+                        self.copier.finish(self.config.guard.grace_seconds)
+                        while self.copier.busy(0.1):
+                            pass
+                        self.console.say(self.copier.close())
                 elif isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
                     raise self.world.connection_lost(error) from error
                 raise
             finally:
                 self.notify("on_end", self.stop.requested)
-        if self.world.is_rank0:
-            self.run.write_summary(
-                time.monotonic() - self.clock_start,
-                parameters=sum(p.numel() for p in self.state.model.parameters()),
-                vocab_size=self.corpus.tokenizer.vocab_size,
-                bytes_per_token=self.bytes_per_token,
-                **best,
-            )
+            if self.world.is_rank0:
+                self.run.write_summary(
+                    time.monotonic() - self.clock_start,
+                    parameters=sum(p.numel() for p in self.state.model.parameters()),
+                    vocab_size=self.corpus.tokenizer.vocab_size,
+                    bytes_per_token=self.bytes_per_token,
+                    **best,
+                )
+            if left := self.finish_copy():
+                if not self.world.is_rank0:
+                    raise PeerError(CheckpointError.exit_code)
+                raise CheckpointError(f"the run is finished, but {left}; try again with: {self.console.command}")
 
     def best_model(self) -> dict[str, Any]:
         """With ``checkpoint.keep_best``, what summary.json says of a checkpoint that is better than the last one.
@@ -346,7 +359,8 @@ class Trainer:
         def committed() -> None:
             self.saved = step
             self.notify("on_checkpoint", self.run.checkpoints / f"step-{step:08d}")
-            prune(self.run.checkpoints, self.config.checkpoint, self.val_losses)
+            held = (self.copier.copy.held,) if self.copier else ()
+            prune(self.run.checkpoints, self.config.checkpoint, self.val_losses, held)
 
         if failure := self.write_lines():  # no step of a checkpoint may be missing from them
             self.save_failed(failure, must)
@@ -392,10 +406,27 @@ class Trainer:
         if self.step != self.saved:
             self.save(must=True)
         self.wait_for_save(must=True)
+        left = self.finish_copy()
         if not self.world.is_rank0:
             return PeerError(Interrupted.exit_code)
         where = f"after step {self.step} of {self.config.train.steps}"
-        return Interrupted(f"stopped {where}, all saved; resume with: {self.console.command}")
+        return Interrupted(
+            f"stopped {where}, all saved{left and f' here, but {left}'}; resume with: {self.console.command}"
+        )
+
+    def finish_copy(self) -> str:
+        """Wait for the copy, after a signal within the grace period; gives what is not copied. All call it."""
+        left = ""
+        if self.config.checkpoint.copy_to:
+            if self.copier:
+                self.copier.finish()
+            while self.world.any(self.copier is not None and self.stop.left() > LEAVING and self.copier.busy(0.1)):
+                pass
+            if self.copier:
+                left = self.copier.close()
+                prune(self.run.checkpoints, self.config.checkpoint, self.val_losses)
+            left = self.world.broadcast(left)
+        return left
 
     def notify(self, hook: str, *arguments: Any) -> None:
         """Call a hook of every callback."""

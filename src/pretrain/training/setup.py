@@ -18,6 +18,7 @@ from pretrain.model import GPT
 from pretrain.optim import build_optimizers
 from pretrain.runs import Run
 from pretrain.runs.checkpoint import LAST, CheckpointWriter, newest
+from pretrain.runs.copy import RunCopy
 from pretrain.runs.environment import write_environment
 from pretrain.runs.metrics import Smoothed, comparable_loss
 from pretrain.sizing import meta_model, rows_that_fit
@@ -26,6 +27,7 @@ from pretrain.tokens import BatchesAhead, LiveBatches, Origin, TrainingBatches, 
 from pretrain.training.average import WeightAverage
 from pretrain.training.callbacks import Callback, RunFiles, TextProblems, Warnings
 from pretrain.training.console import Console
+from pretrain.training.copier import Copier
 from pretrain.training.evaluator import Evaluator
 from pretrain.training.guard import Guard, LossScale
 from pretrain.training.heartbeat import Heartbeat
@@ -44,11 +46,12 @@ def set_up(
     started: float,
     went_back_to: int = 0,
     callbacks: Sequence[Callback] = (),
+    copy: RunCopy | None = None,
 ) -> Trainer:
     """Make a run whose data is prepared ready to train, from its newest intact checkpoint if it has one.
 
     All processes call it. ``started`` is ``time.monotonic()`` when this job began; ``went_back_to`` the step to which
-    ``--resume-from`` has just taken the run back, or 0.
+    ``--resume-from`` has just taken the run back, or 0; ``copy``, on rank 0, where the run is copied to.
     """
     config, device, say = run.config, world.device, console.say
     listeners: list[Callback] = [Heartbeat(run.folder, config, world)]
@@ -135,7 +138,7 @@ def set_up(
 
     # Callbacks: on rank 0 all of them, elsewhere only the heartbeat.
     losses: dict[int, float] = {}
-    smoothed, model_of = Smoothed(), (LAST, 1.0)
+    smoothed, model_of, copier = Smoothed(), (LAST, 1.0), None
     if world.is_rank0:
         # Without a checkpoint everything comes again, what was measured before the first step too.
         finished = progress.step - bool(state.progress.pending) if checkpoint else -1
@@ -146,6 +149,8 @@ def set_up(
         smoothed, model_of = Smoothed(records), run.model_of(finished)
         loggers = [Logger(kind, run.folder, config, finished, say) for kind in chosen(config.log.backends, say)]
         listeners += [RunFiles(run, finished, say), console, *loggers, Warnings(run, records), *callbacks]
+        copier = Copier(copy) if copy else None
+        listeners += [copier] if copier else []
         write_environment(run.folder, device, step=progress.step, precision=precision.name, processes=world.size)
     val_streams, test_streams = (
         {each.name: each.stream(side) for each in corpus.datasets if each.tokens(side)} for side in (VAL, TEST)
@@ -181,6 +186,7 @@ def set_up(
         val_losses=world.broadcast(losses),
         bytes_per_token=bytes_per_token,
         smoothed=smoothed,
+        copier=copier,
     )
 
 

@@ -7,6 +7,7 @@ grace over     →  leaves with the last checkpoint there is
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -53,6 +54,10 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def left(self) -> float:
+        """Seconds left of the grace period; infinite before a signal."""
+        return self._first + self.grace() - time.monotonic() if self.requested else math.inf
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self.requested:
             self.requested, self._first = True, time.monotonic()
@@ -62,7 +67,7 @@ class StopRequest:
 
     def _leave(self) -> None:
         """The end of the grace period: whatever the main thread hangs in, nothing committed is lost."""
-        while (left := self._first + self.grace() - time.monotonic()) > 0:
+        while (left := self.left()) > 0:
             if self._ended.wait(left):
                 return
         message = f"pretrain: not saved within {self.grace():g} s of the signal; the last checkpoint is safe"

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,13 +19,15 @@ from pretrain.config import Config, TokenizerConfig, as_chosen, differences
 from pretrain.device import Precision, choose_precision, keep_freed_memory
 from pretrain.errors import DataError, Interrupted, PretrainError, UsageError
 from pretrain.fitting import Text, fit_model, fit_steps, fit_text, look_at_text, settled, with_steps
-from pretrain.io import append_jsonl, read_jsonl, without_secrets
+from pretrain.io import append_jsonl, expand, read_jsonl, without_secrets
 from pretrain.model import meta_model
 from pretrain.optim import build_optimizers, find_optimizer
 from pretrain.runs import Run, checkpoints
 from pretrain.runs.checkpoint import remove
-from pretrain.runs.run import lock_run
+from pretrain.runs.copy import RunCopy
+from pretrain.runs.run import LOCK, lock_run
 from pretrain.sizing import resolve
+from pretrain.text.opening import is_url
 from pretrain.text.split import SIDES
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokenizer.build import KINDS
@@ -81,6 +85,8 @@ def train(
         PretrainError: training cannot go on, for another reason that its text gives.
     """
     started = time.monotonic() if started is None else started
+    if is_url(str(out)):
+        raise UsageError(f"{out}: a run directory needs a disk; give a folder as --out, and --checkpoint.copy_to {out}")
     out, console = Path(out), console or Console(quiet=True)
     with join_world(config.train.device, config.parallel) as world, contextlib.ExitStack() as until_the_end:
         if world.device.type == "cpu":
@@ -88,23 +94,37 @@ def train(
         if not world.is_rank0:
             console = Console(quiet=True)
 
+        copy: RunCopy | None = None  # on rank 0, if there is to be one
+
         def open_and_lock() -> Run | Draft:
+            nonlocal copy
             find_optimizer(config.optim)  # refuses an unknown name before any work
             until_the_end.enter_context(lock_run(out))
             try:
-                run = open_run(config, out, console, named)
+                copy = RunCopy(config.checkpoint.copy_to) if config.checkpoint.copy_to else None
+                run = open_fetched(config, out, console, named, copy) if copy else open_run(config, out, console, named)
                 if resume_from:
                     go_back(Run(out, run.config), resume_from, console.say)
+                    if copy:
+                        copy.drop_after(checkpoints(Run(out, run.config).checkpoints)[-1].step)
             except KeyboardInterrupt:
                 raise Interrupted(f"stopped before the first step; resume with: {console.command}") from None
             return run
+
+        def claim_copy() -> None:
+            if copy:
+                copy.claim(run)
+                console.say(f"copy      checkpoints and the run's files go to {copy.shown}")
+                if run.summary is not None:
+                    copy.send(run)
 
         run = world.run_on_rank0(open_and_lock)
         if isinstance(run, Draft):
             draft, config = run, choose(run, world, console, started)
             run = world.run_on_rank0(lambda: make_run(draft, config, console.say))
+        world.run_on_rank0(claim_copy)
         if run.summary is None:
-            set_up(run, world, console, started, resume_from, callbacks).fit()
+            set_up(run, world, console, started, resume_from, callbacks, copy).fit()
         else:
             console.say(f"{run.folder} is finished: {run.summary['steps']} steps; nothing left to train")
     return run
@@ -171,6 +191,22 @@ def open_run(config: Config, folder: Path, console: Console, named: bool = True)
             config, tokenizer=dataclasses.replace(config.tokenizer, vocab_size=tokenizer.vocab_size)
         )
     return Draft(folder, config, with_tokens(text, corpus, tokenizer.vocab_size))
+
+
+def open_fetched(config: Config, folder: Path, console: Console, named: bool, copy: RunCopy) -> Run | Draft:
+    """As :func:`open_run`, once what ``copy`` has newer is fetched; text that is not here is then not missed."""
+    fresh = not Run.exists(folder)
+    fetched = copy.fetch(folder, console.say)
+    here = [path for path in config.data.paths if is_url(path) or glob.glob(str(expand(path)))]
+    try:
+        return open_run(config, folder, console, named and (bool(here) or not config.data.paths))
+    except UsageError as error:
+        if not (fresh and fetched):
+            raise
+        for path in folder.iterdir():
+            if path.name != LOCK:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        raise UsageError(str(error).replace(str(folder), copy.shown).replace("--out", "--checkpoint.copy_to")) from None
 
 
 def with_tokens(text: Text, corpus: Corpus, vocab_size: int) -> Text:
@@ -330,13 +366,18 @@ def same_configuration(run: Run, config: Config, say: Callable[[str], None]) -> 
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """The configuration with ``data.paths`` as they are from any folder, since the run may be resumed from another."""
+    """The configuration with its paths as they are from any folder, since the run may be resumed from another."""
 
     def absolute(paths: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(path if "://" in path else os.path.abspath(os.path.expanduser(path)) for path in paths)
 
     paths = {name: absolute(getattr(config.data, name)) for name in ("paths", "val_paths")}
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, **paths))
+    copy_to = absolute((config.checkpoint.copy_to,))[0] if config.checkpoint.copy_to else ""
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, **paths),
+        checkpoint=dataclasses.replace(config.checkpoint, copy_to=copy_to),
+    )
 
 
 def go_back(run: Run, step: int, say: Callable[[str], None]) -> None:
