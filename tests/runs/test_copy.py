@@ -21,6 +21,7 @@ from tests.training.test_reliability import StopAt, heard, run_command, wait_for
 from pretrain.cli import main
 from pretrain.config import Config
 from pretrain.errors import CheckpointError, DataError, Interrupted, UsageError
+from pretrain.experiments.fork import fork
 from pretrain.io import read_jsonl
 from pretrain.runs import Run, checkpoints
 from pretrain.runs import copy as copy_module
@@ -173,6 +174,21 @@ def test_another_run_is_refused_and_nothing_is_left(tiny: Config, tmp_path: Path
     with pytest.raises(UsageError, match=r"has a copy of another run \(other tokens\)"):
         train(change(config, data__paths=(str(text),)), tmp_path / "c")
     assert steps(place) == [8, 12]
+
+
+def test_a_fork_is_not_copied_to_the_place_of_its_parent(tiny: Config, tmp_path: Path, memory: str):
+    parent = train(change(tiny, checkpoint__copy_to=memory), tmp_path / "parent")
+    made = fork(parent.folder, tmp_path / "fork", change(parent.config, train__steps=16), given={"train.steps"})
+    assert not made.config.checkpoint.copy_to
+    with pytest.raises(UsageError, match=r"has a copy of another run \(a fork\)"):
+        train(change(made.config, checkpoint__copy_to=memory), made.folder)
+    config = change(made.config, checkpoint__copy_to="memory://bucket/fork")
+    with pytest.raises(ZeroDivisionError):
+        train(config, made.folder, callbacks=[StopAt(14)])
+    assert steps("memory://bucket/fork") == [12]
+    run = train(config, tmp_path / "elsewhere")
+    assert run.fork == made.fork
+    assert run.summary["steps"] == 16
 
 
 def test_places_that_are_no_copies_are_refused(tiny: Config, tmp_path: Path, capsys):

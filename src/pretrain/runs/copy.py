@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fsspec.implementations.local import LocalFileSystem
-from tenacity import Retrying, retry_if_not_exception_type, stop_after_attempt, wait_exponential, wait_random
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential, wait_random
 
 from pretrain.config import Config, config_from_dict, differences
 from pretrain.errors import CheckpointError, PretrainError, UsageError
@@ -40,7 +40,7 @@ FINAL = (PretrainError, ImportError, PermissionError, FileNotFoundError, ValueEr
 RETRYING = Retrying(
     stop=stop_after_attempt(TRIES),
     wait=wait_exponential() + wait_random(0, 1),
-    retry=retry_if_not_exception_type(FINAL),
+    retry=retry_if_exception(lambda error: isinstance(error, Exception) and not isinstance(error, FINAL)),
     reraise=True,
 )
 
