@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
@@ -15,7 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from filelock import FileLock, Timeout
@@ -53,6 +54,8 @@ class Sweep(Command):
     0: all."""
     jobs: Count = 1
     """How many to train at a time. They divide the cores among them, or have a GPU each."""
+    engine: Literal["local", "ray"] = "local"
+    """local: processes of this machine; ray: tasks of a Ray cluster (the extra 'ray'), with --out on shared storage."""
     out: str = ""
     """The folder of the runs. Default: runs/RECIPE-sweep."""
     json: bool = False
@@ -64,10 +67,11 @@ class Sweep(Command):
             raise ValueError("--random and --search both choose the combinations; give one of them")
 
     def __call__(self) -> int:
+        from pretrain.experiments.sweep import RayTask, draw, grid, launch, parse_axis, run_all, with_values
         from pretrain.experiments.sweep import Sweep as Record
-        from pretrain.experiments.sweep import draw, grid, launch, parse_axis, run_all, with_values
         from pretrain.plan import make_plan
         from pretrain.runs.run import LOCK
+        from pretrain.tokens.on_ray import cluster
         from pretrain.training.start import with_absolute_paths
 
         self.say = functools.partial(print, file=sys.stderr if self.json else Output(), flush=True)
@@ -79,9 +83,10 @@ class Sweep(Command):
             raise UsageError("--over names a field twice; list all its values in one")
 
         record = Record.open(out, given, list(axes))
-        some = with_values(given, {name: values[0] for name, values in axes.items()})
-        if not record.commands and (some.fit.fields or (some.train.minutes and not some.train.steps)):
-            record.base = as_chosen(some, make_plan(some).config)  # else each run would choose its own
+        if not record.runs and _is_open(given):
+            one = with_values(given, {name: values[0] for name, values in axes.items()})
+            if _is_open(one):
+                record.base = as_chosen(one, make_plan(one).config)  # else each run would choose its own
         record.commands += [command] * (command not in record.commands)
         if self.random or self.search:
             names = draw(record, axes, seeds, self.random or self.search, learn=bool(self.search))
@@ -91,37 +96,45 @@ class Sweep(Command):
         known = list(itertools.islice(left, 1 if self.search else None))
         total = self.search * len(seeds) or len(record.runs)
         gpus = self.say_plan(record, known, total) if known else []
-        out.mkdir(parents=True, exist_ok=True)
         begun, failed, count = time.monotonic(), dict[str, str](), itertools.count(1)
 
         def start(name: str, place: int) -> Any:
-            environment = {}
+            arguments, log, environment = record.prepare(name), out / "logs" / f"{name}.txt", {}
+            if ray:
+                return RayTask(ray, arguments, log, self.jobs, given.train.device)
             if self.jobs > 1:
-                threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // self.jobs)))
-                environment = {"OMP_NUM_THREADS": threads}
+                environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // self.jobs)))
                 environment |= {"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} if gpus else {}
-            return launch(record.prepare(name), out / "logs" / f"{name}.txt", **environment)
+            return launch(arguments, log, **environment)
 
         def end(name: str, code: int) -> None:
             if (summary := record.summary(name)) and not code:
                 result = f"val loss {_number(summary['val_loss'])}   {_number(summary['val_bpb'])} bits per byte"
             else:
-                said = (out / "logs" / f"{name}.txt").read_text(errors="replace").rpartition("pretrain: ")
-                result = failed[name] = said[2].strip() if said[1] else f"it left with exit code {code}"
+                last = (out / "logs" / f"{name}.txt").read_text(errors="replace").rstrip().rpartition("\n")[2]
+                known = last.startswith("pretrain: ")
+                result = failed[name] = last.removeprefix("pretrain: ") if known else f"exit code {code} after: {last}"
             self.say(f"{next(count):4d}  {name}   {result}   {duration(time.monotonic() - begun)}")
 
-        try:
-            with FileLock(out / LOCK, timeout=0):
+        with contextlib.ExitStack() as stack:
+            out.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(FileLock(out / LOCK, timeout=0))
+            except Timeout:
+                raise CheckpointError(f"another process is at the sweep in {out}; wait, or use another --out") from None
+            except OSError:
+                pass  # a file system without locks
+            record.runs = Record.open(out, given, list(axes)).runs | record.runs  # another ended meanwhile
+            ray = stack.enter_context(cluster(cores())) if self.engine == "ray" else None
+            try:
                 run_all(itertools.chain(known, left), start, self.jobs, end)
-        except Timeout:
-            raise CheckpointError(f"another process is at the sweep in {out}; wait, or use another --out") from None
-        except KeyboardInterrupt:
-            done = sum(record.summary(name) is not None for name in record.runs)
-            raise Interrupted(f"stopped: {done} of {total} runs are finished; resume with: {command}") from None
+            except KeyboardInterrupt:
+                done = sum(record.summary(name) is not None for name in record.runs)
+                raise Interrupted(f"stopped: {done} of {total} runs are finished; resume with: {command}") from None
         self.show(record, failed)
         if failed:
             name, why = next(iter(failed.items()))
-            again = shlex.join(["pretrain", *record.prepare(name)])
+            again = shlex.join(["pretrain", *record.arguments(name)])
             raise PretrainError(f"{len(failed)} of {total} runs failed, first {name} ({why}); to see it: {again}")
         return 0
 
@@ -201,6 +214,11 @@ class Sweep(Command):
             shown = [_number(each[key][part]) for key in ("val_loss", "val_bpb") for part in ("mean", "deviation")]
             rows.append([each["words"] or "all", str(each["runs"]), *shown])
         self.say(f"\n{table(rows)}\n\nmore than chance? pretrain compare {shlex.quote(str(record.out))}")
+
+
+def _is_open(config: Config) -> bool:
+    """Whether each run would choose something by the speed it measures, or by its text."""
+    return bool(config.fit.fields or (config.train.minutes and not config.train.steps))
 
 
 def _over_seeds(values: Sequence[float | None]) -> dict[str, float | None]:

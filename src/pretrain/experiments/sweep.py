@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -38,9 +39,11 @@ from pretrain.io import write_atomically
 from pretrain.runs import Run
 from pretrain.runs.run import LOCK
 from pretrain.tokens import Origin
+from pretrain.tokens.on_ray import RETRIES
 from pretrain.training.start import what_changed
 
 RECORD = "sweep.json"
+POLL_SECONDS = 0.1
 ATTEMPTS = 200  # to draw a combination that is new and allowed
 FREE = FREE_SECTIONS - {"eval", "checkpoint", "fit"}  # those decide with which loss a run ends
 
@@ -165,14 +168,18 @@ class Sweep:
             found.setdefault(in_words(values), []).append(name)
         return found
 
+    def arguments(self, name: str) -> list[str]:
+        """What ``pretrain`` makes or resumes a run by."""
+        return ["train", str(self.out / "recipes" / f"{name}.toml"), "--out", str(self.out / name)]
+
     def prepare(self, name: str) -> list[str]:
-        """Record the sweep and write the recipe of a run; gives the arguments of ``pretrain`` that make or resume it.
+        """Record the sweep and write the recipe of a run; gives its :meth:`arguments`.
 
         A new run is given the tokens that another one made of the same text. Raises DataError if that text changed.
         """
-        config, folder, recipe = self.config(name), self.out / name, self.out / "recipes" / f"{name}.toml"
-        recipe.parent.mkdir(exist_ok=True)
-        write_atomically(recipe, tomli_w.dumps(config_to_dict(config)))
+        config, folder, arguments = self.config(name), self.out / name, self.arguments(name)
+        (self.out / "recipes").mkdir(exist_ok=True)
+        write_atomically(Path(arguments[1]), tomli_w.dumps(config_to_dict(config)))
         self.save()
         for other in (self.out / each for each in self.runs if each != name and Run.exists(self.out / each)):
             run, origin = Run.open(other), Origin.load(other)
@@ -187,7 +194,7 @@ class Sweep:
                     shutil.copytree(run.data, folder / "data.tmp", copy_function=os.link)
                     (folder / "data.tmp").rename(folder / "data")
             break
-        return ["train", str(recipe), "--out", str(folder)]
+        return arguments
 
 
 def grid(axes: Axes) -> list[Values]:
@@ -258,12 +265,56 @@ def draw(sweep: Sweep, axes: Axes, seeds: Sequence[int], count: int, learn: bool
 def launch(arguments: Sequence[str], log: Path, **environment: str) -> subprocess.Popen[bytes]:
     """Run ``pretrain ARGUMENTS`` in a process of its own, which stops, with all saved, when this one is gone."""
     log.parent.mkdir(exist_ok=True)
-    with log.open("ab") as output:
+    with log.open("wb") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "pretrain.cli.sweep", *arguments],
             stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=os.environ | environment,
             start_new_session=True,  # Ctrl-C reaches us alone, and we ask once: a second signal would cut saving short
         )  # fmt: skip
+
+
+class RayTask:
+    """A run as a task of a Ray cluster, to be used as a process of :func:`launch`."""
+
+    def __init__(self, ray: Any, arguments: Sequence[str], log: Path, jobs: int, device: str):
+        sizes = [node["Resources"].get("CPU", 0) for node in ray.nodes()]
+        gpus = float(device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0)
+        share = max(1, int(min(max(sizes), sum(sizes) // jobs)))
+        remote = ray.remote(num_cpus=share, num_gpus=gpus, max_retries=RETRIES)(_in_task)
+        self.ray, self.log, self.task = ray, log, remote.remote(arguments, log, os.getcwd())
+
+    def poll(self) -> int | None:
+        """Its exit code; None before its end."""
+        return self.wait() if self.ray.wait([self.task], timeout=0)[0] else None
+
+    def terminate(self) -> None:
+        """Ask it to stop."""
+        self.ray.cancel(self.task)
+
+    def wait(self) -> int:
+        """Its exit code, at its end."""
+        try:
+            return self.ray.get(self.task)
+        except self.ray.exceptions.RayError as error:
+            self.log.parent.mkdir(exist_ok=True)
+            self.log.write_text(f"pretrain: {getattr(error, 'cause', error)}".split("\n")[0])
+            return 1
+
+
+def _in_task(arguments: Sequence[str], log: Path, folder: str) -> int:
+    if Path(folder).is_dir():
+        os.chdir(folder)  # paths may be relative to where the command was given
+    if not Path(arguments[1]).is_file():
+        host = socket.gethostname()
+        raise UsageError(f"{arguments[1]} is not on {host}: with --engine ray, --out must be on shared storage")
+    process = launch(arguments, log)
+    try:
+        while process.poll() is None:
+            time.sleep(POLL_SECONDS)  # to be cancelled does not end a system call
+        return process.returncode
+    finally:
+        process.terminate()  # nothing, unless it is cancelled
+        process.wait()
 
 
 def follow_parent(folder: Path) -> None:
@@ -294,7 +345,7 @@ def run_all(
                     running[place] = name, start(name, place)
             if not running:
                 return
-            time.sleep(0.1)
+            time.sleep(POLL_SECONDS)
             for place, (name, process) in list(running.items()):
                 if (code := process.poll()) is not None:
                     del running[place]
@@ -303,10 +354,5 @@ def run_all(
         left = [process for _, process in running.values()]
         for process in left:
             process.terminate()
-        while left:
-            try:
-                left[-1].wait()
-                left.pop()
-            except KeyboardInterrupt:  # again: they leave with the last checkpoint
-                for process in left:
-                    process.terminate()
+        for process in left:  # where this is interrupted too, they leave at once, with the last checkpoint
+            process.wait()
