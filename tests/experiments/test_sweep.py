@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from tests.training.test_loop import assert_same_run
 
 from pretrain import plan
 from pretrain.cli import main
-from pretrain.config import load_config
+from pretrain.config import Config, load_config
 from pretrain.errors import PretrainError
 from pretrain.experiments import sweep
+from pretrain.fitting import with_steps
 from pretrain.io import read_jsonl
 from pretrain.runs import Run
 from pretrain.training import train
@@ -96,16 +98,15 @@ def test_all_combinations_with_all_seeds_are_ordinary_runs(command: list[str], t
     assert_same_run(ours, Run.open(tmp_path / "by hand"))
     assert (ours.data / "train-00000-000.bin").stat().st_nlink == 8
 
-    # The table: the mean and the deviation of both seeds, the best setting first.
-    by_values = {}
-    for run in found["runs"]:
-        by_values.setdefault(json.dumps(run["values"]), []).append(run["val_loss"])
-    for setting in found["settings"]:
-        a, b = by_values[json.dumps(setting["values"])]
-        assert setting["runs"] == 2
-        assert setting["val_loss"]["mean"] == pytest.approx((a + b) / 2)
-        assert setting["val_loss"]["deviation"] == pytest.approx(abs(a - b) / 2**0.5)
-    means = [setting["val_loss"]["mean"] for setting in found["settings"]]
+    # The table: a line for each setting, the best first.
+    losses = {run["run"]: run["val_loss"] for run in found["runs"]}
+    for group in found["groups"]:
+        layers, lr = (part.split()[-1] for part in group["name"].split(", "))
+        runs = [str(tmp_path / "out" / f"lr={lr},layers={layers},seed={seed}") for seed in (5, 6)]
+        assert group["runs"] == runs
+        assert group["loss"]["mean"] == pytest.approx(sum(losses[run] for run in runs) / 2)
+    means = [group["bits_per_byte"]["mean"] for group in found["groups"]]
+    assert len(means) == 4
     assert means == sorted(means)
 
 
@@ -120,8 +121,34 @@ def test_a_sweep_is_extended_and_finished_runs_are_left(command: list[str], tmp_
     assert main([*command, "--over", "optim.lr=0.01"]) == 0  # all is there
     printed = capsys.readouterr().out
     assert len(in_process) == 4
-    assert "optim.lr=0.003     2" in printed
+    assert "optim.lr 0.003      2  " in printed
     assert f"pretrain compare {tmp_path / 'out'}" in printed
+
+
+def test_what_fits_is_chosen_once_for_all_runs(command: list[str], tmp_path: Path, in_process, monkeypatch, capsys):
+    """Also for those that are added when the machine is faster."""
+    make_plan = plan.make_plan
+
+    def few_steps(config: Config) -> plan.Plan:
+        made = make_plan(config)
+        return replace(made, config=with_steps(made.config, made.config.train.steps if config.train.steps else 5))
+
+    monkeypatch.setattr(plan, "make_plan", few_steps)
+    text, out = command[3], tmp_path / "out"
+    fit = ["sweep", "--data", text, "--out", str(out), "--train.minutes", "0.16", "--train.batch_tokens", "2048"]
+    small = ["--model.layers", "1", "--model.heads", "1", "--model.width", "32"]
+    swept([*fit, *small, "--over", "optim.lr=0.003,0.006"], capsys)
+    asked = json.loads((out / "sweep.json").read_text())
+    assert asked["given"]["train"]["steps"] == 0
+    asked["base"]["train"]["steps"] = 3
+    (out / "sweep.json").write_text(json.dumps(asked))
+    swept([*fit, *small, "--over", "optim.lr=0.006", "--seeds", "2"], capsys)
+    configs = [Run.open(out / name).config for name in sorted(names(out))]
+    assert [config.optim.lr for config in configs] == [0.003, 0.006, 0.006]
+    assert all(config.fit.fields == () and config.model.layers == 1 for config in configs)
+    assert len({(config.tokenizer, config.model) for config in configs}) == 1
+    assert configs[0].train.steps == configs[1].train.steps == 5
+    assert configs[2].train.steps == 3
 
 
 @pytest.mark.parametrize(
@@ -198,7 +225,7 @@ def test_combinations_that_are_drawn(command: list[str], tmp_path: Path, in_proc
         assert 0.001 <= run["values"]["optim.lr"] <= 0.1
         assert run["values"]["model.layers"] in (1, 2, 3)
         assert run["values"]["model.mlp"] in ("gelu", "swiglu")
-    assert len(found["settings"]) == len({tuple(run["values"].values()) for run in found["runs"]}) == 5
+    assert len({tuple(run["values"].values()) for run in found["runs"]}) == len(found["runs"]) == 5
 
     # Another is stopped, goes on and is extended: it draws the same.
     launch = sweep.launch
@@ -227,12 +254,12 @@ def test_the_search_learns(tmp_path: Path, monkeypatch):
 
         def summary(name: str, asked=asked) -> dict[str, float]:
             values = asked.runs[name][0]
-            return {"val_loss": abs(values["model.layers"] - 20) / 30 + abs(values["optim.lr"] - 0.02)}
+            return {"val_bpb": abs(values["model.layers"] - 20) / 30 + abs(values["optim.lr"] - 0.02)}
 
         monkeypatch.setattr(asked, "summary", summary)
         found = list(sweep.draw(asked, axes, [seed], 40, learn))
         assert len(set(found)) == 40
-        sums[learn] += sum(summary(name)["val_loss"] for name in found[20:])
+        sums[learn] += sum(summary(name)["val_bpb"] for name in found[20:])
     assert sums[True] < 0.75 * sums[False]
 
 
@@ -304,6 +331,25 @@ def until_gone(out: Path) -> None:
     while processes(out) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not processes(out)
+
+
+@pytest.mark.slow
+def test_runs_as_tasks_of_ray(command: list[str], tmp_path: Path):
+    """They are stopped in order by a signal, and resumed."""
+    pytest.importorskip("ray")
+    out, options = tmp_path / "out", ["--over", "optim.lr=0.003,0.01", "--jobs", "2", "--engine", "ray"]
+    process = start([*command, *options, "--train.steps", "2000", "--checkpoint.every", "0"])
+    until(lambda: trained(out) > 100, process)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=100)
+    assert process.returncode == 130, error
+    assert "stopped: 0 of 2 runs are finished" in error
+    for name in names(out):
+        run = Run.open(out / name)
+        assert run.newest_checkpoint().step == read_jsonl(run.metrics)[-1]["step"]
+    process = start([*command, *options, "--train.steps", "2000", "--checkpoint.every", "0"])
+    assert process.wait(500) == 0, process.communicate()
+    assert trained(out) == 4000
 
 
 @pytest.mark.slow

@@ -5,16 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import json
-import math
 import os
 import shlex
 import shutil
-import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -111,7 +108,8 @@ class Sweep(Command):
             if (summary := record.summary(name)) and not code:
                 result = f"val loss {_number(summary['val_loss'])}   {_number(summary['val_bpb'])} bits per byte"
             else:
-                last = (out / "logs" / f"{name}.txt").read_text(errors="replace").rstrip().rpartition("\n")[2]
+                log = (out / "logs" / f"{name}.txt").read_text(encoding="utf-8", errors="replace")
+                last = log.rstrip().rpartition("\n")[2]
                 known = last.startswith("pretrain: ")
                 result = failed[name] = last.removeprefix("pretrain: ") if known else f"exit code {code} after: {last}"
             self.say(f"{next(count):4d}  {name}   {result}   {duration(time.monotonic() - begun)}")
@@ -185,48 +183,45 @@ class Sweep(Command):
         if choose_device(record.base.train.device).type == "cuda":
             given = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
             gpus = given if any(given) else [str(index) for index in range(torch.cuda.device_count())]
-        together, free = min(self.jobs, runs, len(gpus) or runs), shutil.disk_usage(Path(record.out.anchor or ".")).free
+        together = min(self.jobs, runs, len(gpus) or runs)
+        free = shutil.disk_usage(
+            next(path for path in (record.out, *record.out.absolute().parents) if path.exists())
+        ).free
         self.say(f"runs      {runs} to train, {finished} finished before → {record.out}")
         self.say(f"time      about {duration(seconds / together)}, {together} at a time; {made.speed}")
         self.say(f"disk      about {size(disk)}" + f"; only {size(free)} are free" * (disk > free))
         return gpus
 
     def show(self, record: Record, failed: dict[str, str]) -> None:
-        """Print the results of all runs so far: a table of combinations, the best first, or JSON."""
-        runs, settings = [], []
-        for words, names in record.settings().items():
-            finished = [summary for name in names if (summary := record.summary(name))]
-            numbers = {key: _over_seeds([each[key] for each in finished]) for key in ("val_loss", "val_bpb")}
-            values = record.runs[names[0]][0]
-            settings.append({"values": values, "words": words, "runs": len(finished), **numbers})
-            for name in names:
-                result = record.summary(name) or {}
-                state = "finished" if result else "failed" if name in failed else "unfinished"
-                one = {"run": str(record.out / name), "values": values, "seed": record.runs[name][1], "state": state}
-                shown = {key: result[key] for key in ("val_loss", "val_bpb", "seconds") if result}
-                runs.append(one | shown | ({"error": failed[name]} if name in failed else {}))
-        settings.sort(key=lambda each: each["val_loss"]["mean"] or math.inf)
+        """Print the results of all runs so far: a table of settings, the best first, or JSON."""
+        import msgspec
+
+        from pretrain.experiments.compare import Comparison, compare
+        from pretrain.experiments.groups import groups_at
+
+        try:
+            found = compare(groups_at([str(record.out)]), best=True, measure=False)
+        except UsageError as error:  # no run is finished, or they do not compare
+            found = Comparison([], [], [str(error)])
+        found.groups.sort(key=lambda group: group["bits_per_byte"]["mean"])
+        runs = []
+        for name, (values, seed) in record.runs.items():
+            result = record.summary(name) or {}
+            state = "finished" if result else "failed" if name in failed else "unfinished"
+            shown = {key: result[key] for key in ("val_loss", "val_bpb", "seconds") if result}
+            shown |= {"error": failed[name]} if name in failed else {}
+            runs.append({"run": str(record.out / name), "values": values, "seed": seed, "state": state, **shown})
         if self.json:
-            print(json.dumps({"out": str(record.out), "settings": settings, "runs": runs}))
+            print(msgspec.json.encode({"out": str(record.out), "runs": runs, **asdict(found)}).decode())
             return
-        rows = [["", "runs", "val loss", "±", "bits per byte", "±"]]
-        for each in settings:
-            shown = [_number(each[key][part]) for key in ("val_loss", "val_bpb") for part in ("mean", "deviation")]
-            rows.append([each["words"] or "all", str(each["runs"]), *shown])
-        self.say(f"\n{table(rows)}\n\nmore than chance? pretrain compare {shlex.quote(str(record.out))}")
+        rows = [table(found.rows())] * bool(found.groups)
+        self.say("\n".join(["", *rows, *found.notes]))
+        self.say(f"\nMore than chance? pretrain compare {shlex.quote(str(record.out))}")
 
 
 def _is_open(config: Config) -> bool:
     """Whether each run would choose something by the speed it measures, or by its text."""
     return bool(config.fit.fields or (config.train.minutes and not config.train.steps))
-
-
-def _over_seeds(values: Sequence[float | None]) -> dict[str, float | None]:
-    """Mean and standard deviation over seeds; none where a run has no number, or there are too few."""
-    known = [value for value in values if value is not None]
-    if not known or len(known) < len(values):
-        return {"mean": None, "deviation": None}
-    return {"mean": statistics.fmean(known), "deviation": statistics.stdev(known) if len(known) > 1 else None}
 
 
 def _number(value: float | None) -> str:

@@ -34,7 +34,7 @@ from filelock import FileLock
 
 from pretrain.config import Config, config_from_dict, config_to_dict, differences
 from pretrain.config.load import FREE_SECTIONS, with_fields
-from pretrain.errors import DataError, UsageError
+from pretrain.errors import DataError, Interrupted, UsageError
 from pretrain.io import write_atomically
 from pretrain.runs import Run
 from pretrain.runs.run import LOCK
@@ -219,46 +219,49 @@ def draw(sweep: Sweep, axes: Axes, seeds: Sequence[int], count: int, learn: bool
         raise UsageError("--random and --search need Optuna: pip install 'pretrain[sweep]'") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     space: dict[str, Any] = {}
-    for name, ends in axes.items():
-        if isinstance(ends, list):
-            space[name] = CategoricalDistribution(range(len(ends)))
-        elif isinstance(ends[0], int):
-            space[name] = IntDistribution(*ends)
+    for name, axis in axes.items():
+        if isinstance(axis, list):
+            space[name] = CategoricalDistribution(range(len(axis)))
+        elif isinstance(axis[0], int):
+            space[name] = IntDistribution(*axis)
         else:  # logarithmic where the ends differ tenfold
-            space[name] = FloatDistribution(*ends, log=ends[1] >= 9.99 * ends[0] > 0)
+            space[name] = FloatDistribution(*axis, log=axis[1] >= 9.99 * axis[0] > 0)
 
-    def value(name: str, drawn: Any) -> Any:
-        if isinstance(axes[name], list):
-            return axes[name][drawn]
-        return min(max(float(f"{drawn:.4g}"), axes[name][0]), axes[name][1]) if isinstance(drawn, float) else drawn
-
-    def on_axes(values: Values) -> bool:
-        return all(values[n] in a if isinstance(a, list) else a[0] <= values[n] <= a[1] for n, a in axes.items())
+    def trial(names: Sequence[str]) -> Any:
+        """What is known of the runs of a combination, for Optuna; None if they are not on the axes."""
+        values, ends = sweep.runs[names[0]][0], [summary for name in names if (summary := sweep.summary(name))]
+        if not all(values[n] in a if isinstance(a, list) else a[0] <= values[n] <= a[1] for n, a in axes.items()):
+            return None
+        places = {n: a.index(values[n]) if isinstance(a, list) else values[n] for n, a in axes.items()}
+        losses = [end["val_bpb"] or end["val_loss"] or math.inf for end in ends]
+        known = {"value": statistics.fmean(losses)} if losses else {"state": optuna.trial.TrialState.RUNNING}
+        return optuna.create_trial(params=places, distributions=space, **known)
 
     refused = None
     for number in range(count):
         for attempt in range(ATTEMPTS):
-            tried = {words: names for words, names in sweep.settings().items() if on_axes(sweep.runs[names[0]][0])}
-            if number < len(tried):
+            trials = {names[0]: found for names in sweep.settings().values() if (found := trial(names))}
+            if number < len(trials):
                 break
             seed = (seeds[0] + ATTEMPTS * number + attempt) % 2**32
             tpe, random = optuna.samplers.TPESampler(seed=seed, constant_liar=True), optuna.samplers.RandomSampler(seed)
             study = optuna.create_study(sampler=tpe if learn else random)
-            for names in tried.values():
-                losses = [summary["val_loss"] or math.inf for name in names if (summary := sweep.summary(name))]
-                known = {"value": statistics.fmean(losses)} if losses else {"state": optuna.trial.TrialState.RUNNING}
-                values = sweep.runs[names[0]][0]
-                at = {n: a.index(values[n]) if isinstance(a, list) else values[n] for n, a in axes.items()}
-                study.add_trial(optuna.create_trial(params=at, distributions=space, **known))
+            study.add_trials(trials.values())
+            values = study.ask(space).params
+            for name, axis in axes.items():
+                if isinstance(axis, list):
+                    values[name] = axis[values[name]]
+                elif isinstance(values[name], float):  # short, for the name
+                    values[name] = min(max(float(f"{values[name]:.4g}"), axis[0]), axis[1])
             try:
-                sweep.add({name: value(name, drawn) for name, drawn in study.ask(space).params.items()}, seeds[0])
+                sweep.add(values, seeds[0])
             except UsageError as error:  # as of heads that do not divide the width
                 refused = error
         else:
             if refused and not number:
                 raise refused
             return
-        values = sweep.runs[list(tried.values())[number][0]][0]
+        values = sweep.runs[list(trials)[number]][0]
         yield from [sweep.add(values, seed) for seed in seeds]
 
 
@@ -295,6 +298,8 @@ class RayTask:
         """Its exit code, at its end."""
         try:
             return self.ray.get(self.task)
+        except self.ray.exceptions.TaskCancelledError:
+            return Interrupted.exit_code
         except self.ray.exceptions.RayError as error:
             self.log.parent.mkdir(exist_ok=True)
             self.log.write_text(f"pretrain: {getattr(error, 'cause', error)}".split("\n")[0])
