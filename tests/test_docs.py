@@ -56,7 +56,7 @@ LITTLE_HELD_OUT = {"data.val_fraction": 0.002}
 TEXTS = ("mybook.txt", "other.txt", "the-verdict.txt", "notes/one.txt", "essays/2026/two.md", "books/three.txt")
 OTHER_OPTIONS = {"--help", "--max-restarts", "--rdzv-endpoint", "--rdzv-conf", "--local-addr"}
 """Options of every command and of torchrun."""
-SUFFIXES = {"bin", "tmp", "py", "toml", "json"}
+SUFFIXES = {"bin", "tmp", "py", "toml", "json", "gguf"}
 """What follows the dot in names of files."""
 PLACEHOLDERS: dict[str, str] = dict.fromkeys(("RECIPE", "my7b.toml", "llama7b.toml"), "quickstart")
 PROGRAMS = {"pretrain", "torchrun", "srun", "make", "pip", "python"}

@@ -123,12 +123,13 @@ def instances(kind: str, arguments: list[tuple]) -> list[Any]:
 def hf_loader(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """lm-eval's own loader of the run's export."""
     pytest.importorskip("accelerate", reason="lm-eval's hf loader needs it")
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models import huggingface
 
     folder = tmp_path_factory.mktemp("export") / "model"
     export_run(run, "hf", folder)
     # Its cache of logits (0.4.13) confuses continuations of different lengths that end the same text.
-    return HFLM(pretrained=str(folder), device="cpu", trust_remote_code=True, batch_size=3, logits_cache=False)
+    loader: Any = huggingface.HFLM
+    return loader(pretrained=str(folder), device="cpu", trust_remote_code=True, batch_size=3, logits_cache=False)
 
 
 def test_each_answer_is_that_of_the_hf_loader_on_the_export(run: Run, hf_loader: Any, text_file: Path):

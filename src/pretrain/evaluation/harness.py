@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from lm_eval import simple_evaluate
-from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
@@ -63,10 +62,9 @@ class Tasks(TaskManager):
         Only the first ``max_per_task`` questions of each; 0: all. lm-eval seeds the global random state.
         """
         settings: dict[str, Any] = {"num_fewshot": self.num_fewshot, "limit": max_per_task or None}
+        settings |= {"tasks": self.names, "task_manager": self, "log_samples": False}
         with redirect_stdout(sys.stderr):  # lm-eval prints what it is at
-            found: Any = simple_evaluate(
-                Harness(scorer), tasks=self.names, task_manager=self, log_samples=False, **settings
-            )
+            found: Any = simple_evaluate(Harness(scorer), **settings)
         scores: dict[str, dict[str, Any]] = {}
         for name, results in found["results"].items():
             metrics = scores.setdefault(name, {"examples": found["n-samples"].get(name, {}).get("effective")})
@@ -98,11 +96,11 @@ class Harness(TemplateLM):
             return self.text.encode(string)
         return self.text.hf.encode(string).ids
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """The log-probability of each continuation after its context, nats, and whether it is the greedy one."""
         return super().loglikelihood(requests, disable_tqdm=True)
 
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
         """The log-probability of each text, in windows of which the last has a full context."""
         windows = [
             [(request.args, *make_disjoint_window(pair)) for pair in pairs]
@@ -129,7 +127,7 @@ class Harness(TemplateLM):
                 score_options(self.scorer, questions[start : start + BLOCK])
         return [(-sum(option.losses), all(option.hits)) for option in options]
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         """The text that follows each context, until one of its task's stop strings."""
         if self.scorer.device.type == "cpu":
             self.scorer.model.activation_dtype = torch.float32  # in which the scorer scores

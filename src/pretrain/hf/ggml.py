@@ -44,7 +44,8 @@ def write_gguf(file: Path, name: str, model: GPT, tokenizer: Tokenizer, dtype: s
         raise UsageError(f"--format gguf needs the package gguf ({error}); pip install 'pretrain[gguf]'") from None
     kind = hf_type(model.config)
     if lacking := _lacking(model.config, kind):
-        raise UsageError(f"llama.cpp cannot run this model: it has no {', '.join(lacking)}; use --format hf")
+        fields = ", ".join(f"model.{name} {getattr(model.config, name)!r}" for name in lacking)
+        raise UsageError(f"llama.cpp cannot compute this model, for {fields}; use --format hf")
     tree, tensors = to_hf(model, kind)
     writer = gguf.GGUFWriter(None, kind)
     writer.add_name(name)
@@ -56,11 +57,9 @@ def write_gguf(file: Path, name: str, model: GPT, tokenizer: Tokenizer, dtype: s
         array = _as_read(theirs, tensor, tree).contiguous().numpy()
         small = array.ndim < 2 or "wpe" in theirs
         stored = gguf.GGMLQuantizationType["F32" if small else DTYPES[dtype]]
-        writer.add_tensor(
-            names.get_name(theirs, try_suffixes=(".weight", ".bias")),
-            gguf.quantize(array, stored),
-            raw_dtype=stored,
-        )
+        ours = names.get_name(theirs, try_suffixes=(".weight", ".bias"))
+        assert ours, theirs
+        writer.add_tensor(ours, gguf.quantize(array, stored), raw_dtype=stored)
     writer.write_header_to_file(file)
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
