@@ -172,7 +172,7 @@ def expand_url(url: str) -> list[tuple[str, int | None]]:
                 return [(url, info["size"])]
             found = fs.find(path, detail=True)
             found = {name: info for name, info in found.items() if "/." not in name.removeprefix(path)}
-    return sorted((fs.unstripprotocol_of(name), info["size"]) for name, info in found.items() if info["type"] == "file")
+    return sorted((fs.unstrip_protocol(name), info["size"]) for name, info in found.items() if info["type"] == "file")
 
 
 class _RemoteFile(io.RawIOBase):
