@@ -24,6 +24,7 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -194,9 +195,12 @@ def reader(finished: Path, text_file: Path, tmp_path: Path, monkeypatch) -> Path
 def run(words: list[str], finished: Path) -> None:
     """Run a command of ours, in this process."""
     args = words[1:]
-    for word in args:
-        if word.startswith("runs/") and args[0] != "train" and not Path(word).exists():
+    for before, word in pairwise(args):
+        if word.startswith("runs/") and args[0] != "train" and before != "--out" and not Path(word).exists():
             shutil.copytree(finished, word)
+    if args[0] == "fork":  # of a run of FEW steps
+        at = args.index("--step")
+        args[at : at + 2] = ["--train.steps", "4"]
     if args[0] == "train":
         given = {**FEW, **(LITTLE_HELD_OUT if "--data" not in args else {})}
         if "tokens" in args:  # of token shards the vocabulary is what it is

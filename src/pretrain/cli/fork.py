@@ -42,6 +42,9 @@ class Fork(Command):
     """Number of processes on this machine that train together, as of 'pretrain train'."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
+    def __post_init__(self):
+        self.training = Train(out=self.out, nproc=self.nproc)  # refuses a wrong number of processes
+
     def __call__(self) -> int:
         """Make the run, say what differs, and train it as ``pretrain train`` does."""
         if not self.run or not self.out:
@@ -51,8 +54,6 @@ class Fork(Command):
             raise UsageError(
                 f"make it with one process: {alone} ..., then train it with all: pretrain train --out {self.out}"
             )
-        training = Train(out=self.out, nproc=self.nproc)
-
         from pretrain.experiments.fork import fork
         from pretrain.training import Console
 
@@ -61,6 +62,6 @@ class Fork(Command):
         if not self.train:
             console.say(f"made      {self.out}; train it with: pretrain train --out {self.out}")
             return 0
-        training.config, training.typed = made.config, ["--out", self.out]
-        training.typed += ["--nproc", self.nproc] if self.nproc else []
-        return training()
+        self.training.config, self.training.typed = made.config, ["--out", self.out]
+        self.training.typed += ["--nproc", self.nproc] if self.nproc else []
+        return self.training()

@@ -29,10 +29,13 @@ from pretrain.runs.checkpoint import Checkpoint, copy_checkpoint
 from pretrain.runs.run import FORK, LOCK, lock_run, weights_id
 from pretrain.sizing import resolve
 from pretrain.tokens import ORIGIN, training_order
+from pretrain.training.average import WeightAverage
 from pretrain.training.console import Console
 from pretrain.training.guard import Guard, LossScale
+from pretrain.training.parallel import Parameters
 from pretrain.training.start import Draft, make_run, open_run, with_absolute_paths
-from pretrain.training.state import Progress
+from pretrain.training.state import Progress, TrainState
+from pretrain.training.world import World
 
 _TEXT = "paths field separator bos split val_fraction test_fraction val_paths stream dtype"
 TEXT = {f"data.{name}" for name in _TEXT.split()}
@@ -186,22 +189,18 @@ def _check_state(checkpoint: Checkpoint, config: Config, vocab_size: int, change
     """Raise UsageError if a checkpoint has not all tensors, of the same shapes, that training with ``config`` needs."""
     from torch._subclasses import FakeTensorMode
 
+    world = World(torch.device("cpu"))
     with FakeTensorMode():  # shapes alone, without memory
-        model, cpu = GPT(config.model, vocab_size), torch.device("cpu")
-        optimizers = build_optimizers(model, config.optim)
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        for optimizer in optimizers:
-            optimizer.set_step(checkpoint.step, config)
-            optimizer.step()
-        names = {parameter: name for name, parameter in model.named_parameters()}
-        scale = LossScale(Precision(config.train.precision, cpu)).tensors  # auto has none on a CPU
-        needed = Guard(config.guard, cpu).tensors | scale
-        for kind in ("model", "ema") if config.optim.ema else ("model",):
-            needed |= {f"{kind}.{name}": parameter for parameter, name in names.items()}
-        for optimizer in optimizers:
-            for parameter, values in optimizer.state.items():
-                needed |= {f"optim.{names[parameter]}.{key}": value for key, value in values.items()}
+        model = GPT(config.model, vocab_size)
+        parameters, optimizers = Parameters(model, "none", world), build_optimizers(model, config.optim)
+        average = WeightAverage(config.optim.ema, parameters) if config.optim.ema else None
+        scale, guard = LossScale(Precision(config.train.precision, world.device)), Guard(config.guard, world.device)
+        batches: Any = None
+        state = TrainState(
+            config, world, model, model, parameters, optimizers, scale, guard, batches, Progress(), average
+        )
+        state.make_moments()
+    needed = {name: tensor for name, tensor in state.tensors().items() if not name.startswith("random.")}
     pieces = checkpoint.index()
     for name, tensor in needed.items():
         shape = tuple(map(max, zip(*(piece.end for piece in pieces[name]), strict=True))) if name in pieces else None
