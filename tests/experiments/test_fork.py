@@ -316,6 +316,7 @@ def test_a_kill_at_any_moment_leaves_no_run_and_the_same_command_makes_it(
                 raise Killed
 
     sys.addaudithook(strike)
+    number, done = 0, 0
     for number in itertools.count(3, 5):
         monkeypatch.setattr(fork_module, "_clear", clear_once(fork_module._clear))
         left["events"] = number

@@ -39,8 +39,8 @@ def parse(kind: type[C], args: list[str], name: str) -> C:
     """
     hints = get_type_hints(kind, include_extras=True)
     start: dict[str, Any] = {}
+    place, recipe = "run" if "run" in hints else "recipe", ""
     if "config" in hints:
-        place = "run" if "run" in hints else "recipe"
         recipe, config = _base_config(args, of_run=place == "run")
         start = {"default": kind(**{place: recipe, "config": config})}
     # --core may stand without its value, which tyro has no type for.

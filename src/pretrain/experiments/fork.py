@@ -45,13 +45,7 @@ OF_TEXT = ("val/loss", "val/bpb", "val/part_", "val/last_loss", "val/average_los
 
 
 def fork(
-    parent: Path,
-    out: Path,
-    config: Config,
-    step: int = 0,
-    anneal: float = 0.0,
-    given: Collection[str] = (),
-    console: Console | None = None,
+    parent: Path, out: Path, config: Config, step: int, anneal: float, given: Collection[str], console: Console
 ) -> Run:
     """Make the run ``out`` from a checkpoint of the run ``parent``, ready to be trained; or find it made so.
 
@@ -62,7 +56,6 @@ def fork(
     Raises UsageError if that does not go with the state of the parent, or ``out`` is another run; CheckpointError and
     DataError where checkpoint or text cannot be used.
     """
-    console = console or Console(quiet=True)
     if "checkpoint.copy_to" not in given:  # the place of the parent
         config = replace(config, checkpoint=replace(config.checkpoint, copy_to=""))
     if Run.exists(out):
@@ -158,11 +151,8 @@ def _make(parent: Run, checkpoint: Checkpoint, config: Config, folder: Path, out
         say(f"differs   {line}")
     if data:
         say(f"data      {data}")
-    rates = [
-        each.optim.lr * learning_rate_factor(each.schedule, at, each.train.steps)
-        for each, at in ((before, step - 1), (run.config, step))
-    ]
-    say(f"rate      {rates[0]:.3g} at step {step:,} of {place}, {rates[1]:.3g} at step {step + 1:,} here")
+    last, first = _rate(before, step - 1), _rate(run.config, step)
+    say(f"rate      {last:.3g} at step {step:,} of {place}, {first:.3g} at step {step + 1:,} here")
 
     # Its lines and its checkpoint, and where they are from.
     compares = not other or (config.data.val_paths and config.data.val_paths == before.data.val_paths)
@@ -183,6 +173,10 @@ def _make(parent: Run, checkpoint: Checkpoint, config: Config, folder: Path, out
         "ancestors": [{**above, "ancestors": []}, *above["ancestors"]] if above else [],
     }
     write_atomically(folder / FORK, json.dumps(known, indent=2, ensure_ascii=False) + "\n")
+
+
+def _rate(config: Config, step: int) -> float:
+    return config.optim.lr * learning_rate_factor(config.schedule, step, config.train.steps)
 
 
 def _check_state(checkpoint: Checkpoint, config: Config, vocab_size: int, changed: list[str], place: Path) -> None:
