@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,35 @@ def test_rows_of_a_plain_text(text_file: Path, tiny: Config, tmp_path: Path, giv
         (part,) = row["parts"]
         assert part["file"] == str(text_file)
         assert text_file.read_bytes()[part["byte"] :].startswith(run.tokenizer().decode_bytes(row["tokens"]))
+
+
+@pytest.mark.parametrize("data", [{}, {"data.stream": True}, {"data.stream": True, "data.packing": "best_fit"}])
+def test_a_plain_text_in_pieces(tmp_path: Path, capsys, monkeypatch, data: dict[str, Any]):
+    """Bytes are counted after a cut, which is at most CUT_WINDOW beyond the byte that the piece begins with."""
+    for module, name, value in (
+        ("text.pieces", "RANGE_BYTES", 5000), ("text.formats", "PART_CHARACTERS", 1500),
+        ("text.formats", "CUT_WINDOW", 200), ("tokens.jobs", "JOB_BYTES", 5000), ("tokens.prepare", "SMALL_JOBS", 100),
+    ):  # fmt: skip
+        monkeypatch.setattr(sys.modules[f"pretrain.{module}"], name, value)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{number} is the number of this line, Noël.\n" for number in range(1000)))
+    run = train(
+        load_config(
+            "quickstart", **{**TINY, "data.paths": [str(text)], **data, "data.readers": 2, "data.val_fraction": 0.2}
+        ),
+        tmp_path / "run",
+    )
+    cuts: dict[int, set[int]] = {}
+    for row in range(8):
+        (found,) = at(run, capsys, "--step", 11, "--row", row)["rows"]
+        ends = [part["begin"] for part in found["parts"][1:]] + [len(found["tokens"])]
+        for part, end in zip(found["parts"], ends, strict=True):
+            shown = run.tokenizer().decode_bytes(found["tokens"][part["begin"] : end])
+            if len(shown) > 20 and any(48 <= byte < 58 for byte in shown):  # it has the number of a line
+                place = part.get("after", 0) + part["byte"]
+                cuts.setdefault(part["after"], set()).add(text.read_bytes().index(shown, place) - place)
+    assert len(cuts) > 1
+    assert all(len(offsets) == 1 and max(offsets) < 200 for offsets in cuts.values())
 
 
 @pytest.mark.parametrize("packing", ["concatenate", "best_fit"])

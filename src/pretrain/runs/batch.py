@@ -26,6 +26,7 @@ from pretrain.tokenizer import Tokenizer
 from pretrain.tokens import LiveBatches, Origin, find_text, training_order
 from pretrain.tokens.packing import OTHER_TEXT, Cursor
 from pretrain.tokens.prepare import find_records
+from pretrain.tokens.shards import utf8_bytes
 from pretrain.tokens.stream import Readers
 from pretrain.tokens.windows import TokenFile
 
@@ -166,9 +167,13 @@ def _traced(readers: Readers, reader: int, start: Cursor, count: int, closely: b
             number, at = divmod(int(row[begin + after_bos]), 1 << 40)
             (epoch, turn, document), ids = documents[number]
             piece = readers.text.train[readers.assignment.pieces(epoch, reader)[turn]]
-            stats = ReadStats(cuts=readers.read.cuts, whole=readers.read.whole)
+            part: Part = {"begin": begin, "file": piece.file}
             if closely:
-                next(islice(readers.text.parts(piece, TRAIN, stats), document, None))
-            known = {"record": stats.records, "after": piece.begin} if closely else {}
-            parts.append({"begin": begin, "file": piece.file, **known, "byte": int(bytes_of[ids[:at]].sum())})
+                stats, byte = ReadStats(cuts=readers.read.cuts, whole=readers.read.whole), 0
+                texts = islice(readers.text.parts(piece, TRAIN, stats), document + 1)
+                for text in texts:  # a large document is in several parts
+                    start = 0 if text.begins else byte
+                    byte = start + utf8_bytes(text.text)
+                part |= {"record": stats.records, "after": piece.begin, "byte": start + int(bytes_of[ids[:at]].sum())}
+            parts.append(part)
         yield parts

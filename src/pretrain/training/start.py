@@ -355,7 +355,7 @@ def same_configuration(run: Run, config: Config, say: Callable[[str], None]) -> 
         if before.data.stages:
             raise UsageError(
                 f"{longer[0]} would begin the stages of data.stages, shares of the steps, at other steps than those"
-                f" trained so far; choose another --out"
+                f" trained so far; choose another --out, or go on from a step of it: pretrain fork {run.folder}"
             )
         say(f"longer    {config.train.steps:,} steps instead of {before.train.steps:,}, with the longer schedule")
         run.reopen()
