@@ -166,7 +166,7 @@ def _check_alike(runs: Sequence[Run]) -> list[str]:
     if len(different) == 1:
         return []
     for run in different.values():
-        if run is not first and _text_hash(run) != _text_hash(first):
+        if run is not first and text_hash(run) != text_hash(first):
             raise UsageError(
                 f"{first.folder} and {run.folder} were measured on different text; measure them on the same:"
                 f" pretrain eval {first.folder} {run.folder} --data FILE"
@@ -174,7 +174,7 @@ def _check_alike(runs: Sequence[Run]) -> list[str]:
     return ["Their tokens differ, or what was trained on: losses may not compare, bits per byte do."]
 
 
-def _text_hash(run: Run) -> str:
+def text_hash(run: Run) -> str:
     """A hash of all held-out text."""
     digest, corpus = hashlib.sha256(), run.corpus()
     for stream in (dataset.stream("val") for dataset in corpus.datasets):

@@ -9,7 +9,6 @@ L = E + A / C^alpha, over FLOPs C, and holds on that line only.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from contextlib import suppress
@@ -23,6 +22,7 @@ import numpy as np
 
 from pretrain.config import Config
 from pretrain.errors import DataError, UsageError
+from pretrain.experiments.compare import text_hash
 from pretrain.experiments.groups import runs_at
 from pretrain.io import table, write_atomically
 from pretrain.runs import Run
@@ -212,11 +212,9 @@ def size_of(run: Run) -> Size:
 
 def measured_by(run: Run) -> dict[str, Any]:
     """What has to be the same for losses to compare. Raises DataError if the held-out tokens are gone."""
-    digest, tokenizer, stream = hashlib.sha256(), run.tokenizer(), run.corpus().stream("val")
-    for start in range(0, len(stream), 2**20):
-        digest.update(stream.windows(np.array([start]), min(2**20, len(stream) - start)).astype(np.int64).data)
+    tokenizer = run.tokenizer()
     known = measured_with(run.config, tokenizer.vocab_size)
-    return {**known, "tokenizer": tokenizer.fingerprint, "held-out text": digest.hexdigest()}
+    return {**known, "tokenizer": tokenizer.fingerprint, "held-out text": text_hash(run)}
 
 
 def measured_with(config: Config, vocab_size: int) -> dict[str, Any]:
@@ -237,14 +235,15 @@ def forecast(places: Sequence[str], without: str = "") -> Forecast:
     found, notes, way, bits = list[Point](), list[str](), dict[str, Any](), None
     for run in runs.values():
         end = run.summary or {}
-        if end.get("val_loss") is None:
+        if not math.isfinite(end.get("val_loss") or math.nan):
             notes.append(f"Left out: {run.folder} {'has no held-out loss' if end else 'is not finished'}.")
             continue
         found.append(Point(str(run.folder), size_of(run), end["val_loss"]))
         notes += [f"{run.folder}: {found[-1].size.warning}."] if found[-1].size.warning else []
         bits = bits or (end["val_bpb"] and end["val_bpb"] / end["val_loss"])
-        way = way or measured_by(run)
-        Forecast(found, [], [], None, way, bits, notes).check(measured_by(run), str(run.folder))
+        this = measured_by(run)
+        way = way or this
+        Forecast(found, [], [], None, way, bits, notes).check(this, str(run.folder))
     sizes, measured = [point.size for point in found], np.array([point.loss for point in found])
     separable = tells_apart(sizes)
     x = logarithms(sizes, separable)
@@ -273,7 +272,8 @@ def tells_apart(sizes: Sequence[Size]) -> bool:
     separable = len(sizes) > 2 and any(off_line(sizes, size) > LINE for size in sizes)
     form = "L = E + A / N^alpha + B / D^beta" if separable else "L = E + A / C^alpha"
     different, needed = len({(size.parameters, size.tokens) for size in sizes}), 6 if separable else 4
-    values = [1 + int((np.diff(np.sort(column)) > SAME).sum()) for column in logarithms(sizes, separable).T]
+    ordered = np.sort(logarithms(sizes, separable), axis=0)
+    values = (1 + (ordered[1:] - ordered[:-1] > SAME).sum(axis=0)).tolist()
     if different < needed or min(values) < 3:
         what = "parameters and of tokens" if separable else "FLOPs"
         had = " and ".join(map(str, values))
@@ -310,10 +310,8 @@ def draw(forecast: Forecast, target: Prediction | None, file: Path) -> None:
     if target:
         axes.plot(target.size.flops, target.loss, "k*", markersize=12, label="forecast, with 95 % interval")
         axes.vlines(target.size.flops, target.low, target.high, color="k")
-    axes.set(
-        xscale="log", yscale="log", xlabel="FLOPs", ylabel="held-out loss (nats per token)", title=forecast.formula
-    )
-    axes.grid(alpha=0.3, which="both")
+    axes.set(xscale="log", xlabel="FLOPs", ylabel="held-out loss (nats per token)", title=forecast.formula)
+    axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(file, dpi=120)
 
