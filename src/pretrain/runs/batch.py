@@ -169,11 +169,10 @@ def _traced(readers: Readers, reader: int, start: Cursor, count: int, closely: b
             piece = readers.text.train[readers.assignment.pieces(epoch, reader)[turn]]
             part: Part = {"begin": begin, "file": piece.file}
             if closely:
-                stats, byte = ReadStats(cuts=readers.read.cuts, whole=readers.read.whole), 0
-                texts = islice(readers.text.parts(piece, TRAIN, stats), document + 1)
-                for text in texts:  # a large document is in several parts
-                    start = 0 if text.begins else byte
-                    byte = start + utf8_bytes(text.text)
-                part |= {"record": stats.records, "after": piece.begin, "byte": start + int(bytes_of[ids[:at]].sum())}
+                stats, before, byte = ReadStats(cuts=readers.read.cuts, whole=readers.read.whole), 0, 0
+                for text in islice(readers.text.parts(piece, TRAIN, stats), document + 1):
+                    before = 0 if text.begins else byte  # of a large document, which is in several parts
+                    byte = before + utf8_bytes(text.text)
+                part |= {"record": stats.records, "after": piece.begin, "byte": before + int(bytes_of[ids[:at]].sum())}
             parts.append(part)
         yield parts
