@@ -277,11 +277,11 @@ def test_a_bootstrap_finds_the_interval_of_independent_parts():
 
 def test_a_text_of_one_long_document_is_cut_into_blocks():
     sizes, nats = np.full(1000, 3), np.ones(1000)
-    for documents in (np.zeros(1000, int), np.minimum(np.arange(1000), 50)):  # one; and one that has most of the text
+    for documents in (np.zeros(1000, int), np.minimum(np.arange(1000), 30)):  # one; and one that has most of the text
         a, b = _parts(nats, sizes, documents), _parts(2 * nats, sizes, documents)
-        assert bootstrap(a, b)[0] == "bootstrap over 100 blocks of 30 bytes"
+        assert bootstrap(a, b)[0] == "bootstrap over 50 blocks of 60 bytes"
     other = _parts(np.ones(600), np.full(600, 5), np.zeros(600, int))  # the same text by another tokenizer
-    assert other[1][:, 1] == pytest.approx(30)
+    assert other[1][:, 1] == pytest.approx(60)
     assert len(_parts(np.ones(5), np.full(5, 9), np.zeros(5, int))[1]) == PARTS  # so few tokens that most are empty
 
 

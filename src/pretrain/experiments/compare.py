@@ -26,7 +26,7 @@ from pretrain.tokens import Origin
 
 LEVEL, POWER, MOST_MORE = 0.95, 0.8, 100
 """Of intervals and verdicts; of more seeds to show a difference; and how many more are still counted."""
-PARTS, LEAST_PARTS, RESAMPLES = 100, 20, 10_000
+PARTS, LEAST_PARTS, RESAMPLES = 50, 20, 10_000
 """Parts of the text that a bootstrap draws from, documents at least, and how often it draws."""
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(200)
 
