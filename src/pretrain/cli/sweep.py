@@ -200,8 +200,8 @@ class Sweep(Command):
         from pretrain.experiments.groups import groups_at
 
         try:
-            found = compare(groups_at([str(record.out)]), best=True, measure=False)
-        except UsageError as error:  # no run is finished, or they do not compare
+            found = compare(groups_at([str(record.out)]), measure=False)
+        except PretrainError as error:  # no run is finished, or they do not compare
             found = Comparison([], [], [str(error)])
         found.groups.sort(key=lambda group: group["bits_per_byte"]["mean"])
         runs = []
