@@ -9,6 +9,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -44,6 +45,10 @@ def memory() -> str:
 
 def steps(place: str) -> list[int]:
     return copy_module.steps_in(RunCopy(place)._list())
+
+
+def summary(run: Run) -> dict[str, Any]:
+    return run.summary or {}
 
 
 def events(run: Path) -> list[str]:
@@ -113,7 +118,7 @@ def test_a_finished_run_is_fetched_finished_and_made_longer(tiny: Config, tmp_pa
     with pytest.raises(ZeroDivisionError):
         train(longer, tmp_path / "c", callbacks=[StopAt(17)])
     run = train(longer, tmp_path / "d")  # not taken for finished
-    assert run.summary["steps"] == 20
+    assert summary(run)["steps"] == 20
     a, b = (
         weights(each.newest_checkpoint())
         for each in (run, train(change(longer, checkpoint__copy_to=""), tmp_path / "e"))
@@ -124,14 +129,14 @@ def test_a_finished_run_is_fetched_finished_and_made_longer(tiny: Config, tmp_pa
 def test_the_best_checkpoint_is_there_too(noise: Config, tmp_path: Path, memory: str):  # noqa: F811
     """What a run leaves with checkpoint.keep_best is the same on the machine that ends it."""
     undisturbed = train(noise, tmp_path / "undisturbed")
-    best, config = undisturbed.summary["model_step"], change(noise, checkpoint__copy_to=memory)
+    best, config = summary(undisturbed)["model_step"], change(noise, checkpoint__copy_to=memory)
     assert best < 34
     with pytest.raises(ZeroDivisionError):
         train(config, tmp_path / "a", callbacks=[StopAt(38)])
     assert steps(memory) == [best, 34]
     run = train(config, tmp_path / "b")
     clock = ("seconds", "tokens_per_second")
-    assert all(run.summary[name] == value for name, value in undisturbed.summary.items() if name not in clock)
+    assert all(summary(run)[name] == value for name, value in summary(undisturbed).items() if name not in clock)
 
 
 def test_the_command_and_the_bucket_are_enough(tiny: Config, tmp_path: Path, memory: str, capsys):
@@ -139,7 +144,7 @@ def test_the_command_and_the_bucket_are_enough(tiny: Config, tmp_path: Path, mem
         train(change(tiny, checkpoint__copy_to=memory), tmp_path / "a", callbacks=[StopAt(9)])
     assert main(["train", "--out", str(tmp_path / "b"), "--checkpoint.copy_to", memory]) == 0
     assert "fetching  step 8" in capsys.readouterr().out
-    assert Run.open(tmp_path / "b").summary["steps"] == 12
+    assert summary(Run.open(tmp_path / "b"))["steps"] == 12
 
 
 def test_going_back_goes_back_in_the_copy(tiny: Config, tmp_path: Path, memory: str):
@@ -188,7 +193,7 @@ def test_a_fork_is_not_copied_to_the_place_of_its_parent(tiny: Config, tmp_path:
     assert steps("memory://bucket/fork") == [12]
     run = train(config, tmp_path / "elsewhere")
     assert run.fork == made.fork
-    assert run.summary["steps"] == 16
+    assert summary(run)["steps"] == 16
 
 
 def test_places_that_are_no_copies_are_refused(tiny: Config, tmp_path: Path, capsys):
@@ -217,7 +222,7 @@ def test_two_machines_that_train_the_same_run_are_not_mixed(tiny: Config, tmp_pa
     with pytest.raises(CheckpointError, match=r"has a checkpoint of step 12 that another process copied"):
         train(config, tmp_path / "a", callbacks=[Other()])
     assert "copy_failed" in events(tmp_path / "a")
-    assert Run.open(tmp_path / "a").summary["steps"] == 12
+    assert summary(Run.open(tmp_path / "a"))["steps"] == 12
 
 
 # ---------------------------------------------------------------- faults
@@ -343,7 +348,7 @@ def test_what_is_not_copied_at_the_end_is_said_and_copied_by_the_same_command(
         )
         with pytest.raises(CheckpointError, match=message):
             train(config, tmp_path / "run")
-    assert Run.open(tmp_path / "run").summary["steps"] == 12
+    assert summary(Run.open(tmp_path / "run"))["steps"] == 12
     assert 12 not in steps(memory)
     assert not RunCopy(memory).fs.exists("/bucket/run/summary.json")
     train(config, tmp_path / "run")
@@ -411,6 +416,19 @@ def test_a_signal_saves_first_and_copies_as_far_as_the_grace_allows(
     assert saved
     assert all(saved)
     assert len(steps(memory)) == works
+
+
+def test_a_run_that_fails_copies_what_it_saved(tiny: Config, tmp_path: Path, memory: str):
+    class Fails(Callback):
+        def on_start(self, trainer):
+            raise RuntimeError("its own")
+
+    config = change(tiny, checkpoint__copy_to=memory)
+    with pytest.raises(RuntimeError, match="its own"):  # not one of a copy that has not begun
+        train(config, tmp_path / "run", callbacks=[Fails()])
+    with pytest.raises(ZeroDivisionError):
+        train(config, tmp_path / "run", callbacks=[StopAt(5)])
+    assert steps(memory) == [4]
 
 
 # ---------------------------------------------------------------- an S3 server

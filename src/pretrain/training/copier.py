@@ -29,12 +29,12 @@ class Copier(Callback):
         self.copy = copy
         self._asked = self._done = 0
         self._problem = ""  # of the last try
-        self._ended, self._until = False, math.inf
+        self._ended, self._until = True, math.inf
         self._wake = threading.Event()
 
     def on_start(self, trainer: Trainer) -> None:
         """Begin, with what is not there yet, such as the run's tokens."""
-        self.trainer = trainer
+        self.trainer, self._ended = trainer, False
         self.ask()
         threading.Thread(target=self._work, name="copy", daemon=True).start()
 
@@ -49,6 +49,8 @@ class Copier(Callback):
 
     def finish(self, seconds: float = 0.0) -> None:
         """Let it be copied for the last time, in so many seconds; 0: as many as a slow connection takes."""
+        if self._ended:  # or has not begun
+            return
         files = self.trainer.run.checkpoints.glob(f"step-{self.trainer.step:08d}/*")
         longest = max(LONGEST_GRACE, sum(file.stat().st_size for file in files) / SLOWEST)
         self._until = time.monotonic() + (seconds or longest)

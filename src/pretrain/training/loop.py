@@ -119,7 +119,8 @@ class Trainer:
                         self.copier.finish(self.config.guard.grace_seconds)
                         while self.copier.busy(0.1):
                             pass
-                        self.console.say(self.copier.close())
+                        if left := self.copier.close():
+                            self.console.say(left)
                 elif isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
                     raise self.world.connection_lost(error) from error
                 raise

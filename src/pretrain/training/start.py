@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import glob
 import os
 import shutil
@@ -111,7 +112,7 @@ def train(
                 raise Interrupted(f"stopped before the first step; resume with: {console.command}") from None
             return run
 
-        def claim_copy() -> None:
+        def claim_copy(run: Run) -> None:
             if copy:
                 copy.claim(run)
                 console.say(f"copy      checkpoints and the run's files go to {copy.shown}")
@@ -122,7 +123,7 @@ def train(
         if isinstance(run, Draft):
             draft, config = run, choose(run, world, console, started)
             run = world.run_on_rank0(lambda: make_run(draft, config, console.say))
-        world.run_on_rank0(claim_copy)
+        world.run_on_rank0(functools.partial(claim_copy, run))
         if run.summary is None:
             set_up(run, world, console, started, resume_from, callbacks, copy).fit()
         else:
