@@ -45,7 +45,13 @@ OF_TEXT = ("val/loss", "val/bpb", "val/part_", "val/last_loss", "val/average_los
 
 
 def fork(
-    parent: Path, out: Path, config: Config, step: int, anneal: float, given: Collection[str], console: Console
+    parent: Path,
+    out: Path,
+    config: Config,
+    step: int = 0,
+    anneal: float = 0.0,
+    given: Collection[str] = (),
+    console: Console | None = None,
 ) -> Run:
     """Make the run ``out`` from a checkpoint of the run ``parent``, ready to be trained; or find it made so.
 
@@ -77,7 +83,7 @@ def fork(
     with lock_run(unfinished, whatever=(unfinished / FORK).is_file()):
         try:
             _clear(unfinished)
-            _make(source, checkpoint, config, unfinished, out, console)
+            _make(source, checkpoint, config, unfinished, out, console or Console(quiet=True))
         except BaseException:
             _clear(unfinished)
             raise
