@@ -234,7 +234,9 @@ def draw(sweep: Sweep, axes: Axes, seeds: Sequence[int], count: int, learn: bool
             return None
         places = {n: a.index(values[n]) if isinstance(a, list) else values[n] for n, a in axes.items()}
         losses = [end["val_bpb"] or end["val_loss"] or math.inf for end in ends]
-        known = {"value": statistics.fmean(losses)} if losses else {"state": optuna.trial.TrialState.RUNNING}
+        known: dict[str, Any] = {"state": optuna.trial.TrialState.RUNNING}
+        if losses:
+            known = {"value": statistics.fmean(losses)}
         return optuna.create_trial(params=places, distributions=space, **known)
 
     refused = None
