@@ -166,7 +166,7 @@ def test_another_run_is_refused_and_nothing_is_left(tiny: Config, tmp_path: Path
     train(config, tmp_path / "a")
     other = change(config, model__layers=3)
     with pytest.raises(
-        UsageError, match=r"was made with another configuration \(model.layers 2 → 3\); choose another --c"
+        UsageError, match=r"run was made with another configuration \(model.layers 2 → 3\); choose another --c"
     ):
         train(other, tmp_path / "b")
     assert not (tmp_path / "b").exists()

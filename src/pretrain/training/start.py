@@ -207,7 +207,8 @@ def open_fetched(config: Config, folder: Path, console: Console, named: bool, co
         for path in folder.iterdir():
             if path.name != LOCK:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        raise UsageError(str(error).replace(str(folder), copy.shown).replace("--out", "--checkpoint.copy_to")) from None
+        why = str(error).replace(f"{folder} was made", f"{copy.shown} was made")
+        raise UsageError(why.replace("choose another --out", "choose another --checkpoint.copy_to")) from None
 
 
 def with_tokens(text: Text, corpus: Corpus, vocab_size: int) -> Text:
