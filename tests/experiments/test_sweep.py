@@ -346,7 +346,8 @@ def test_runs_as_tasks_of_ray(command: list[str], tmp_path: Path):
     assert "stopped: 0 of 2 runs are finished" in error
     for name in names(out):
         run = Run.open(out / name)
-        assert run.newest_checkpoint().step == read_jsonl(run.metrics)[-1]["step"]
+        ahead = run.newest_checkpoint().step - read_jsonl(run.metrics)[-1]["step"]
+        assert ahead in (0, 1)  # a step cut short before its measurements is logged on resume
     process = start([*command, *options, "--train.steps", "2000", "--checkpoint.every", "0"])
     assert process.wait(500) == 0, process.communicate()
     assert trained(out) == 4000
@@ -364,4 +365,5 @@ def test_a_signal_stops_the_runs_in_order(command: list[str], tmp_path: Path):
     assert "stopped: 0 of 2 runs are finished; resume with: pretrain sweep quickstart" in error
     for name in names(out):
         run = Run.open(out / name)
-        assert run.newest_checkpoint().step == read_jsonl(run.metrics)[-1]["step"]
+        ahead = run.newest_checkpoint().step - read_jsonl(run.metrics)[-1]["step"]
+        assert ahead in (0, 1)  # a step cut short before its measurements is logged on resume
