@@ -103,5 +103,5 @@ def _draw(axes: Axes, curves: Curves, name: str, **look: Any) -> None:
     if there.any():
         (line,) = axes.plot(table.column("step")[there], values[there], **look)
         if name + LOW in table.columns:
-            low, high = (table.column(name + edge)[there] for edge in (LOW, HIGH))
-            axes.fill_between(table.column("step")[there], low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+            step, low, high = (table.column(each)[there] for each in ("step", name + LOW, name + HIGH))
+            axes.fill_between(step, low, high, color=line.get_color(), alpha=0.2, linewidth=0)

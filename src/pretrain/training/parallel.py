@@ -257,7 +257,7 @@ def use_fp8(model: GPT, emulate: bool = False) -> None:
         sizes = (layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else (0,)
         return min(sizes) >= FP8_CHANNELS and not any(size % 16 for size in sizes)
 
-    def in_training(layer: nn.Module, x: Tensor) -> Tensor:
+    def in_training(layer: Any, x: Tensor) -> Tensor:
         return (type(layer) if layer.training else Linear).forward(layer, x)
 
     convert_to_float8_training(model.blocks, config=Float8LinearConfig(emulate=emulate), module_filter_fn=large)
