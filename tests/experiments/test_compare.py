@@ -227,6 +227,17 @@ def test_pairs_are_of_the_same_seeds_and_data(tmp_path: Path):
     assert method("seeds", first=2) == "Welch's t of 3 and 3 seeds"
 
 
+def test_forks_of_one_checkpoint_share_its_chance_and_it_is_said(tmp_path: Path):
+    folder = sweep(tmp_path / "runs", {0.01: (2.0, 2.1), 0.02: (2.2, 2.3)})
+    for number, run in enumerate(sorted(Path(folder).iterdir())):
+        fork = {"parent": "stable", "step": 8, "weights": f"hash {number}"}
+        (run / "fork.json").write_text(json.dumps(fork))
+    assert not any("forks" in note for note in compare(groups_at([folder])).notes)
+    for run in Path(folder).glob("0.02-*"):
+        (run / "fork.json").write_text(json.dumps({"parent": "stable", "step": 8, "weights": "one hash"}))
+    assert any("are forks of one checkpoint" in note for note in compare(groups_at([folder])).notes)
+
+
 def test_what_does_not_compare_is_left_out_or_refused(tmp_path: Path, capsys):
     place = sweep(tmp_path / "lr", {0.01: [1.0, 1.02], 0.02: [1.0, 1.03]})
     (tmp_path / "lr" / "0.02-2" / "summary.json").unlink()

@@ -114,6 +114,12 @@ def compare(groups: Sequence[Group], measure: bool = True) -> Comparison:
             "One seed each: that is of these two models on this text. Which setting is better it cannot show: another"
             " seed may reverse it."
         )
+    forks = [[run.fork["weights"] for run in group.runs if run.fork] for group in groups]
+    if any(len(set(weights)) < len(weights) for weights in forks):
+        notes.append(
+            "Runs of a group are forks of one checkpoint: they share what came before it, and would spread more if each"
+            " had been trained from the start."
+        )
     if len(groups) == 1:
         notes.append("These are one group, the same settings with other seeds: there is nothing to compare it with.")
     return Comparison(found, verdicts, notes)

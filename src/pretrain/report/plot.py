@@ -38,8 +38,9 @@ def plot_run(run: Run) -> Path:
     if losses.lines:
         losses.legend()
     per_step = run.config.train.batch_tokens
-    top = losses.secondary_xaxis("top", functions=(lambda s: s * per_step / 1e6, lambda t: t * 1e6 / per_step))
-    top.set_xlabel("tokens (millions)")
+    if (curves.train.column("tokens") == curves.train.column("step") * per_step).all():  # else a fork
+        top = losses.secondary_xaxis("top", functions=(lambda s: s * per_step / 1e6, lambda t: t * 1e6 / per_step))
+        top.set_xlabel("tokens (millions)")
     _draw(rates, curves, "train/lr", color="tab:green")
     losses.set(ylabel="loss (nats per token)")
     rates.set(xlabel="step", ylabel="learning rate")
