@@ -241,6 +241,9 @@ def test_a_damaged_checkpoint_there_is_skipped(tiny: Config, tmp_path: Path, mem
     console, said = heard()
     assert_same_run(train(config, tmp_path / "b", console), undisturbed)
     assert any("skipping the damaged checkpoint of step 12" in line for line in said)
+    assert fs.cat_file(file) != bytes(data)  # it did not pass for copied
+    fs.pipe_file(file, bytes(data))
+    assert_same_run(train(config, tmp_path / "d"), undisturbed)  # though there is a summary.json
     for step in steps(memory):
         fs.pipe_file(f"/bucket/run/checkpoints/step-{step:08d}/state.json", b"{}")
     with pytest.raises(CheckpointError, match="every checkpoint in memory://bucket/run is damaged"):
@@ -269,6 +272,78 @@ def test_a_copy_cut_off_anywhere_is_not_taken_for_whole(tiny: Config, tmp_path: 
     assert steps(place) == whole
     shutil.rmtree(tmp_path / "a")
     assert_same_run(train(config, tmp_path / "b"), undisturbed)
+
+
+def test_no_step_of_a_copied_checkpoint_is_missing_from_the_metrics(
+    tiny: Config, tmp_path: Path, memory: str, monkeypatch
+):
+    """Also if it was committed after they were copied, as while the tokens are."""
+    config = change(tiny, checkpoint__copy_to=memory)
+    with pytest.raises(ZeroDivisionError):
+        train(change(tiny, checkpoint__copy_to=""), tmp_path / "run", callbacks=[StopAt(6)])
+    run, put = Run.open(tmp_path / "run"), RunCopy._put
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "later")
+    lines = run.metrics.read_text().splitlines(keepends=True)
+    run.metrics.write_text("".join(lines[:2]))
+
+    def cut_off(copy, folder, name):
+        put(copy, folder, name)
+        if name.endswith("COMMIT"):
+            raise SystemExit
+        if name == "data/manifest.json" and (tmp_path / "later").exists():
+            run.metrics.write_text("".join(lines))
+            (tmp_path / "later").rename(tmp_path / "run" / "checkpoints")
+
+    copy = RunCopy(memory)
+    copy.claim(run)
+    monkeypatch.setattr(RunCopy, "_put", cut_off)
+    with pytest.raises(SystemExit):
+        copy.send(Run(run.folder, config))
+    assert steps(memory) == [4]
+    there = copy._read("metrics.jsonl").splitlines()
+    assert len(there) >= 4
+
+
+def test_a_fork_whose_copy_had_only_begun_goes_on(tiny: Config, tmp_path: Path, memory: str, monkeypatch):
+    parent = train(tiny, tmp_path / "parent")
+    made = fork(parent.folder, tmp_path / "fork", change(parent.config, train__steps=16), given={"train.steps"})
+    RunCopy(memory).claim(made)  # killed before fork.json is copied
+    config = change(made.config, checkpoint__copy_to=memory)
+    run = train(config, made.folder)
+    shutil.copytree(run.folder, tmp_path / "fetched", ignore=lambda *_: ["fork.json", "checkpoints", "summary.json"])
+    assert train(config, tmp_path / "fetched").fork == made.fork  # a fetch that was cut off before fork.json
+
+
+def test_prepared_tokens_are_kept_though_there_is_no_copy_yet(tiny: Config, tmp_path: Path, memory: str):
+    run = train(change(tiny, checkpoint__copy_to=""), tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    shutil.copytree(run.data, tmp_path / "b" / "data")  # killed after it was prepared
+    console, said = heard()
+    train(change(tiny, checkpoint__copy_to=memory), tmp_path / "b", console)
+    assert any("nothing left to prepare" in line for line in said)
+
+
+def test_a_fetch_cut_off_after_the_newest_checkpoint_lacks_nothing(
+    noise: Config,  # noqa: F811
+    tmp_path: Path,
+    memory: str,
+    monkeypatch,
+):
+    run = train(change(noise, checkpoint__copy_to=memory), tmp_path / "a")
+    assert summary(run)["model_step"] != run.newest_checkpoint().step
+    get = RunCopy._get_checkpoint
+
+    def cut_off(copy, step, *arguments):
+        get(copy, step, *arguments)
+        if step == run.newest_checkpoint().step:
+            raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunCopy, "_get_checkpoint", cut_off)
+        with pytest.raises(SystemExit):
+            train(run.config, tmp_path / "b")
+    assert summary(train(run.config, tmp_path / "b")) == summary(run)
+    assert steps(memory) == [summary(run)["model_step"], run.newest_checkpoint().step]
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", ".bin", "manifest.json", ".safetensors", "state.json"])

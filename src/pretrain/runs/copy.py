@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,6 +60,8 @@ class RunCopy:
         """The step of the checkpoint that is being copied, and must stay on the disk."""
         self.known: set[int] = set()
         """The steps of the checkpoints that :meth:`claim` found and :meth:`send` copied."""
+        self.damaged: list[int] = []
+        """The steps of newer checkpoints that :meth:`fetch` passed over."""
         self._sent: dict[str, tuple[int, int]] = {}  # size and time of the files that this process copied
 
     def config(self) -> Config | None:
@@ -79,10 +81,8 @@ class RunCopy:
         """
         with one_line_remote(self.shown):
             there = RETRYING(self._list)
-            if Run.exists(folder):
+            if begun := Run.exists(folder):
                 self._refuse_others(Run.open(folder), there)
-            else:
-                shutil.rmtree(folder / "data", ignore_errors=True)  # of a preparation that was cut off
             steps, here = steps_in(there), [checkpoint.step for checkpoint in checkpoints(folder / "checkpoints")]
             if not steps or (here and here[-1] >= steps[-1]):
                 if steps and here[-1] > steps[-1]:
@@ -91,25 +91,32 @@ class RunCopy:
             newer = f", newer than step {here[-1]:,} here" if here else ""
             say(f"fetching  step {steps[-1]:,} from {self.shown}{newer}")
             (folder / SUMMARY).unlink(missing_ok=True)
+            if not begun:
+                shutil.rmtree(folder / "data", ignore_errors=True)  # of a preparation that was cut off
             shards = json.loads(self._read(MANIFEST))["shards"] if MANIFEST in there else ()
             hashes = {f"data/{shard['file']}": shard["sha256"] for shard in shards}
             for name in run_files(there):
                 self._get(name, folder / name, there[name], hashes.get(name, ""))
-            got = next((step for step in reversed(steps) if self._get_checkpoint(step, folder, there, say)), 0)
-            if not got:
-                raise CheckpointError(f"every checkpoint in {self.shown} is damaged; give another --checkpoint.copy_to")
+            # The newest checkpoint last: without it all is fetched again.
             for step in best(Run.open(folder), steps):
-                if step != got:
+                if step != steps[-1]:
                     self._get_checkpoint(step, folder, there, say)
             if SUMMARY in there:
                 self._get(SUMMARY, folder / SUMMARY, there[SUMMARY])
+            while steps and not self._get_checkpoint(steps[-1], folder, there, say):
+                self.damaged.append(steps.pop())
+                (folder / SUMMARY).unlink(missing_ok=True)  # it is of a model that is not there
+            if not steps:
+                raise CheckpointError(f"every checkpoint in {self.shown} is damaged; give another --checkpoint.copy_to")
         return True
 
     def claim(self, run: Run) -> None:
         """Begin to copy ``run`` there. Raises UsageError if another run or something else is there."""
         with one_line_remote(self.shown):
             self._refuse_others(run, there := RETRYING(self._list))
-            self.known = {*steps_in(there)}
+            for step in self.damaged:  # which would pass for copied
+                self._remove(step)
+            self.known = {*steps_in(there)} - {*self.damaged}
             RETRYING(self._put, run.folder, CONFIG)
 
     def drop_after(self, step: int) -> None:
@@ -139,16 +146,14 @@ class RunCopy:
             raise CheckpointError(f"{self.shown} {which}; this one copies no more, so that they are not mixed")
         if SUMMARY in there and not (run.folder / SUMMARY).exists():  # the run is being made longer
             self.fs.rm_file(f"{self.path}/{SUMMARY}")
-        files = {f"{at}{file.name}": file for at in ("", "data/") for file in (run.folder / at).glob("*")}
-        for name in run_files(name for name, file in files.items() if file.is_file()):
-            if not name.startswith("data/") or there.get(name) != files[name].stat().st_size:
-                self._put(run.folder, name)
+        self._put_files(run, there)
         here = {checkpoint.step: checkpoint for checkpoint in checkpoints(run.checkpoints)}
         losses = val_losses(run) if config.keep_best else {}
         passed_over = surplus({*here, *steps}, replace(config, keep_last=min(1, config.keep_last)), losses)
         self.held = max(here.keys() - steps - {*passed_over}, default=None)
         if self.held is None:
             return False
+        self._put_files(run, there)  # what is new in them meanwhile: no step of the checkpoint may be missing
         for name in (*sorted(here[self.held].hashes()), COMMIT):
             self._put(run.folder, f"checkpoints/{here[self.held].folder.name}/{name}")
         self.known.add(self.held)
@@ -170,7 +175,8 @@ class RunCopy:
             tokens = Origin.load(run.folder).tokens
             if ORIGIN in there and tokens and json.loads(self._read(ORIGIN))["tokens"] not in ("", tokens):
                 different.append("other tokens")
-            if run.fork != (json.loads(self._read(FORK)) if FORK in there else None):
+            whole = steps_in(there) and checkpoints(run.checkpoints)  # else fork.json may not be there yet
+            if whole and run.fork != (json.loads(self._read(FORK)) if FORK in there else None):
                 different.append("a fork")
             problem = f"has a copy of another run ({'; '.join(different)})" if different else ""
         elif there:
@@ -186,6 +192,13 @@ class RunCopy:
 
     def _read(self, name: str) -> str:
         return RETRYING(self.fs.cat_file, f"{self.path}/{name}").decode(errors="surrogateescape")
+
+    def _put_files(self, run: Run, there: Mapping[str, int]) -> None:
+        """Copy the files of a run that are not ``there`` as they are now; of the tokens a size is enough."""
+        files = {f"{at}{file.name}": file for at in ("", "data/") for file in (run.folder / at).glob("*")}
+        for name in run_files(name for name, file in files.items() if file.is_file()):
+            if not name.startswith("data/") or there.get(name) != files[name].stat().st_size:
+                self._put(run.folder, name)
 
     def _put(self, folder: Path, name: str) -> None:
         """Copy a file of the run directory there, unless this process did and it is the same since."""

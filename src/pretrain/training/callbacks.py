@@ -48,7 +48,7 @@ class Callback:
     def on_event(self, event: dict[str, Any]) -> None:
         """An event such as a skipped step: ``event`` has ``step``, ``event`` (its kind) and ``text``.
 
-        A hang is reported from the thread of the heartbeat.
+        A hang is reported from the thread of the heartbeat, and what becomes of copies from theirs.
         """
 
     def on_save(self, step: int) -> None:

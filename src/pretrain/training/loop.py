@@ -421,8 +421,9 @@ class Trainer:
         if self.config.checkpoint.copy_to:
             if self.copier:
                 self.copier.finish()
-            while self.world.any(self.copier is not None and self.stop.left() > LEAVING and self.copier.busy(0.1)):
-                pass
+            while self.world.any(self.copier is not None and self.copier.busy(0.1)):
+                if self.world.any(self.stop.left() < LEAVING):  # a signal may have come to one process alone
+                    break
             if self.copier:
                 left = self.copier.close()
                 prune(self.run.checkpoints, self.config.checkpoint, self.val_losses)
