@@ -386,6 +386,28 @@ def test_one_signal_stops_all_and_saves(base: Config, tmp_path: Path):
     assert [c.step for c in checkpoints(tmp_path / "run" / "checkpoints")] == [done]
 
 
+def test_the_end_waits_for_a_copy_only_while_every_process_may(base: Config, tmp_path: Path):
+    """After a signal to rank 1 alone, of which rank 0, which copies, knows no more than that there was one."""
+    slow = """
+import os, signal, time
+from pretrain.runs.copy import RunCopy
+put, step = RunCopy._put, step_module.train_step
+def slowly(copy, folder, name):
+    time.sleep(60 * ("step-" in name))
+    put(copy, folder, name)
+def signalled(state, *hooks):
+    if state.progress.step == 5 and state.world.rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(state, *hooks)
+RunCopy._put, step_module.train_step = slowly, signalled
+"""
+    config = change(base, parallel__kind="ddp", checkpoint__copy_to=str(tmp_path / "copy"), guard__grace_seconds=8.0)
+    process = start(config, tmp_path / "run", 2, slow)
+    output, errors = process.communicate(timeout=120)
+    assert "of 12, all saved here, but not all is copied" in output + errors
+    assert "not saved within" not in output + errors
+
+
 @pytest.mark.parametrize("behind", [0, 1])
 def test_a_signal_is_noticed_at_the_next_step(base: Config, tmp_path: Path, behind: int):
     """To one process, in step 6 of 12; numbers fetched every 50 steps and, ``behind``, a step later, as on GPUs."""
