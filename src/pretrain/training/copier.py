@@ -47,13 +47,13 @@ class Copier(Callback):
         self._asked += 1
         self._wake.set()
 
-    def finish(self, seconds: float = 0.0) -> None:
-        """Let it be copied for the last time, in so many seconds; 0: as many as a slow connection takes."""
+    def finish(self, seconds: float | None = None) -> None:
+        """Let it be copied for the last time, in so many seconds; None: as many as a slow connection takes."""
         if self._ended:  # or has not begun
             return
         files = self.trainer.run.checkpoints.glob(f"step-{self.trainer.step:08d}/*")
         longest = max(LONGEST_GRACE, sum(file.stat().st_size for file in files) / SLOWEST)
-        self._until = time.monotonic() + (seconds or longest)
+        self._until = time.monotonic() + (longest if seconds is None else seconds)
         self.ask()
 
     def busy(self, seconds: float) -> bool:
