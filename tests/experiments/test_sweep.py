@@ -122,7 +122,7 @@ def test_a_sweep_is_extended_and_finished_runs_are_left(command: list[str], tmp_
     printed = capsys.readouterr().out
     assert len(in_process) == 4
     assert "optim.lr 0.003      2  " in printed
-    assert f"pretrain compare {tmp_path / 'out'}" in printed
+    assert "(paired t of 2 seeds)" in printed
 
 
 def test_what_fits_is_chosen_once_for_all_runs(command: list[str], tmp_path: Path, in_process, monkeypatch, capsys):

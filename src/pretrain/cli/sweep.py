@@ -22,7 +22,7 @@ from pretrain.cli.parsing import Command
 from pretrain.config import Config, as_chosen
 from pretrain.config.schema import Count, Natural
 from pretrain.errors import CheckpointError, DataError, Interrupted, PretrainError, UsageError
-from pretrain.io import Output, cores, duration, table
+from pretrain.io import Output, cores, duration
 
 if TYPE_CHECKING:
     from pretrain.experiments.sweep import Sweep as Record
@@ -193,7 +193,7 @@ class Sweep(Command):
         return gpus
 
     def show(self, record: Record, failed: dict[str, str]) -> None:
-        """Print the results of all runs so far: a table of settings, the best first, or JSON."""
+        """Print the results of all runs so far, as 'pretrain compare' does, the best settings first, or JSON."""
         import msgspec
 
         from pretrain.experiments.compare import Comparison, compare
@@ -214,9 +214,7 @@ class Sweep(Command):
         if self.json:
             print(msgspec.json.encode({"out": str(record.out), "runs": runs, **asdict(found)}).decode())
             return
-        rows = [table(found.rows())] * bool(found.groups)
-        self.say("\n".join(["", *rows, *found.notes]))
-        self.say(f"\nMore than chance? pretrain compare {shlex.quote(str(record.out))}")
+        self.say(f"\n{found}" if found.groups else f"\n{found.notes[0]}")
 
 
 def _is_open(config: Config) -> bool:
