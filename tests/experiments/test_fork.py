@@ -104,7 +104,10 @@ def test_the_family_is_recorded(stable: Path, tmp_path: Path, capsys: pytest.Cap
     assert "differs   optim.lr 0.02 → 0.01" in said
     assert "rate      0.02 at step 8 of" in said
     assert f"rate      0.01 at step 12 of {child}, 0.01 at step 13 here" in said
+    assert pretrain("fork", child, "--anneal", 0.5, "--out", grandchild, "--no-train", "--json") == 0
     first, second = (Run.open(folder).fork for folder in (child, grandchild))
+    assert json.loads(capsys.readouterr().out) == {"out": str(grandchild), **(second or {})}
+    assert pretrain("fork", child, "--anneal", 0.5, "--out", grandchild, "--json") == 2
     assert first == {
         "parent": str(stable.resolve()),
         "relative": os.path.relpath(stable.resolve(), child.resolve()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,11 +39,15 @@ class Fork(Command):
     train.steps STEP / (1 - share), unless train.steps is given. 0: the schedule of RUN."""
     train: bool = True
     """Train it right away. --no-train: only make it, for 'pretrain train --out NEW' on other machines."""
+    json: bool = False
+    """With --no-train: print one JSON object, what fork.json records and the place of the run as 'out'."""
     nproc: str = ""
     """Number of processes on this machine that train together, as of 'pretrain train'."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
     def __post_init__(self):
+        if self.json and self.train:
+            raise ValueError("--json is of a run that is only made; give --no-train too")
         self.training = Train(out=self.out, nproc=self.nproc)  # refuses a wrong number of processes
 
     def __call__(self) -> int:
@@ -57,8 +62,11 @@ class Fork(Command):
         from pretrain.experiments.fork import fork
         from pretrain.training import Console
 
-        console, given = Console(), typed_fields(self.typed)
+        console, given = Console(quiet=self.json), typed_fields(self.typed)
         made = fork(Path(self.run), Path(self.out), self.config, self.step, self.anneal, given, console)
+        if self.json:
+            print(json.dumps({"out": str(made.folder), **(made.fork or {})}, ensure_ascii=False))
+            return 0
         if not self.train:
             console.say(f"made      {self.out}; train it with: pretrain train --out {self.out}")
             return 0
