@@ -81,7 +81,7 @@ def test_one_seed_against_several_varies_as_they_do():
 def test_numbers_without_any_spread():
     same, lower = {1: 1.0, 2: 1.0}, {1: 0.5, 2: 0.5}
     for paired in (True, False):
-        assert t_test(same, same, paired, 0.95)[1:5] == (0.0, 0.0, 0.0, 1.0)
+        assert t_test(same, same, paired, 0.95)[1:] == (0.0, 0.0, 0.0, 1.0, None)  # no number of seeds would decide
         assert t_test(lower, same, paired, 0.95)[1:5] == pytest.approx((-0.5, -0.5, -0.5, 0.0))
 
 
@@ -152,6 +152,13 @@ def test_a_folder_is_groups_by_what_differs(tmp_path: Path):
     assert names == [f"{place}: {value}" for place in (one, other) for value in values]
     equal = [sweep(tmp_path / name, {0.01: [1, 1.1]}) for name in ("first", "second")]
     assert [group.name for group in groups_at(equal)] == ["first", "second"]
+    for size in (300, 400):  # the same text is other tokens
+        finished(tmp_path / "sizes" / str(size), 1, 1.0, f"of {size}", **{"tokenizer.vocab_size": size})
+    assert [group.name for group in groups_at([str(tmp_path / "sizes")])] == [
+        f"tokenizer.vocab_size {size}" for size in (300, 400)
+    ]
+    finished(tmp_path / "sizes" / "other", 1, 1.0, "of other text", **{"tokenizer.vocab_size": 300})
+    assert all("data.paths" in group.name for group in groups_at([str(tmp_path / "sizes")]))
 
 
 def test_so_many_minutes_are_the_setting_whatever_steps_they_are(tmp_path: Path):
@@ -242,11 +249,13 @@ def test_what_does_not_compare_is_left_out_or_refused(tmp_path: Path, capsys):
     place = sweep(tmp_path / "lr", {0.01: [1.0, 1.02], 0.02: [1.0, 1.03]})
     (tmp_path / "lr" / "0.02-2" / "summary.json").unlink()
     finished(tmp_path / "lr" / "lost", 3, None, **{"optim.lr": 0.02})
+    finished(tmp_path / "lr" / "nan", 3, math.nan, **{"optim.lr": 0.01})
     assert main(["compare", place, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [group["seeds"] for group in found["groups"]] == [[1, 2], [1]]
-    assert found["notes"][0] == f"Left out: {place}/0.02-2 is not finished."
-    assert found["notes"][1].startswith(f"Left out: {place}/lost has no held-out loss at its end")
+    assert found["notes"][0].startswith(f"Left out: {place}/nan has no held-out loss at its end")
+    assert found["notes"][1] == f"Left out: {place}/0.02-2 is not finished."
+    assert found["notes"][2].startswith(f"Left out: {place}/lost has no held-out loss at its end")
 
     finished(tmp_path / "overlap", 1, 1.0, **{"eval.stride": 64})
     assert main(["compare", f"{place}/0.01-1", str(tmp_path / "overlap")]) == 2

@@ -229,9 +229,8 @@ class At(Command):
             raise UsageError(f"{self.run} does not say how many processes computed this batch; add --world N")
         rows = [row for row in range(size) if self.row in (-1, row) and self.rank in (-1, row % (world or 1))]
         if not rows:
-            raise UsageError(
-                f"there is no such row: a batch has rows 0 to {size - 1}, and process R row R, R + {world}, ..."
-            )
+            ranks = f", and process R of {world} has rows R, R + {world}, ..." if world else ""
+            raise UsageError(f"there is no such row: a batch has rows 0 to {size - 1}{ranks}")
         found, tokenizer = read_batch(run, batch, rows, world, closely=self.row >= 0), run.tokenizer()
         if self.json:
             texts = [{"text": tokenizer.decode(row.tokens, show_special=True), **asdict(row)} for row in found]

@@ -48,8 +48,9 @@ class Tasks(TaskManager):
         except Exception as error:  # of datasets, its network libraries, a task's YAML or its Python
             why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise DataError(
-                f"--tasks {','.join(task_list)}: the data cannot be loaded ({why}); without a connection, run it once"
-                f" where there is one and copy the folder HF_HOME (~/.cache/huggingface) here"
+                f"--tasks {','.join(task_list)}: the data cannot be loaded ({why}); paths of data_files are from the"
+                f" current folder; for a download without a connection, run it once where there is one and copy the"
+                f" folder HF_HOME (~/.cache/huggingface) here"
             ) from error
         for name, task in loaded["tasks"].items():
             if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):

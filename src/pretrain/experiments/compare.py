@@ -136,7 +136,8 @@ def _decided(found: Verdict, p: float) -> Verdict:
     said = f"{found.group} is {verdict} than {found.against}" + " on this text, as a model" * (found.of == "weights")
     if p >= 1 - LEVEL:
         verdict, more, said = "cannot tell", found.more_seeds, f"Cannot tell {found.group} from {found.against}"
-        needed = f"about {more} more seeds of each would" if more else f"it takes over {MOST_MORE} more seeds of each"
+        needed = f"it takes over {MOST_MORE} more seeds of each"
+        needed = f"about {more} more seed{'s' * (more > 1)} of each would" if more else needed
         said += f": {needed}" if found.of == "settings" else " on this text, as models"
     numbers = f"{found.difference:+.4f} bits per byte, 95 % interval {found.low:+.4f} to {found.high:+.4f}"
     words = f"{said}. Difference {numbers}, p {p:.2g} ({found.method})."
@@ -151,7 +152,8 @@ def _finished(groups: Sequence[Group]) -> tuple[list[Group], list[str]]:
     kept, notes = [], []
     for group in groups:
         ends = [(run, run.summary or {}) for run in group.runs]
-        good = tuple(run for run, end in ends if None not in (end.get("val_loss"), end.get("val_bpb")))
+        numbers = [(run, [end.get(name) or math.nan for name in ("val_loss", "val_bpb")]) for run, end in ends]
+        good = tuple(run for run, measured in numbers if all(map(math.isfinite, measured)))
         kept += [replace(group, runs=good)] if good else []
         for run, end in ends:
             why = "has no held-out loss at its end: its group may look better than it is" if end else "is not finished"
@@ -242,7 +244,7 @@ def t_test(ours: Mapping[int, float], theirs: Mapping[int, float], paired: bool,
 
     def show(seeds: int) -> bool:
         needed = sum(t_within(share, per_seed * (seeds - 1)) for share in (level, 2 * POWER - 1))
-        return abs(difference) >= needed * math.sqrt(single / seeds)
+        return 0 < needed * math.sqrt(single / seeds) <= abs(difference)
 
     more = 1 + bisect_left(range(min(n, m) + 1, min(n, m) + MOST_MORE + 1), True, key=show)
     return method, difference, difference - reach, difference + reach, p, more if more <= MOST_MORE else None

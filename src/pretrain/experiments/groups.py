@@ -58,7 +58,12 @@ def groups_at(places: Iterable[str]) -> list[Group]:
     for (folder, same, _), runs in found.items():
         beside = [dict(others) for of, others, _ in found if of == folder]
         values, members = dict(flat(runs[0].config)), [run.folder.resolve().name for run in runs]
-        differing = [f"{name} {values[name]}" for name, _ in same if len({others[name] for others in beside}) > 1]
+        differ = [name for name, _ in same if len({others[name] for others in beside}) > 1]
+        paths = {str(of[0].config.data.paths) for (named, *_), of in found.items() if named == folder}
+        apart = {tuple(item for item in others.items() if item[0] != "data.paths") for others in beside}
+        if len(paths) == 1 and len(apart) == len(beside):  # the same text, in the tokens of another tokenizer
+            differ = [name for name in differ if name != "data.paths"]
+        differing = [f"{name} {values[name]}" for name in differ]
         alone = [Path(folder).resolve().name] if len(beside) == 1 else []
         members = members if len(members) < 4 else [members[0], "...", members[-1]]
         names.append(", ".join((folder and (differing or alone)) or members))

@@ -234,6 +234,7 @@ def draw(sweep: Sweep, axes: Axes, seeds: Sequence[int], count: int, learn: bool
             return None
         places = {n: a.index(values[n]) if isinstance(a, list) else values[n] for n, a in axes.items()}
         losses = [end["val_bpb"] or end["val_loss"] or math.inf for end in ends]
+        losses = [loss if math.isfinite(loss) else math.inf for loss in losses]  # NaN too
         known: dict[str, Any] = {"state": optuna.trial.TrialState.RUNNING}
         if losses:
             known = {"value": statistics.fmean(losses)}

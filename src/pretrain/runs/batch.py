@@ -7,6 +7,7 @@ step ──batch_of──> batch ──read_batch──> Row, Row, ...
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -53,9 +54,8 @@ class Row:
 def batch_of(run: Run, step: int) -> int:
     """The number of the batch whose update made the weights of a step. Raises UsageError if that is not known."""
     if run.fork and step <= run.fork["step"]:
-        raise UsageError(
-            f"step {step} of {run.folder} was trained before the fork: pretrain data at {run.fork['parent']}"
-        )
+        there = f"pretrain data at {shlex.quote(run.fork['parent'])} --step {step}"
+        raise UsageError(f"step {step} of {run.folder} was trained before the fork: {there}")
     records = {record["step"]: record for record in read_jsonl(run.metrics) if "train/loss" in record}
     if step not in records:
         raise UsageError(f"{run.folder} has done {max(records, default=0)} steps; give --step one of them")
