@@ -111,6 +111,9 @@ def test_a_ladder_predicts_a_larger_run_and_the_commands_show_it(trained, tmp_pa
         assert kept.loss(best) < kept.loss(kept.size(best.parameters * other, best.tokens / other))
     assert low < best.parameters < high
 
+    for far in ("1e-300", "1e300", "inf"):
+        assert main(["forecast", str(place), "--flops", far]) == 2
+        assert "a forecast is for 1e6 to 1e40 FLOPs" in capsys.readouterr().err
     assert main(["forecast", str(place), str(big.folder), "--for", str(big.folder), "--json"]) == 0
     tree = json.loads(capsys.readouterr().out)
     assert tree["target"]["loss"] == predicted.loss  # the target is left out of its ladder

@@ -148,10 +148,12 @@ class Forecast:
     def size(self, parameters: float, tokens: float) -> Size:
         """That of a model in training, with as many FLOPs for each parameter and token as the largest run: about 6."""
         flops = self.largest.flops / (self.largest.parameters * self.largest.tokens) * parameters * tokens
-        return Size(flops, round(parameters), round(tokens))
+        return Size(flops, max(1, round(parameters)), max(1, round(tokens)))
 
     def best(self, flops: float) -> tuple[Size, float, float]:
         """The size that reaches the lowest loss with so many FLOPs, and the 95 % interval of its parameters."""
+        if not 1e6 <= flops <= 1e40:
+            raise UsageError(f"a forecast is for 1e6 to 1e40 FLOPs, not for {flops:.3g}")
         both, found = flops / self.size(1, 1).flops, []
         for _, a, alpha, b, beta, *_ in (self.coefficients, *self.resampled):  # equation 4 of arXiv 2203.15556
             found.append((alpha * a / (beta * b) * both**beta) ** (1 / (alpha + beta)))
