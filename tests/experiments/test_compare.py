@@ -161,6 +161,12 @@ def test_a_folder_is_groups_by_what_differs(tmp_path: Path):
     assert all("data.paths" in group.name for group in groups_at([str(tmp_path / "sizes")]))
 
 
+def test_a_run_that_is_named_twice_is_refused(tmp_path: Path):
+    folder = sweep(tmp_path / "runs", {0.01: (2.0, 2.1)})
+    with pytest.raises(UsageError, match=r"0\.01-2 is at .*runs and at .*0\.01-2; name it once"):
+        groups_at([folder, f"{folder}/0.01-2"])
+
+
 def test_so_many_minutes_are_the_setting_whatever_steps_they_are(tmp_path: Path):
     for seed, steps in ((1, 100), (2, 110)):
         run = finished(tmp_path / str(seed), seed, 1.0, **{"train.minutes": 1})
@@ -215,7 +221,8 @@ def test_many_comparisons_make_a_verdict_rarer(tmp_path: Path):
 def test_each_of_a_single_folder_is_compared_with_its_best(tmp_path: Path):
     place = sweep(tmp_path / "lr", {0.1: [2.0, 2.01], 0.2: [1.0, 1.01], 0.3: [3.0, 3.02]})
     assert [verdict.against for verdict in compare(groups_at([place])).verdicts] == ["optim.lr 0.2"] * 2
-    places = [f"{place}/0.1-1", f"{place}/0.1-2", place]
+    alone = sweep(tmp_path / "alone", {0.1: [2.0, 2.01]})
+    places = [f"{alone}/0.1-1", f"{alone}/0.1-2", place]
     assert [verdict.against for verdict in compare(groups_at(places)).verdicts] == ["0.1-1, 0.1-2"] * 3
 
 

@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.conftest import TINY
 from tests.training.test_loop import assert_same_run
 
@@ -69,6 +70,16 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(sweep, "launch", launch)
     monkeypatch.setattr(plan, "make_plan", partial(plan.make_plan, measure=False))
     return started
+
+
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs here and in processes of their own have the same bits."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def swept(command: Sequence[str], capsys: pytest.CaptureFixture, code: int = 0) -> dict[str, Any]:
@@ -297,7 +308,8 @@ def processes(out: Path) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs /proc to find the processes")
-def test_a_sweep_killed_twice_ends_as_one_that_was_not(command: list[str], tmp_path: Path, in_process, capsys):
+@pytest.mark.usefixtures("one_thread", "in_process")
+def test_a_sweep_killed_twice_ends_as_one_that_was_not(command: list[str], tmp_path: Path):
     options = ["--over", "optim.lr=0.003,0.01", "--seeds", "2", "--train.steps", "200", "--eval.every", "100"]
     out = tmp_path / "out"
     process = start([*command, *options, "--jobs", "2"])

@@ -248,6 +248,7 @@ def test_what_cannot_be_shown(tiny: Config, tmp_path: Path, capsys):
         (["--step", "3", "--rank", "1"], "there is no such row"),
         (["--step", "3", "--rank", "1", "--world", "2", "--row", "2"], "there is no such row"),
         (["--batch", "3", "--rank", "1"], "add --world N"),
+        (["--batch", "12"], "has read batches 0 to 11 so far"),
     ):
         assert main(["data", "at", str(run.folder), *arguments]) == 2
         error = capsys.readouterr().err

@@ -220,10 +220,12 @@ class At(Command):
 
     def __call__(self) -> int:
         from pretrain.runs import Run
-        from pretrain.runs.batch import batch_of, read_batch, world_of
+        from pretrain.runs.batch import batch_of, last_batch, read_batch, world_of
 
         run = Run.open(self.run)
         batch = batch_of(run, self.step) if self.step else self.batch
+        if batch > (last := last_batch(run)):
+            raise UsageError(f"{self.run} has read batches 0 to {last} so far; give --batch one of them")
         world, size = self.world or world_of(run, self.step), run.config.batch_rows
         if self.rank >= 0 and world is None:
             raise UsageError(f"{self.run} does not say how many processes computed this batch; add --world N")

@@ -44,13 +44,17 @@ def runs_at(place: str | Path) -> list[Run]:
 def groups_at(places: Iterable[str]) -> list[Group]:
     """The runs at ``places`` in groups: those of each folder by themselves, and all that were named one by one.
 
-    Runs with the same seed besides the same settings are of several groups: they differ in something else.
+    Runs with the same seed besides the same settings are of several groups: they differ in something else. Raises
+    UsageError for a run that is at two places, by itself and in its folder.
     """
     found: dict[tuple[Any, ...], list[Run]] = {}
     seen: Counter[tuple[Any, ...]] = Counter()
     places = list(dict.fromkeys(str(Path(place)) for place in places))
+    home: dict[Path, str] = {}
     for place in places:
         for run in runs_at(place):
+            if (other := home.setdefault(run.folder.resolve(), place)) != place:
+                raise UsageError(f"{run.folder} is at {other} and at {place}; name it once")
             key = ("" if Run.exists(Path(place)) else place, tuple(settings(run).items()))
             found.setdefault((*key, seen[key, run.config.train.seed]), []).append(run)
             seen[key, run.config.train.seed] += 1

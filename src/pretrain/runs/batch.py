@@ -7,6 +7,7 @@ step ──batch_of──> batch ──read_batch──> Row, Row, ...
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -63,6 +64,13 @@ def batch_of(run: Run, step: int) -> int:
     if "batch" not in records[step] and any("batch" not in each for each in back):  # of an older version
         raise UsageError(f"{run.folder} did not note which batches it skipped before step {step}; give --batch N")
     return records[step].get("batch", step - 1)
+
+
+def last_batch(run: Run) -> float:
+    """The last batch that a run can have read: -1 for none; infinite where an older version skipped some unnoted."""
+    read = [each.get("batch", each["step"] - 1) for each in read_jsonl(run.metrics) if "train/loss" in each]
+    back = [each for each in read_jsonl(run.events) if each.get("event") in ("roll_back", "skipped")]
+    return max([*read, *(each.get("batch", math.inf) for each in back)], default=-1)
 
 
 def world_of(run: Run, step: int) -> int | None:
