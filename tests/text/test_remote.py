@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from fsspec.registry import _registry as filesystems
 
 from pretrain.errors import DataError
 from pretrain.text import find_pieces, formats, opening, pieces, read_documents, read_piece
@@ -279,6 +280,7 @@ def test_a_large_file_of_a_store_is_read_in_ranges(monkeypatch: pytest.MonkeyPat
 )
 def test_a_missing_package_is_said_with_its_extra(monkeypatch: pytest.MonkeyPatch, url: str, package: str, extra: str):
     monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(filesystems, opening.protocol_of(url), raising=False)  # of an earlier test
     line = refusal(url)
     assert package in line
     assert line.endswith(f"pip install 'pretrain[{extra}]'")
