@@ -321,7 +321,7 @@ def test_a_kill_at_any_moment_leaves_no_run_and_the_same_command_makes_it(
     sys.addaudithook(strike)
     number, done = 0, 0
     for number in itertools.count(3, 5):
-        monkeypatch.setattr(fork_module, "_clear", clear_once(fork_module._clear))
+        monkeypatch.setattr(fork_module, "clear_run", clear_once(fork_module.clear_run))
         left["events"] = number
         try:
             pretrain(*words, out)

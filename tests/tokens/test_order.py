@@ -105,16 +105,22 @@ def test_windows_of_a_mixture_stay_inside_their_data_set():
     assert (sets_of(mixed, starts) == sets_of(mixed, starts + mixed.length)).all()
 
 
-@pytest.mark.parametrize("kind", ["shuffled", "sequential"])
-def test_each_data_set_of_a_mixture_has_its_own_epochs(kind: str):
-    mixed = mixture(kind=kind)
-    starts = mixed.starts(0, 6000)
+def assert_own_epochs(mixed: MixedOrder, starts: np.ndarray) -> np.ndarray:
+    """Each data set's windows come in its own order, once in each of its epochs; gives the data set of each row."""
     sets, begins = sets_of(mixed, starts), np.cumsum([0, 3001, 901])
     for number, part in enumerate(mixed.orders):
         own = starts[sets == number] - begins[number]
         assert own.tolist() == part.starts(0, len(own)).tolist()
         for epoch in range(len(own) // part.windows):
             assert len(set(own[epoch * part.windows :][: part.windows].tolist())) == part.windows
+    return sets
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "sequential"])
+def test_each_data_set_of_a_mixture_has_its_own_epochs(kind: str):
+    mixed = mixture(kind=kind)
+    starts = mixed.starts(0, 6000)
+    assert_own_epochs(mixed, starts)
 
 
 def test_a_mixture_is_a_function_of_the_row_alone():
@@ -169,12 +175,7 @@ def test_each_stage_has_its_shares():
 def test_each_data_set_has_its_own_epochs_over_all_stages(kind: str):
     mixed = staged(kind=kind)
     starts = mixed.starts(0, 9000)
-    sets, begins = sets_of(mixed, starts), np.cumsum([0, 3001, 901])
-    for number, part in enumerate(mixed.orders):
-        own = starts[sets == number] - begins[number]
-        assert own.tolist() == part.starts(0, len(own)).tolist()
-        for epoch in range(len(own) // part.windows):
-            assert len(set(own[epoch * part.windows :][: part.windows].tolist())) == part.windows
+    sets = assert_own_epochs(mixed, starts)
     for row in (0, 1, 999, 1000, 1234, 1237, 1240, 4999, 5000, 5001, 9000):
         assert mixed.rows_before(row) == tuple(np.bincount(sets[:row], minlength=3))
     assert sum(mixed.rows_before(10**14 + 3)) == 10**14 + 3  # counted, not read

@@ -142,10 +142,10 @@ class Sweep(Command):
 
         from pretrain.device import choose_device
         from pretrain.model import meta_model
-        from pretrain.optim import build_optimizers, find_optimizer
+        from pretrain.optim import build_optimizers
         from pretrain.plan import make_plan
         from pretrain.plan.data import look_at_data, windows_of
-        from pretrain.plan.plan import START_SECONDS
+        from pretrain.plan.plan import START_SECONDS, checkpoint_bytes
         from pretrain.plan.words import size
         from pretrain.sizing import count_parameters, flops_per_token, resolve
         from pretrain.training.init_from import resolve_init
@@ -172,10 +172,9 @@ class Sweep(Command):
             flops = flops_per_token(config.model, vocab_size) * config.train.steps * config.train.batch_tokens
             seconds += runs * (START_SECONDS + made.seconds * flops / (made.flops_per_token * made.tokens))
             counts, saving = count_parameters(config.model, vocab_size), config.checkpoint
-            state = (8 if config.optim.ema else 4) * sum(counts.values())
             saved = config.train.steps // saving.every + 1 if saving.every else 1
             kept = min(saved, (saving.keep_last or saved) + saving.keep_best + len(saving.at))
-            disk += runs * kept * (state + find_optimizer(config.optim).state_bytes(counts))
+            disk += runs * kept * checkpoint_bytes(config, counts)
         finished = sum(record.summary(name) is not None for name in record.runs)
         runs = total - finished if self.search else len(names)
         seconds, disk = seconds * runs / len(names), disk * runs // len(names)
@@ -219,7 +218,7 @@ class Sweep(Command):
 
 def _is_open(config: Config) -> bool:
     """Whether each run would choose something by the speed it measures, or by its text."""
-    return bool(config.fit.fields or (config.train.minutes and not config.train.steps))
+    return bool(config.fit.fields or config.train.timed)
 
 
 def _number(value: float | None) -> str:

@@ -408,6 +408,11 @@ class TrainConfig(Section):
                 both = f"train.{name} {value:g} and train.epochs {self.epochs:g} both set the horizon"
                 raise ValueError(f"{both}; give 0 for one of them, as --train.{name} 0")
 
+    @property
+    def timed(self) -> bool:
+        """Whether the steps are still to be chosen, to fill the minutes."""
+        return self.minutes > 0 and not self.steps
+
 
 @dataclass(frozen=True)
 class EvalConfig(Section):

@@ -22,7 +22,7 @@ from pretrain.evaluation.measure import held_out_targets
 from pretrain.experiments.groups import Group, settings
 from pretrain.io import table
 from pretrain.runs import Run
-from pretrain.tokens import Origin
+from pretrain.tokens import Corpus, Origin
 
 LEVEL, POWER, MOST_MORE = 0.95, 0.8, 100
 """Of intervals and verdicts; of more seeds to show a difference; and how many more are still counted."""
@@ -182,9 +182,22 @@ def _check_alike(runs: Sequence[Run]) -> list[str]:
     return ["Their tokens differ, or what was trained on: losses may not compare, bits per byte do."]
 
 
+_HASHES: dict[tuple[str, ...], str] = {}
+"""Of held-out texts, by their tokens and tokenizer: to decode a large one takes long, and many runs have the same."""
+
+
 def text_hash(run: Run) -> str:
     """A hash of all held-out text."""
-    digest, corpus = hashlib.sha256(), run.corpus()
+    corpus = run.corpus()
+    foreign = [dataset.name for dataset in corpus.datasets if not dataset.tokenizer]  # whose fingerprint is of samples
+    key = corpus.fingerprint, corpus.tokenizer.fingerprint, *foreign
+    if key not in _HASHES:
+        _HASHES[key] = _hash_of(corpus)
+    return _HASHES[key]
+
+
+def _hash_of(corpus: Corpus) -> str:
+    digest = hashlib.sha256()
     for stream in (dataset.stream("val") for dataset in corpus.datasets):
         for start in range(0, len(stream), 2**20):
             ids = stream.windows(np.array([start]), min(2**20, len(stream) - start))[0]

@@ -162,8 +162,7 @@ class Forecast:
 
     def check(self, way: dict[str, Any], name: str) -> None:
         """A UsageError unless the losses of ``name``, which is or will be measured in this way, compare."""
-        if differing := [what for what, value in way.items() if self.measured_by[what] != value]:
-            raise UsageError(f"{name} has another {differing[0]} than the ladder, so their losses do not compare")
+        check_alike(self.measured_by, way, name)
 
     def __str__(self) -> str:
         rows = [["run", "parameters", "tokens", "FLOPs", "measured", "fitted", "error"]]
@@ -225,6 +224,12 @@ def measured_with(config: Config, vocab_size: int) -> dict[str, Any]:
     return {"vocabulary": vocab_size, "context length": length, "eval.stride": config.eval.stride or length}
 
 
+def check_alike(ladder: dict[str, Any], way: dict[str, Any], name: str) -> None:
+    """A UsageError unless the losses of ``name``, measured in this ``way``, compare with those of the ladder."""
+    if differing := [what for what, value in way.items() if ladder[what] != value]:
+        raise UsageError(f"{name} has another {differing[0]} than the ladder, so their losses do not compare")
+
+
 def forecast(places: Sequence[str], without: str = "") -> Forecast:
     """Fit the finished runs at ``places``, run directories and folders of them; ``without`` the run to be predicted.
 
@@ -245,7 +250,7 @@ def forecast(places: Sequence[str], without: str = "") -> Forecast:
         bits = bits or (end["val_bpb"] and end["val_bpb"] / end["val_loss"])
         this = measured_by(run)
         way = way or this
-        Forecast(found, [], [], None, way, bits, notes).check(this, str(run.folder))
+        check_alike(way, this, str(run.folder))
     sizes, measured = [point.size for point in found], np.array([point.loss for point in found])
     separable = tells_apart(sizes)
     x = logarithms(sizes, separable)

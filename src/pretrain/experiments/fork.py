@@ -26,7 +26,7 @@ from pretrain.optim import build_optimizers
 from pretrain.optim.schedule import learning_rate_factor
 from pretrain.runs import Run
 from pretrain.runs.checkpoint import Checkpoint, copy_checkpoint
-from pretrain.runs.run import FORK, LOCK, lock_run, weights_id
+from pretrain.runs.run import FORK, clear_run, lock_run, weights_id
 from pretrain.sizing import resolve
 from pretrain.tokens import ORIGIN, training_order
 from pretrain.training.average import WeightAverage
@@ -82,22 +82,14 @@ def fork(
     unfinished = out.absolute().with_name(f"{out.name}.tmp")
     with lock_run(unfinished, whatever=(unfinished / FORK).is_file()):
         try:
-            _clear(unfinished)
+            clear_run(unfinished)
             _make(source, checkpoint, config, unfinished, out, console or Console(quiet=True))
         except BaseException:
-            _clear(unfinished)
+            clear_run(unfinished)
             raise
     unfinished.rename(out)
     sync_folder(unfinished.parent)
     return Run.open(out)
-
-
-def _clear(folder: Path) -> None:
-    for path in sorted(folder.iterdir(), key=lambda path: path.name == FORK):  # the last: it says that all is ours
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != LOCK:
-            path.unlink()
 
 
 def _annealed(config: Config, step: int, share: float, given: Collection[str]) -> Config:
@@ -120,7 +112,7 @@ def _make(parent: Run, checkpoint: Checkpoint, config: Config, folder: Path, out
     names = {line.partition(" ")[0] for line in changed}
     if fixed := sorted(name for name in names if name.startswith("tokenizer.") or name == "train.init_from"):
         raise UsageError(f"a fork keeps tokenizer and weights of {place}; leave --{fixed[0]} out")
-    if config.train.minutes and not config.train.steps:
+    if config.train.timed:
         raise UsageError("the length of a fork is given in steps, those before it included; give --train.steps")
     _check_state(checkpoint, config, vocabulary.vocab_size, changed, place)
     write_atomically(folder / FORK, json.dumps({"parent": str(place.resolve()), "step": step}) + "\n")

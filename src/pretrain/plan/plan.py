@@ -168,6 +168,11 @@ class Plan:
         }
 
 
+def checkpoint_bytes(config: Config, counts: dict[str, int]) -> int:
+    """Bytes of a checkpoint of a model with ``counts`` of parameters: weights, their average, moments."""
+    return (8 if config.optim.ema else 4) * sum(counts.values()) + find_optimizer(config.optim).state_bytes(counts)
+
+
 def make_plan(
     config: Config,
     gpu: str = "",
@@ -192,7 +197,8 @@ def make_plan(
         UsageError: there is no such GPU or optimizer, or the configuration contradicts itself.
         DataError: the data cannot be used.
     """
-    optimizer, hardware = find_optimizer(config.optim), choose_hardware(config, gpu)
+    find_optimizer(config.optim)  # refuses an unknown name before any work
+    hardware = choose_hardware(config, gpu)
     precision, device = hardware.precision, hardware.precision.device
     measure = measure and hardware.here and gpus == 1
     text, fitted = Text(0), list[str]()
@@ -204,7 +210,7 @@ def make_plan(
     size = text.bytes or data.text_bytes or 4 * data.train_tokens
     tokens = {"train_tokens": data.train_tokens, "val_tokens": data.val_tokens, "test_tokens": data.test_tokens}
     text = replace(text, bytes=size, vocab_size=vocab_size, **tokens)
-    timed = config.train.minutes > 0 and not config.train.steps
+    timed = config.train.timed
     left = 60 * config.train.minutes - START_SECONDS if timed else 0.0
     if config.fit.fields:
         if config.tokenizer.kind == "bpe":
@@ -224,7 +230,7 @@ def make_plan(
     if parallelism == "auto":
         parallelism = parallelism_that_fits(sum(counts.values()), hardware.memory)
     layout = Layout(parallelism if gpus > 1 else "none", gpus)
-    state = (8 if config.optim.ema else 4) * sum(counts.values()) + optimizer.state_bytes(counts)
+    state = checkpoint_bytes(config, counts)
 
     rows_each = math.ceil(config.batch_rows / gpus)
     free = max(0, hardware.memory - state // layout.shards)

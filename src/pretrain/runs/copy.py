@@ -21,15 +21,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from fsspec.implementations.local import LocalFileSystem
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential, wait_random
 
 from pretrain.config import Config, config_from_dict, differences
 from pretrain.errors import CheckpointError, PretrainError, UsageError
 from pretrain.io import read_jsonl, sha256_of, sync_file, without_secrets, write_atomically
 from pretrain.runs.checkpoint import COMMIT, by_loss, checkpoints, remove, surplus
-from pretrain.runs.metrics import comparable_loss
+from pretrain.runs.metrics import comparable_losses
 from pretrain.runs.run import FORK, HEARTBEAT, LOCK, Run
-from pretrain.text.opening import TRIES, filesystem, one_line_remote, protocol_of
+from pretrain.text.opening import filesystem, one_line_remote, protocol_of, retrying
 from pretrain.tokens import ORIGIN, Origin
 
 CONFIG, SUMMARY, MANIFEST = "config.toml", "summary.json", "data/manifest.json"
@@ -37,12 +36,7 @@ FIRST = (CONFIG, "tokenizer.json", ORIGIN, FORK)
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memory"}
 MAY_DIFFER = ("train.steps ", "data.paths ", "data.val_paths ")  # of the same run: made longer, or its data elsewhere
 FINAL = (PretrainError, ImportError, PermissionError, FileNotFoundError, ValueError)  # trying again would not help
-RETRYING = Retrying(
-    stop=stop_after_attempt(TRIES),
-    wait=wait_exponential() + wait_random(0, 1),
-    retry=retry_if_exception(lambda error: isinstance(error, Exception) and not isinstance(error, FINAL)),
-    reraise=True,
-)
+RETRYING = retrying(lambda error: not isinstance(error, FINAL))
 
 
 class RunCopy:
@@ -148,7 +142,7 @@ class RunCopy:
             self.fs.rm_file(f"{self.path}/{SUMMARY}")
         self._put_files(run, there)
         here = {checkpoint.step: checkpoint for checkpoint in checkpoints(run.checkpoints)}
-        losses = val_losses(run) if config.keep_best else {}
+        losses = comparable_losses(read_jsonl(run.metrics)) if config.keep_best else {}
         passed_over = surplus({*here, *steps}, replace(config, keep_last=min(1, config.keep_last)), losses)
         self.held = max(here.keys() - steps - {*passed_over}, default=None)
         if self.held is None:
@@ -273,12 +267,7 @@ def run_files(names: Iterable[str]) -> list[str]:
     return sorted(own, key=lambda name: (name not in FIRST, name == MANIFEST, name))
 
 
-def val_losses(run: Run) -> dict[int, float]:
-    """The validation losses of a run by step, as far as they compare."""
-    losses = {record["step"]: comparable_loss(record) for record in read_jsonl(run.metrics)}
-    return {step: loss for step, loss in losses.items() if loss is not None}
-
-
 def best(run: Run, steps: Iterable[int]) -> list[int]:
     """With ``checkpoint.keep_best`` the step, of those, with the lowest validation loss."""
-    return by_loss(steps, val_losses(run))[:1] if run.config.checkpoint.keep_best else []
+    losses = comparable_losses(read_jsonl(run.metrics)) if run.config.checkpoint.keep_best else {}
+    return by_loss(steps, losses)[:1]

@@ -28,6 +28,12 @@ def comparable_loss(record: dict[str, Any]) -> float | None:
     return record.get("val/part_loss", record.get("val/loss"))
 
 
+def comparable_losses(records: Iterable[dict[str, Any]]) -> dict[int, float]:
+    """Those of the records that have one, by step."""
+    losses = {record["step"]: comparable_loss(record) for record in records}
+    return {step: loss for step, loss in losses.items() if loss is not None}
+
+
 class Smoothed:
     """The training loss as it is shown: an exponential mean, debiased (Adam, arXiv 1412.6980, section 3).
 

@@ -6,6 +6,7 @@ import errno
 import glob
 import json
 import math
+import shutil
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -74,6 +75,15 @@ def lock_run(folder: Path, whatever: bool = False) -> Iterator[None]:
                 for path in made:
                     path.rmdir()
         lock.release()
+
+
+def clear_run(folder: Path) -> None:
+    """Remove all but the lock; ``fork.json`` last, which says that the rest is ours."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == FORK):
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
 
 
 @dataclass(frozen=True)

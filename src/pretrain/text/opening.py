@@ -15,14 +15,17 @@ import lzma
 import os
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
 from pretrain.errors import DataError, PretrainError
 from pretrain.text.content import START, compression_of
+
+if TYPE_CHECKING:
+    from tenacity import Retrying
 
 TEXT, JSON_LINES, PARQUET = "text", "JSON lines", "Parquet"
 FORMATS = {
@@ -175,6 +178,18 @@ def expand_url(url: str) -> list[tuple[str, int | None]]:
     return sorted((fs.unstrip_protocol(name), info["size"]) for name, info in found.items() if info["type"] == "file")
 
 
+def retrying(again: Callable[[BaseException], bool], tries: int = TRIES) -> Retrying:
+    """Tries a call up to so often, after pauses that grow, while ``again`` is true of the error that it raises."""
+    from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential, wait_random
+
+    return Retrying(
+        stop=stop_after_attempt(tries),
+        wait=wait_exponential() + wait_random(0, 1),
+        retry=retry_if_exception(lambda error: isinstance(error, Exception) and again(error)),
+        reraise=True,
+    )
+
+
 class _RemoteFile(io.RawIOBase):
     """A remote file, unbuffered: each read is one request for exactly these bytes, tried up to TRIES times.
 
@@ -183,20 +198,13 @@ class _RemoteFile(io.RawIOBase):
     """
 
     def __init__(self, url: str) -> None:
-        from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential, wait_random
-
         super().__init__()
         self.url = url
         self.size, self.has_ranges = _size_and_ranges(url)
         self.file = _open(url, self.size if self.has_ranges else None)
-        self.retrying = Retrying(
-            stop=stop_after_attempt(TRIES if self.has_ranges else 1),
-            wait=wait_exponential() + wait_random(0, 1),
-            # After these a second request would get the same answer.
-            retry=retry_if_exception(
-                lambda error: isinstance(error, Exception) and _status(error) not in (400, 401, 403, 404, 410, 416)
-            ),
-            reraise=True,
+        # After these a second request would get the same answer.
+        self.retrying = retrying(
+            lambda error: _status(error) not in (400, 401, 403, 404, 410, 416), TRIES if self.has_ranges else 1
         )
 
     def readable(self) -> bool:

@@ -20,7 +20,7 @@ from pretrain.runs import Run
 from pretrain.runs.checkpoint import LAST, CheckpointWriter, newest
 from pretrain.runs.copy import RunCopy
 from pretrain.runs.environment import write_environment
-from pretrain.runs.metrics import Smoothed, comparable_loss
+from pretrain.runs.metrics import Smoothed, comparable_losses
 from pretrain.sizing import meta_model, rows_that_fit
 from pretrain.text.split import TEST, VAL
 from pretrain.tokens import BatchesAhead, LiveBatches, Origin, TrainingBatches, find_text, training_order
@@ -143,9 +143,8 @@ def set_up(
         # Without a checkpoint everything comes again, what was measured before the first step too.
         finished = progress.step - bool(state.progress.pending) if checkpoint else -1
         records = [record for record in read_jsonl(run.metrics) if record["step"] <= finished]
-        measured = {record["step"]: comparable_loss(record) for record in records}
         begin = fork["step"] if fork else 0  # earlier checkpoints are another run's
-        losses = {step: loss for step, loss in measured.items() if loss is not None and step >= begin}
+        losses = {step: loss for step, loss in comparable_losses(records).items() if step >= begin}
         smoothed, model_of = Smoothed(records), run.model_of(finished)
         loggers = [Logger(kind, run.folder, config, finished, say) for kind in chosen(config.log.backends, say)]
         listeners += [RunFiles(run, finished, say), console, *loggers, Warnings(run, records), *callbacks]

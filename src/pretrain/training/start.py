@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import glob
 import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from pretrain.optim import build_optimizers, find_optimizer
 from pretrain.runs import Run, checkpoints
 from pretrain.runs.checkpoint import remove
 from pretrain.runs.copy import RunCopy
-from pretrain.runs.run import LOCK, lock_run
+from pretrain.runs.run import clear_run, lock_run
 from pretrain.sizing import resolve
 from pretrain.text.opening import is_url
 from pretrain.text.split import SIDES
@@ -204,9 +203,7 @@ def open_fetched(config: Config, folder: Path, console: Console, named: bool, co
     except UsageError as error:
         if not (fresh and fetched):
             raise
-        for path in folder.iterdir():
-            if path.name != LOCK:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        clear_run(folder)
         why = str(error).replace(f"{folder} was made", f"{copy.shown} was made")
         raise UsageError(why.replace("choose another --out", "choose another --checkpoint.copy_to")) from None
 
@@ -224,7 +221,7 @@ def choose(draft: Draft, world: World, console: Console, started: float) -> Conf
     Raises UsageError if what is chosen does not go with what was given, or ``train.minutes`` are too few.
     """
     config, text, said = draft.config, draft.text, list[str]()
-    timed = config.train.minutes > 0 and not config.train.steps
+    timed = config.train.timed
     if not (config.fit.fields or timed):
         return config
     precision = Precision(world.broadcast(choose_precision(config.train.precision, world.device).name), world.device)
@@ -346,7 +343,7 @@ def same_configuration(run: Run, config: Config, say: Callable[[str], None]) -> 
             f" another --out"
         )
     given, windows = config, training_order(run.corpus(), config).windows if config.train.epochs else 0
-    if config.train.minutes and not config.train.steps:  # other minutes than those of the run, which are refused
+    if config.train.timed:  # other minutes than those of the run, which are refused
         given = with_steps(config, before.train.steps)
     config, _ = resolve(given, vocab_size, windows)
     if differences(before, config) and config.train.init_from:  # perhaps as it was given at first
