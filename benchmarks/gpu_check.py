@@ -66,7 +66,7 @@ from pretrain.training import Callback, Console, train
 from pretrain.training.parallel import compiler_problem, parallelize
 from pretrain.training.setup import set_up
 from pretrain.training.state import TrainState
-from pretrain.training.step import BACKWARD, FORWARD, UPDATE, train_step, train_step_with_oom_retry
+from pretrain.training.step import BACKWARD, FORWARD, UPDATE, measured_step, train_step, train_step_with_oom_retry
 from pretrain.training.world import World
 
 FORK = multiprocessing.get_context("fork")
@@ -936,7 +936,11 @@ def speed(recipe: str, report: Report) -> None:
     begin = time.monotonic()
     step()
     report.fact("first step, s", time.monotonic() - begin)
-    step()
+    fit = measured_step(state, lambda _: None, print)["micro_rows"]
+    report.fact("rows of a micro-batch, estimated and as measured", [rows, fit])
+    if fit > state.progress.micro_rows:
+        state.progress.micro_rows = fit
+        step()
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     taken = [step() for _ in range(3)]

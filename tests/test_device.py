@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.device import GPUS, container_limit, known_gpu, peak_flops, process_memory, total_memory
+from pretrain.device import (
+    GPUS,
+    container_limit,
+    free_memory,
+    known_gpu,
+    passing_memory,
+    peak_flops,
+    process_memory,
+    reset_peak_memory,
+    total_memory,
+)
 
 CPU = torch.device("cpu")
 
@@ -38,6 +48,33 @@ def test_gpus_are_known_by_what_drivers_call_them(name: str, key: str):
 def test_an_unknown_gpu_is_not_taken_for_another():
     assert known_gpu("NVIDIA L400") is None
     assert known_gpu("NVIDIA GeForce GTX 1080") is None
+
+
+def test_memory_of_a_gpu_that_torch_keeps_is_free(monkeypatch):
+    """30 bytes that nobody has, and 15 of those that torch keeps for tensors to come."""
+    counts = {"mem_get_info": (30, 80), "memory_reserved": 50, "memory_allocated": 35, "max_memory_allocated": 48}
+    for name, value in counts.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _device, value=value: value)
+    assert free_memory(torch.device("cuda")) == 45
+    assert passing_memory(torch.device("cuda")) == 13
+    assert passing_memory(CPU) == 0
+
+
+@pytest.mark.gpu
+def test_memory_that_a_pass_takes_on_a_gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    device, size = torch.device("cuda"), 2**26
+    kept = torch.empty(size, dtype=torch.uint8, device=device)
+    reset_peak_memory(device)
+    free = free_memory(device)
+    more = torch.empty(3 * size, dtype=torch.uint8, device=device)
+    taken = free - free_memory(device)
+    del more
+    assert passing_memory(device) == 3 * size
+    assert taken == pytest.approx(3 * size, rel=0.05)
+    assert free_memory(device) == pytest.approx(free, abs=size / 4)
+    del kept
 
 
 def test_a_measured_peak_is_remembered(tmp_path: Path, monkeypatch):

@@ -46,11 +46,25 @@ def choose_device(name: str) -> torch.device:
 
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be taken on a device; on the CPU what the system says is available."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cuda":  # what torch keeps of freed tensors is free for others too
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     return psutil.virtual_memory().available
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin to count anew for :func:`passing_memory`."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def passing_memory(device: torch.device) -> int:
+    """Bytes of tensors at most since :func:`reset_peak_memory`, beyond those there now; 0: only CUDA counts."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
 
 
 def keep_freed_memory() -> None:

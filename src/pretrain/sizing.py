@@ -22,6 +22,14 @@ WIDTH_PER_LAYER, HEAD_DIMENSION, WINDOW_MULTIPLE = 64, 128, 128
 REFERENCE_DEPTH, REFERENCE_BATCH = 12, 2**19
 """The model and the batch, in tokens, against which the dial's laws were measured."""
 
+ENLARGING_FLOPS = 5e17
+"""From here on, for each device, a larger micro-batch repays that the model is compiled again for it: half an hour at
+3e14 FLOP a second, of which it saves some percent."""
+
+ENLARGING_FLOPS = 5e17
+"""From here on, for each device, a larger micro-batch repays that the model is compiled again for it: half an hour at
+3e14 FLOP a second, of which it saves some percent."""
+
 ACTIVATIONS_PER_CHANNEL = 36
 """Values that a block keeps for its backward pass, for each token and channel: 17 to 34 measured, 47 with dropout."""
 
@@ -151,6 +159,16 @@ def activation_bytes(config: Config, bytes_per_value: int) -> int:
 def rows_that_fit(config: Config, bytes_per_value: int, free_bytes: int) -> int:
     """The most rows of the batch, dividing it evenly, whose activations fit in 70 % of the free memory; at least 1."""
     return rows_up_to(config, int(0.7 * free_bytes / activation_bytes(config, bytes_per_value)))
+
+
+def rows_measured(config: Config, rows: int, passes_bytes: int, free_bytes: int) -> int:
+    """The most rows that a micro-batch of ``rows`` shows to fit in 85 % of the free memory, or ``rows``.
+
+    Fewer than twice as many would not repay that they are compiled anew. ``passes_bytes`` are those that its passes
+    took, 0 if that is not known; what of them does not grow with the rows counts as if it did.
+    """
+    fit = rows_up_to(config, int(0.85 * free_bytes * rows / passes_bytes)) if passes_bytes else rows
+    return fit if fit >= 2 * rows else rows
 
 
 def rows_up_to(config: Config, limit: int) -> int:

@@ -26,6 +26,7 @@ from pretrain.sizing import (
     matrices,
     meta_model,
     resolve,
+    rows_measured,
     rows_that_fit,
     validated_tokens,
 )
@@ -122,6 +123,13 @@ def test_rows_that_fit_divide_the_batch():
     row = activation_bytes(config, 2)
     expected = {100: 12, 17.2: 12, 17: 6, 8.6: 6, 8.5: 4, 1.5: 1, 0.1: 1}
     assert {rows: rows_that_fit(config, 2, int(rows * row) + 1) for rows in expected} == expected
+
+
+def test_rows_measured_are_at_least_twice_as_many_or_as_they_were():
+    config = load_config("quickstart", **{"train.batch_tokens": 128 * 12})
+    fit = {free: rows_measured(config, 2, 100, free) for free in (1000, 706, 700, 236, 235, 10)}
+    assert fit == {1000: 12, 706: 12, 700: 6, 236: 4, 235: 2, 10: 2}  # 50 bytes a row; 85 % of what is free
+    assert rows_measured(config, 2, 0, 1000) == 2  # not counted on this device
 
 
 def test_the_activation_estimate_is_near_what_a_pass_keeps():

@@ -281,6 +281,96 @@ def raise_out_of_memory():
     raise torch.OutOfMemoryError
 
 
+def counted_memory(monkeypatch: pytest.MonkeyPatch, rows: int, free: int, really: int = 0) -> None:
+    """A device that counts memory: runs begin with ``rows``, a row takes 10 bytes, ``free`` are there.
+
+    If ``really`` is not 0, only so many are in truth.
+    """
+    forward, peak = GPT.forward, 0
+
+    def counted(model, tokens, *args, **kwargs):
+        nonlocal peak
+        if model.training:
+            peak = max(peak, 10 * len(tokens))
+            if 10 * len(tokens) > (really or free):
+                raise torch.OutOfMemoryError
+        return forward(model, tokens, *args, **kwargs)
+
+    def reset(_device):
+        nonlocal peak
+        peak = 0
+
+    monkeypatch.setattr(GPT, "forward", counted)
+    monkeypatch.setattr("pretrain.training.setup.rows_that_fit", lambda *_: rows)
+    monkeypatch.setattr("pretrain.training.step.reset_peak_memory", reset)
+    monkeypatch.setattr("pretrain.training.step.passing_memory", lambda _device: peak)
+    monkeypatch.setattr("pretrain.training.step.free_memory", lambda _device: free)
+    monkeypatch.setattr("pretrain.training.loop.ENLARGING_FLOPS", 0)
+
+
+def rows_of_steps(config: Config, out: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Run, list[int]]:
+    """A run, and the rows of its micro-batches by step."""
+    rows = []
+
+    def noted(state, *hooks):
+        numbers = train_step(state, *hooks)
+        rows.append(state.progress.micro_rows)
+        return numbers
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pretrain.training.step.train_step", noted)
+        return train(config, out), rows
+
+
+def changed_at_2(config: Config, out: Path, before: int, after: int, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A run whose micro-batch is another from step 3 on, by what is given for it."""
+    config = change(config, checkpoint__at=(2,))
+    with killed_at(2, monkeypatch):
+        train(change(config, train__micro_batch=before), out)
+    return train(change(config, train__micro_batch=after), out)
+
+
+@pytest.mark.parametrize(
+    ("rows", "free", "really", "then"),
+    [
+        (2, 100, 0, 8),  # 85 bytes: 8 rows, the whole batch
+        (1, 60, 0, 4),  # 51: of the 5 rows that fit, those that divide the batch
+        (2, 100, 40, 4),  # 8 were promised: the step is done again with half
+    ],
+)
+def test_a_micro_batch_is_enlarged_to_what_its_memory_shows(tiny, tmp_path, monkeypatch, rows, free, really, then):
+    config = change(tiny, model__dropout=0.1)
+    expected = changed_at_2(config, tmp_path / "expected", rows, then, monkeypatch)
+    counted_memory(monkeypatch, rows, free, really)
+    run, taken = rows_of_steps(config, tmp_path / "run", monkeypatch)
+    assert taken == [rows] * 2 + [then] * 10
+    assert_same_run(run, expected)
+    enlarged, *halved = read_jsonl(run.folder / "events.jsonl")
+    assert (enlarged["step"], enlarged["event"]) == (2, "micro_batch")
+    assert len(halved) == bool(really)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_resume_enlarges_the_micro_batch_where_the_run_would_have(tiny, tmp_path, monkeypatch, step: int):
+    counted_memory(monkeypatch, rows=2, free=100)
+    config = change(tiny, checkpoint__every=1)
+    whole, _ = rows_of_steps(config, tmp_path / "whole", monkeypatch)
+    with killed_at(step, monkeypatch):
+        train(config, tmp_path / "run")
+    run, taken = rows_of_steps(config, tmp_path / "run", monkeypatch)
+    assert taken == [2] * (2 - step) + [8] * (10 if step < 3 else 9)
+    assert_same_run(run, whole)
+
+
+def test_a_micro_batch_stays_where_it_was_given_or_more_is_not_worth_it(tiny, tmp_path, monkeypatch):
+    counted_memory(monkeypatch, rows=4, free=60)  # 5 rows
+    assert rows_of_steps(tiny, tmp_path / "few", monkeypatch)[1] == [4] * 12
+    counted_memory(monkeypatch, rows=1, free=1000)
+    assert rows_of_steps(change(tiny, train__micro_batch=2), tmp_path / "given", monkeypatch)[1] == [2] * 12
+    monkeypatch.setattr("pretrain.training.loop.ENLARGING_FLOPS", 5e17)
+    assert rows_of_steps(tiny, tmp_path / "short", monkeypatch)[1] == [1] * 12
+
+
 def test_activation_checkpointing_changes_no_bit(tiny: Config, tmp_path: Path):
     config = change(tiny, model__dropout=0.1)
     kept = train(config, tmp_path / "kept")

@@ -540,7 +540,7 @@ def watch(tmp_path: Path, hangs: list[str]) -> Iterator[Callable[..., Heartbeat]
     def begin(timeout_seconds: float = 120.0, processes: int = 1, **guard: float) -> Heartbeat:
         config = Config(guard=GuardConfig(**guard), parallel=ParallelConfig(timeout_seconds=timeout_seconds))
         begun.append(Heartbeat(tmp_path, config, World(torch.device("cpu"), size=processes)))
-        trainer: Any = SimpleNamespace(event=lambda kind, text: hangs.append(text))
+        trainer: Any = SimpleNamespace(event=lambda kind, text: hangs.append(text), first=0)
         begun[0].on_start(trainer)
         return begun[0]
 
@@ -582,6 +582,8 @@ def test_others_time_out_earlier_but_not_while_saving_or_measuring(watch: Callab
     time.sleep(0.6)
     assert not hangs
     heartbeat.on_phase(1, "validating")  # in which some have more to do than others
+    assert heartbeat.limit == 1000
+    heartbeat.on_phase(0, "in a forward pass")  # which compiles
     assert heartbeat.limit == 1000
     for _ in range(6):
         heartbeat.on_phase(1, "waiting for data")

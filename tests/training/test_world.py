@@ -162,6 +162,25 @@ def test_several_processes_learn_what_one_does(base: Config, tmp_path: Path, nam
     assert [c.step for c in checkpoints(together.checkpoints)] == [c.step for c in checkpoints(alone.checkpoints)]
 
 
+COUNTED_MEMORY = """
+import os
+import pretrain.training.loop, pretrain.training.setup, pretrain.training.step as step
+pretrain.training.loop.ENLARGING_FLOPS, pretrain.training.setup.rows_that_fit = 0, lambda *_: 1
+step.passing_memory, step.free_memory = lambda _: 10, lambda _: 30 if os.environ["RANK"] == "1" else 1000
+"""
+"""A row takes 10 bytes; rank 1 has memory for 2 of them, rank 0 for all."""
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_processes_enlarge_the_micro_batch_to_what_fits_in_all(base: Config, tmp_path: Path, kind: str):
+    config = change(base, parallel__kind=kind)
+    run = run_together(config, tmp_path / "together", 2, COUNTED_MEMORY)
+    assert_near(run, train(config, tmp_path / "alone"))
+    (event,) = read_jsonl(run.folder / "events.jsonl")
+    assert event["text"] == "memory allows micro-batches of 2 rows instead of 1; the global batch is unchanged"
+    assert run.checkpoint(12).state["micro_rows"] == 2
+
+
 @pytest.mark.parametrize("kinds", [("ddp", "fsdp"), ("fsdp", "ddp")])
 def test_a_checkpoint_goes_on_in_another_number_of_processes(base: Config, tmp_path: Path, kinds: tuple[str, str]):
     """Saved by 2, resumed by 1 and by 3, from one kind to the other."""

@@ -377,7 +377,8 @@ class TrainConfig(Section):
     that grows with the horizon; the rates scale with its square root."""
     micro_batch: Natural = 0
     """Rows in one forward and backward pass on one device; affects speed and memory, not what is learned. 0: the whole
-    batch, or the most that fits in memory."""
+    batch, or the most that fits in memory: an estimate, which a long run on a GPU corrects by what its second step
+    took."""
     grad_clip: NonNegative = 1.0
     """Largest global gradient norm. 0: no clipping."""
     grad_clip_from: Natural = 0

@@ -77,7 +77,8 @@ class Heartbeat(Callback):
         limit = max(guard.hang_seconds, guard.hang_factor * usual)
         if self.world.size > 1 and self._steps and self.phase != SAVING:
             parallel = self.config.parallel
-            waits = parallel.start_seconds if self.phase in MEASURING else parallel.timeout_seconds
+            long = self.phase in MEASURING or self.step == self.trainer.first  # compiles
+            waits = parallel.start_seconds if long else parallel.timeout_seconds
             limit = min(limit, WARNED_AFTER * waits)
         return limit
 

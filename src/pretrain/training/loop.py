@@ -22,6 +22,7 @@ from pretrain.io import LONGEST_GRACE, read_jsonl
 from pretrain.runs import Run
 from pretrain.runs.checkpoint import LAST, CheckpointWriter, lowest, newest, not_finite, prune
 from pretrain.runs.metrics import SMOOTHED_LOSS, Smoothed, comparable_loss, fetch
+from pretrain.sizing import ENLARGING_FLOPS, flops_per_token
 from pretrain.tokens import Corpus
 from pretrain.training.callbacks import Callback
 from pretrain.training.console import Console
@@ -31,7 +32,7 @@ from pretrain.training.guard import SPIKE
 from pretrain.training.heartbeat import SAVING
 from pretrain.training.signals import Stopped, StopRequest
 from pretrain.training.state import TrainState
-from pretrain.training.step import UPDATE, train_step_with_oom_retry
+from pretrain.training.step import UPDATE, measured_step, train_step_with_oom_retry
 from pretrain.training.world import Later
 
 SPEED = "train/tokens_per_second"
@@ -60,6 +61,8 @@ class Trainer:
     copier: Copier | None = None
     """What copies checkpoints (``checkpoint.copy_to``), on rank 0."""
     stop: StopRequest = field(init=False)
+    first: int = field(init=False)
+    """The next step after this one compiles: that where the job began, or where the micro-batch was enlarged."""
     saved: int = field(init=False)
     """The step of the newest checkpoint; 0 for none."""
     asked: deque[Later] = field(init=False)
@@ -77,6 +80,7 @@ class Trainer:
         self.config, self.world = self.state.config, self.state.world
         self.stop = StopRequest(self.grace_seconds)
         self.first = self.saved = self.step
+        self.begin = self.run.fork["step"] if self.run.fork else 0
         waits = self.world.device.type == "cpu"
         self.fetch_every = 1 if waits else FETCH_EVERY
         self.asked = deque(maxlen=1 if waits else 2)
@@ -190,11 +194,14 @@ class Trainer:
             self.phase(name, may_stop=self.world.size == 1 and name != UPDATE)
 
         on_retry = functools.partial(self.event, "out_of_memory")
-        numbers = train_step_with_oom_retry(self.state, on_phase, on_retry, lambda: self.stop.requested)
+        train_step = measured_step if self.measures_memory() else train_step_with_oom_retry
+        numbers = train_step(self.state, on_phase, on_retry, lambda: self.stop.requested)
         self.asked.append(Later(numbers.pop("stop")))
         seconds = time.monotonic() - begin
-        if self.step == self.first + 1:  # only the first step may compile for minutes
+        if self.step == self.first + 1:  # only such a step may compile for minutes
             self.world.set_timeout(self.config.parallel.timeout_seconds, self.state.parameters.groups)
+        if (rows := numbers.pop("micro_rows", 0)) > self.state.progress.micro_rows:
+            self.enlarge(rows)
         known = self.fetch_every == 1  # a GPU is still computing
         self.phase("between steps", seconds=seconds if known else None)
         skipped = self.state.progress.skipped_batches
@@ -207,6 +214,24 @@ class Trainer:
             **({SPEED: round(self.config.train.batch_tokens / seconds)} if known else {}),
         }
 
+    def measures_memory(self) -> bool:
+        """Whether the next step measures how many rows fit: the second of a run, by its number, as a resume repeats it.
+
+        The first also holds what compiling takes; and what few steps save would not repay that they are compiled anew.
+        """
+        train = self.config.train
+        if train.micro_batch or self.step != self.begin + 1:
+            return False
+        tokens = (train.steps - self.step) * train.batch_tokens / self.world.size
+        return tokens * flops_per_token(self.config.model, self.corpus.tokenizer.vocab_size) > ENLARGING_FLOPS
+
+    def enlarge(self, rows: int) -> None:
+        """Take micro-batches of ``rows`` from the next step on, which compiles for them."""
+        before, self.state.progress.micro_rows, self.first = self.state.progress.micro_rows, rows, self.step
+        self.world.set_timeout(self.config.parallel.start_seconds, self.state.parameters.groups)
+        text = f"memory allows micro-batches of {rows} rows instead of {before}; the global batch is unchanged"
+        self.event("micro_batch", text)
+
     def finish_step(self, record: dict[str, Any]) -> None:
         """What follows a step: measure, log, save. A signal may cut it short; then it is done again on resume."""
         config, progress, evaluator, step = self.config, self.state.progress, self.evaluator, self.step
@@ -216,9 +241,9 @@ class Trainer:
         measure_core = bool(evaluator.core_tasks) and (last or _due(step, config.eval.core_every))
         sample = evaluate if not config.sample.every else last or _due(step, config.sample.every)
         due = step in config.checkpoint.at or _due(step, config.checkpoint.every)
-        first = step == self.first + 1
+        first = step in (self.first, self.first + 1)
         if first or evaluate or measure_core or sample or due:
-            self.settle()  # what follows takes time that is not the steps'; the first may have been compiled
+            self.settle()  # what follows takes time that is not the steps', or is a step that compiles; so was the last
         measures = self.world.size > 1 and (evaluate or measure_core or sample)
         if measures:  # of which some do more than others, or one alone
             self.world.set_timeout(config.parallel.start_seconds, self.state.parameters.groups)

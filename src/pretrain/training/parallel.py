@@ -34,9 +34,10 @@ from pretrain.runs.checkpoint import Part, all_of_it
 from pretrain.sizing import count_parameters, flops_per_token, parallelism_that_fits
 from pretrain.training.world import World
 
-VARIANTS = 16
+VARIANTS = 32
 """How often torch.compile may compile the same code before it leaves it uncompiled, for all of these: blocks that see
-all tokens or a window, with or without value embeddings; in training, in its last and smaller micro-batch, evaluated.
+all tokens or a window, with or without value embeddings; in training, in its last and smaller micro-batch, evaluated;
+all this before and after the micro-batch is enlarged.
 """
 
 FP8_CHANNELS = 128

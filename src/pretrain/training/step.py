@@ -8,10 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from pretrain.device import free_memory, passing_memory, reset_peak_memory
 from pretrain.errors import DeviceMemoryError
 from pretrain.model.loss import IGNORE
 from pretrain.optim import learning_rate_factor
-from pretrain.sizing import rows_up_to
+from pretrain.sizing import rows_measured, rows_up_to
 from pretrain.training.guard import NOT_FINITE, SPIKE
 from pretrain.training.parallel import set_gradient_sync
 from pretrain.training.signals import Stopped
@@ -78,6 +79,32 @@ def train_step(
         "train/skipped": NOT_FINITE * not_finite + SPIKE * spike,
         "stop": stop,
     }
+
+
+def measured_step(
+    state: TrainState,
+    on_phase: Callable[[str], None],
+    on_retry: Callable[[str], None],
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """:func:`train_step_with_oom_retry`, and as ``micro_rows`` the micro-batch that it shows to fit in all processes.
+
+    Counted is what a step takes that is made anyway, and compiled: no trial, whose weights, gradients and random
+    states would have to be put back, and no compilation for it. What it promises, the next step tests, which is done
+    again with fewer rows if it runs out of memory.
+    """
+    config, world, progress, fit = state.config, state.world, state.progress, 0
+
+    def noted(name: str) -> None:
+        nonlocal fit
+        if name == UPDATE:  # activations are gone; the gradients, which lie beside all but the first, are there
+            passes, free = passing_memory(world.device), free_memory(world.device)
+            fit = rows_measured(config, progress.micro_rows, passes, free)
+        on_phase(name)
+
+    reset_peak_memory(world.device)
+    numbers = train_step_with_oom_retry(state, noted, on_retry, stop_requested)
+    return numbers | {"micro_rows": min(world.gather(min(fit, world.rows_per_rank(config.batch_rows))))}
 
 
 def train_step_with_oom_retry(
