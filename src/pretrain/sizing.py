@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pretrain.config import Config, ModelConfig
 from pretrain.errors import UsageError
 from pretrain.model import meta_model
-from pretrain.model.transformer import Linear, head_dim, layer_kinds, window_length
+from pretrain.model.transformer import Linear, head_dim, layer_kinds, mlp_width, window_length
 
 PARTS: tuple[str, ...] = (
     "embedding", "value_embeddings", "bigram_embedding", "attention", "mlp", "head", "other",
@@ -30,8 +30,9 @@ ENLARGING_FLOPS = 5e17
 """From here on, for each device, a larger micro-batch repays that the model is compiled again for it: half an hour at
 3e14 FLOP a second, of which it saves some percent."""
 
-ACTIVATIONS_PER_CHANNEL = 36
-"""Values that a block keeps for its backward pass, for each token and channel: 17 to 34 measured, 47 with dropout."""
+ACTIVATIONS_PER_CHANNEL = 18
+"""Values that a block keeps for its backward pass beside those of the MLP, for each token and channel: 10 (gpt2-124m) to
+18 (nanochat) measured. Compiled it keeps a few less (nanochat-d20 in all 20 instead of 24)."""
 
 
 def count_parameters(config: ModelConfig, vocab_size: int) -> dict[str, int]:
@@ -151,9 +152,11 @@ def horizon_tokens(config: Config, model: ModelConfig, vocab_size: int) -> int:
 def activation_bytes(config: Config, bytes_per_value: int) -> int:
     """About how much memory the forward pass of one row of the context length keeps for its backward pass."""
     model = config.model
-    blocks = 1 + model.layers / ACTIVATIONS_PER_CHANNEL if config.train.activation_checkpointing else model.layers
-    kept = ACTIVATIONS_PER_CHANNEL * (1.5 if model.dropout else 1.0)
-    return int(model.context_length * model.width * blocks * kept * bytes_per_value)
+    hidden = (4 if model.mlp == "swiglu" else 2) * mlp_width(model)
+    kept = (ACTIVATIONS_PER_CHANNEL * model.width + hidden) * (1.5 if model.dropout else 1.0)
+    if config.train.activation_checkpointing:  # the input of each block, and one of them again
+        kept = kept / model.layers + model.width
+    return int(model.context_length * model.layers * kept * bytes_per_value)
 
 
 def rows_that_fit(config: Config, bytes_per_value: int, free_bytes: int) -> int:

@@ -132,8 +132,19 @@ def test_rows_measured_are_at_least_twice_as_many_or_as_they_were():
     assert rows_measured(config, 2, 0, 1000) == 2  # not counted on this device
 
 
-def test_the_activation_estimate_is_near_what_a_pass_keeps():
-    config = load_config("storybot", **{"model.layers": 3, "train.batch_tokens": 512})
+@pytest.mark.parametrize("recipe", ["storybot", "quickstart", "gpu-1h"])
+def test_the_activation_estimate_is_near_what_a_pass_keeps(recipe: str):
+    config = load_config(
+        recipe,
+        **{
+            "model.layers": 3,
+            "model.context_length": 256,
+            "train.batch_tokens": 512,
+            "model.depth": 0,
+            "model.width": 256,
+            "model.heads": 2,
+        },
+    )
     model = GPT(config.model, 300)
     model.init_weights(torch.Generator().manual_seed(0))
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
