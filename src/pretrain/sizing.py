@@ -179,9 +179,19 @@ def rows_up_to(config: Config, limit: int) -> int:
     return next((n for n in range(min(limit, config.batch_rows), 0, -1) if config.batch_rows % n == 0), 1)
 
 
-def parallelism_that_fits(parameters: int, free_bytes: int) -> str:
-    """``ddp`` if weights, gradients, two moments and work space fit in 60 % of a device's free memory, else fsdp."""
-    return "ddp" if 20 * parameters < 0.6 * free_bytes else "fsdp"
+def parallelism_that_fits(parameters: int, free_bytes: int, processes: int, per_machine: int) -> str:
+    """How processes share a model whose weights, gradients, two moments and work space take at most 60 % of a device.
+
+    ``ddp`` if these fit whole; across machines ``hsdp`` if they fit divided by the processes of one; else ``fsdp``.
+    """
+
+    def fit(shards: int) -> bool:
+        return 20 * parameters / shards < 0.6 * free_bytes
+
+    machines, more = divmod(processes, per_machine)
+    if fit(1):
+        return "ddp"
+    return "hsdp" if machines > 1 < per_machine and not more and fit(per_machine) else "fsdp"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pretrain.model import GPT
 from pretrain.model.transformer import window_length
 from pretrain.optim import build_optimizers, find_optimizer
 from pretrain.plan import Plan, describe, make_plan, warnings
-from pretrain.plan.cluster import Layout, group_sizes, memory_parts, traffic, traffic_seconds
+from pretrain.plan.cluster import Layout, groups_of, memory_parts, traffic, traffic_seconds
 from pretrain.plan.data import look_at_data
 from pretrain.plan.memory import dry_run
 from pretrain.plan.words import rounded, size
@@ -324,13 +324,17 @@ def test_memory_of_processes():
     hsdp = memory_parts(ALONE, config, 300, Layout("hsdp", 16), 1, torch.bfloat16)
     assert fsdp["moments"] == pytest.approx(8000 / 16, rel=0.01)
     assert hsdp["moments"] == pytest.approx(8000 / 8, rel=0.01)
-    blocks, largest, root = group_sizes(meta_model(config.model, 300))
-    assert 3 * largest == blocks
-    assert root == 2 * 300 * 256 + 256 * 0 + config.model.smear * (1 + 24) + 2 * 3  # embedding, head, gates
+    groups = groups_of(meta_model(config.model, 300))
+    assert 3 * groups.block == groups.blocks
+    assert groups.tables == groups.table == groups.head == 300 * 256
+    assert groups.rest == config.model.smear * (1 + 24) + 2 * 3  # gates, scalars
+    tied = groups_of(meta_model(dataclasses.replace(config.model, tied_head=True), 300))
+    assert (tied.head, tied.tables, tied.rest) == (0, 0, groups.rest + 300 * 256)
     assert memory_parts(ALONE, config, 300, Layout("fsdp", 16), 2, torch.bfloat16) == fsdp
     config = load_config("quickstart", **{"optim.kind": "adamw", "model.layers": 3, "parallel.reshard": False})
     waiting = memory_parts(ALONE, config, 300, Layout("fsdp", 16), 2, torch.bfloat16)
-    assert waiting["whole gradients"] == 4 * (blocks + root) > fsdp["whole gradients"]
+    whole = sum(count_parameters(config.model, 300).values())
+    assert waiting["whole gradients"] == 4 * whole > fsdp["whole gradients"]
 
 
 def test_shards_are_those_of_a_dry_run_on_many_processes():
@@ -361,13 +365,14 @@ def test_shards_are_those_of_a_dry_run_on_many_processes():
 
 def test_traffic_of_a_step():
     config = load_config("quickstart", **{"optim.kind": "adamw"})
-    blocks, _, root = group_sizes(meta_model(config.model, 4096))
-    P = blocks + root
+    groups = groups_of(meta_model(config.model, 4096))
+    blocks, P = groups.blocks, sum(count_parameters(config.model, 4096).values())
     assert traffic(config, 4096, Layout("none", 1), 1, torch.bfloat16) == {"inside": 0, "between": 0}
     ddp = traffic(config, 4096, Layout("ddp", 8), 4, torch.bfloat16)
     assert ddp == {"inside": 2 * round(P * 4 * 7 / 8), "between": 0}  # once a step, however many micro-batches
     fsdp = traffic(config, 4096, Layout("fsdp", 16), 3, torch.bfloat16)
-    gathers, scatter = 3 * 2 * (root + 2 * blocks) * 15 / 16, 3 * 4 * P * 15 / 16
+    gathers = 3 * (4 * (groups.tables + groups.rest) + 2 * (groups.head + 2 * blocks)) * 15 / 16
+    scatter = 3 * 4 * P * 15 / 16
     assert fsdp["inside"] == pytest.approx(gathers + scatter, abs=4)
     assert fsdp["between"] == fsdp["inside"] // 8  # eight rings, each with its own network
     hsdp = traffic(config, 4096, Layout("hsdp", 16), 3, torch.bfloat16)
@@ -383,6 +388,16 @@ def test_traffic_of_a_step():
     assert traffic_seconds({"inside": 450e9, "between": 0}, Layout("ddp", 8), h100) == 1.0
     assert traffic_seconds({"inside": 50e9, "between": 50e9}, Layout("fsdp", 16), h100) == 1.0
     assert traffic_seconds({"inside": 450e9, "between": 50e9}, Layout("hsdp", 16), h100) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("layers", "gpus", "kind"),
+    [(32, 1, "none"), (4, 16, "ddp"), (32, 8, "fsdp"), (32, 16, "hsdp"), (32, 12, "fsdp"), (600, 512, "fsdp")],
+)
+def test_several_machines_share_a_model_that_fits_on_each(layers: int, gpus: int, kind: str):
+    """Of 80 GB 60 % for 20 bytes of each parameter: 2.4 billion on a GPU, 19 on eight; 12 GPUs fill no two machines."""
+    config = load_config("quickstart", **LLAMA_7B | {"model.layers": layers, "tokenizer.kind": "byte"})
+    assert make_plan(config, gpu="h100", gpus=gpus, measure=False).layout.parallelism == kind
 
 
 def test_data_is_counted_or_estimated(tmp_path: Path):

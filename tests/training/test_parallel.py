@@ -9,6 +9,9 @@ import torch.nn.attention.flex_attention
 from tests.training.test_loop import change
 from tests.training.test_world import assert_near
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.config import Config, load_config
 from pretrain.device import Precision
@@ -16,9 +19,12 @@ from pretrain.errors import UsageError
 from pretrain.model import GPT, meta_model
 from pretrain.model.packed import for_inference
 from pretrain.model.transformer import Block, Linear
+from pretrain.plan.cluster import Layout, traffic
+from pretrain.sizing import count_parameters
 from pretrain.training import train
 from pretrain.training.parallel import (
     choose_attention,
+    choose_parallelism,
     init_parameters,
     parallelize,
     repays_compiling,
@@ -112,6 +118,74 @@ def one_process() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("free", "machines", "kind"),
+    [
+        (25.0, [4] * 8, "ddp"),
+        (25.0 / 3, [4] * 8, "hsdp"),
+        (25.0 / 5, [4] * 8, "fsdp"),  # it does not fit on a machine
+        (25.0 / 3, [8] * 8, "fsdp"),  # one machine
+        (25.0 / 3, [1] * 8, "fsdp"),  # one process on each
+        (25.0 / 3, [4] * 4 + [2] * 4, "fsdp"),  # machines that are not alike
+    ],
+)
+def test_how_processes_share_a_model(free: float, machines: list[int], kind: str, monkeypatch):
+    """By the bytes that are free for each parameter: 20 must take at most 60 %, whole or divided in a machine."""
+    config = load_config("quickstart", **{"model.layers": 2})
+    parameters = sum(p.numel() for p in meta_model(config.model, 64).parameters())
+    monkeypatch.setattr("pretrain.training.parallel.free_memory", lambda device: int(free / 0.6 * 0.81 * parameters))
+    world = World(torch.device("cuda"), 0, len(machines), machines[0])
+    monkeypatch.setattr(World, "gather", lambda *_: machines)
+    assert choose_parallelism(config, 64, world) == kind
+
+
+class Gathered(TorchDispatchMode):
+    """While entered, lists how many bytes each all-gather gives, as the process group is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.c10d._allgather_base_.default:
+            self.bytes.append(args[0].nbytes)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tables_and_head_are_gathered_by_themselves(tied: bool):
+    """Each table once, in fp32, and freed; the head once, in the dtype of the products, as blocks; as planned."""
+    fields = {"model.layers": 4, "model.value_embeddings": True, "model.bigram_rows": 512, "model.tied_head": tied}
+    fixed = {"model.norm_weight": False, "model.smear": False, "model.residual_scalars": False, "optim.kind": "adamw"}
+    config = load_config("quickstart", **fields, **fixed, **{"model.context_length": 32, "train.compile": "off"})
+    cpu, width, rows = torch.device("cpu"), config.model.width, 256
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    try:
+        model = meta_model(config.model, rows)
+        model.activation_dtype = torch.bfloat16
+        parallelize(model, "fsdp", config, World(cpu, 0, 4, 4), Precision("bf16", cpu), print)
+        for parameter in model.parameters():
+            parameter.data.fill_(0.01)
+        with Gathered() as gathered:
+            loss = model(*torch.randint(0, rows, (2, 2, 32)))
+            assert all(
+                isinstance(table.weight, DTensor)
+                for table in (model.bigram_embedding, *model.value_embeddings.values())
+            )  # type: ignore[union-attr]
+            assert isinstance(model.embedding.weight, DTensor) != tied
+            loss.backward()
+    finally:
+        dist.destroy_process_group()
+    blocks = [sum(p.numel() for p in block.parameters()) for block in meta_model(config.model, rows).blocks]
+    table, twice = rows * width, [2 * size for size in blocks]
+    middle = [twice[0], 4 * table, twice[1], twice[2], 4 * table, twice[3]]
+    last = [] if tied else [2 * table]
+    assert gathered.bytes == [4 * table, 4 * 512 * width, *middle, *last, *twice[::-1]]
+    sent = traffic(config, rows, Layout("fsdp", 4), 1, torch.bfloat16)["inside"]
+    gradients = 4 * sum(count_parameters(config.model, rows).values())
+    assert sent == (sum(gathered.bytes) + gradients) * 3 // 4
 
 
 VARIED = {

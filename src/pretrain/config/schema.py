@@ -501,7 +501,8 @@ class ParallelConfig(Section):
 
     kind: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
     """ddp: every process holds the whole model; fsdp: it is sharded over all processes; hsdp: within each machine.
-    auto: ddp if the model and its optimizer fit, else fsdp."""
+    auto: ddp if the model and its optimizer fit, else hsdp if they fit in the GPUs of each of several machines, else
+    fsdp."""
     reshard: bool = True
     """Under fsdp and hsdp, free a block's gathered weights after its forward pass and gather them again for the
     backward pass: less memory, more traffic."""

@@ -12,6 +12,7 @@ dimension, V vocabulary.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,14 @@ class Linear(nn.Linear):
         """Input (..., in) → (..., out)."""
         bias = None if self.bias is None else self.bias.to(input.dtype)
         return F.linear(input, self.weight.to(input.dtype), bias)
+
+
+class Head(Linear):
+    """The linear layer of the logits, and their loss: in its own forward pass, for which FSDP gathers its weight."""
+
+    def forward(self, input: Tensor, *loss: Any) -> Tensor:
+        """Input (..., C) → logits (..., rows); or with what :func:`linear_cross_entropy` takes besides, their loss."""
+        return linear_cross_entropy(input, self.weight, *loss) if loss else super().forward(input)
 
 
 class Embedding(nn.Embedding):
@@ -272,7 +281,7 @@ class GPT(nn.Module):
             }
         )
         self.norm = Norm(config, config.width)
-        self.head = Linear(config.width, rows, bias=False)
+        self.head = Head(config.width, rows, bias=False)
         self.chunk_loss = ChunkLoss()
         self._tie_head()
 
@@ -307,9 +316,9 @@ class GPT(nn.Module):
         x = self.stream(tokens, cache)
         if targets is None:
             return self.logits(x[:, -1:] if last_only else x)
-        chunk = chunk_rows(self.device_type or tokens.device.type, self.head.weight.shape[0])
-        x, weight, cap = self.norm(x), self.head.weight, self.config.logit_softcap
-        return linear_cross_entropy(x, weight, targets, cap, reduction, self.vocab_size, chunk, self.chunk_loss)
+        chunk = chunk_rows(self.device_type or tokens.device.type, self.embedding.num_embeddings)
+        x, cap = self.norm(x), self.config.logit_softcap
+        return self.head(x, targets, cap, reduction, self.vocab_size, chunk, self.chunk_loss)
 
     def stream(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """The residual stream (B, T, C) of ``tokens`` (B, T) after the last layer; ``cache`` as in :meth:`forward`."""

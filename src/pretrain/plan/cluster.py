@@ -1,20 +1,22 @@
 """Several processes: what each of them holds, and what they send one another in a step.
 
 The three ways are those of ``training/parallel.py``: ddp holds everything everywhere and adds gradients up; fsdp
-spreads weights, gradients and moments over all processes and fetches a block's weights when they are needed; hsdp does
-so within a machine and adds gradients up between machines.
+spreads weights, gradients and moments over all processes and fetches those of a block, a table or the head when they
+are needed; hsdp does so within a machine and adds gradients up between machines.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from pretrain.config import Config
 from pretrain.device import GPU
 from pretrain.model import GPT
+from pretrain.model.transformer import Embedding
 from pretrain.optim import find_optimizer
 from pretrain.sizing import count_parameters, meta_model
 
@@ -45,10 +47,31 @@ class Layout:
         return {"fsdp": self.processes, "hsdp": self.per_machine}.get(self.parallelism, 1)
 
 
-def group_sizes(model: GPT) -> tuple[int, int, int]:
-    """Parameters as FSDP groups them: of all blocks together, of the largest block, and of the rest (the root)."""
+class Groups(NamedTuple):
+    """Parameters as FSDP gathers them (``training/parallel.py``)."""
+
+    blocks: int
+    """In all blocks together."""
+    block: int
+    """In the largest block."""
+    tables: int
+    """In all embeddings together, each gathered by itself, in fp32."""
+    table: int
+    """In the largest of them."""
+    head: int
+    """In the head, unless it is tied."""
+    rest: int
+    """In what is gathered once for all of a micro-batch, in fp32; a tied head with its embedding among it."""
+
+
+def groups_of(model: GPT) -> Groups:
+    """The groups of a model."""
     blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
-    return sum(blocks), max(blocks), sum(p.numel() for p in model.parameters()) - sum(blocks)
+    head = model.head.weight
+    tables = [m.weight.numel() for m in model.modules() if isinstance(m, Embedding) and m.weight is not head]
+    alone = 0 if model.config.tied_head else head.numel()
+    rest = sum(p.numel() for p in model.parameters()) - sum(blocks) - sum(tables) - alone
+    return Groups(sum(blocks), max(blocks), sum(tables), max(tables, default=0), alone, rest)
 
 
 def memory_parts(
@@ -61,23 +84,27 @@ def memory_parts(
     if layout.shards == 1:
         return alone
     model = meta_model(config.model, vocab_size)
-    blocks, largest, root = group_sizes(model)
+    groups, size = groups_of(model), dtype.itemsize
+    whole = sum(p.numel() for p in model.parameters())
     # Rows are dealt evenly, and the first process holds a row more of what does not divide.
     shard = sum(math.ceil(p.shape[0] / layout.shards) * p[0].numel() for p in model.parameters())
-    # Gathered in the dtype of the products: the root at all times, and of the blocks two, each once as it arrives and
-    # once in place, or all of them if they are not given back after the forward pass.
-    gathered = 4 * largest if config.parallel.reshard else blocks + largest
-    # A group's whole gradients in fp32 until they are added up; if that waits for the last micro-batch, the model's.
+    # Of the blocks one, as it arrived and in place, or all if they are not given back after the forward pass; beside it
+    # the group that follows, twice too. Blocks and head are gathered in the dtype of the products.
+    held = size * (2 * groups.block if config.parallel.reshard else groups.blocks)
+    follows = 2 * max(size * groups.block, size * groups.head, 4 * groups.table)
+    # Whole gradients in fp32: those of tables until the backward pass ends, and of the group that is added up, that of
+    # blocks once more as they were computed. If that waits for the last micro-batch, those of the model.
     wait = micro_steps > 1 and not config.parallel.reshard
+    late = groups.tables + groups.rest + max(2 * groups.block, groups.table)
     return {
         **alone,
         "weights": 4 * shard,
         "gradients": 4 * shard,
-        "moments": round(alone["moments"] * shard / (blocks + root)),
+        "moments": round(alone["moments"] * shard / whole),
         **({"average": 4 * shard} if "average" in alone else {}),
-        "weight copies": dtype.itemsize * (root + gathered),
+        "weight copies": 4 * groups.rest + held + follows,
         "temporary": math.ceil(alone["temporary"] / layout.shards),
-        "whole gradients": 4 * (blocks + root if wait else max(root, 2 * largest)),
+        "whole gradients": 4 * (whole if wait else max(late, 2 * groups.head)),
     }
 
 
@@ -92,15 +119,16 @@ def traffic(config: Config, vocab_size: int, layout: Layout, micro_steps: int, d
     def ring(size: float, over: int) -> int:
         return round(size * (over - 1) / over)
 
-    blocks, _, root = group_sizes(meta_model(config.model, vocab_size))
-    gradients = 4 * (blocks + root)
+    groups = groups_of(meta_model(config.model, vocab_size))
+    gradients = 4 * sum(count_parameters(config.model, vocab_size).values())
     updates = find_optimizer(config.optim).exchanged_bytes(count_parameters(config.model, vocab_size), dtype)
     shards, machines = layout.shards, layout.machines
     if shards == 1:
         sent = 2 * ring(gradients, layout.processes) + ring(updates, layout.processes)
     else:
         fetched, added = (2, micro_steps) if config.parallel.reshard else (1, 1)
-        sent = micro_steps * ring(dtype.itemsize * (root + fetched * blocks), shards) + added * ring(gradients, shards)
+        gathered = dtype.itemsize * (groups.head + fetched * groups.blocks) + 4 * (groups.tables + groups.rest)
+        sent = micro_steps * ring(gathered, shards) + added * ring(gradients, shards)
         # Under hsdp each machine updates a share of the matrices.
         sent += 2 * ring(updates / shards / (machines if layout.parallelism == "hsdp" else 1), shards)
     between = sent // layout.per_machine if machines > 1 else 0

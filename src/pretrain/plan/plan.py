@@ -188,7 +188,7 @@ def make_plan(
         config: from :func:`pretrain.load_config`.
         gpu: a name in ``device.GPUS``; ``none`` for this machine's CPU; empty for this machine's device.
         gpus: processes, each with a device of its own.
-        parallel: ddp, fsdp, hsdp, or auto: as ``parallel.kind`` says, or ddp where the whole model fits.
+        parallel: ddp, fsdp, hsdp, or auto: as ``parallel.kind`` says, which may be auto too: what fits.
         measure: time a few steps on this machine.
         utilisation: the share of the peak to assume where nothing is measured; 0: ``speed.assumed_utilisation``.
         disk_rate: bytes per second that a machine can write.
@@ -228,7 +228,8 @@ def make_plan(
     counts, flops = count_parameters(config.model, vocab_size), flops_per_token(config.model, vocab_size)
     parallelism = config.parallel.kind if parallel == "auto" else parallel
     if parallelism == "auto":
-        parallelism = parallelism_that_fits(sum(counts.values()), hardware.memory)
+        per_machine = Layout("none", gpus).per_machine
+        parallelism = parallelism_that_fits(sum(counts.values()), hardware.memory, gpus, per_machine)
     layout = Layout(parallelism if gpus > 1 else "none", gpus)
     state = checkpoint_bytes(config, counts)
 

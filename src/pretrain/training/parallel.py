@@ -28,7 +28,7 @@ from pretrain.device import Precision, free_memory
 from pretrain.errors import UsageError
 from pretrain.model import GPT, meta_model
 from pretrain.model.attention import kernel_problem, obstacle
-from pretrain.model.transformer import Block, Linear, head_dim, layer_kinds
+from pretrain.model.transformer import Block, Embedding, Linear, head_dim, layer_kinds
 from pretrain.optim import Optimizer, alone, replicated, row_sharded
 from pretrain.runs.checkpoint import Part, all_of_it
 from pretrain.sizing import count_parameters, flops_per_token, parallelism_that_fits
@@ -49,14 +49,21 @@ seconds where the same was compiled before, and makes steps 1.4 to 1.7 times as 
 
 
 def choose_parallelism(config: Config, vocab_size: int, world: World) -> str:
-    """How the processes share the model: what ``parallel.kind`` says, or for auto ddp if the model fits so."""
+    """How the processes share the model: what ``parallel.kind`` says, or for auto what fits.
+
+    All processes call it.
+    """
     if world.size == 1:
         return "none"
     if config.parallel.kind != "auto":
         return config.parallel.kind
     here = 1 if world.device.type == "cuda" else world.local_size  # processes that share this memory
     parameters = sum(count_parameters(config.model, vocab_size).values())
-    return world.broadcast(parallelism_that_fits(parameters, free_memory(world.device) // here))
+    smallest, largest = min(sizes := world.gather(world.local_size)), max(sizes)
+    per_machine = largest if smallest == largest else 1  # unequal machines cannot hold the same rows
+    return world.broadcast(
+        parallelism_that_fits(parameters, free_memory(world.device) // here, world.size, per_machine)
+    )
 
 
 def parallelize(
@@ -88,14 +95,22 @@ def parallelize(
         say(f"attention {how}")
     if parallelism in ("fsdp", "hsdp"):
         mesh = device_mesh(parallelism, world)
+        shard = functools.partial(fully_shard, mesh=mesh)
         # Weights travel in the dtype of the products; their fp32 originals stay sharded, gradients are added in fp32.
         half = None if precision.dtype == torch.float32 else precision.dtype
         policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for block in model.blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.parallel.reshard)
-        # Embeddings and head stay fp32: the gradients of a token's row are sums over all its places.
+        reshard = config.parallel.reshard
+        blocks = [shard(block, mp_policy=policy, reshard_after_forward=reshard) for block in model.blocks]
+        for block, before in zip(blocks[1:], blocks, strict=False):  # and not a table that was looked up between them
+            block.set_modules_to_backward_prefetch([before])
+        if not config.model.tied_head:
+            shard(model.head, mp_policy=policy, reshard_after_forward=False)  # the backward pass begins with it
+        # Tables stay fp32: the gradients of a token's row are sums over all its places. A backward pass needs none.
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-        fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        for table in [module for module in model.modules() if isinstance(module, Embedding)]:
+            if table.weight is not model.head.weight:
+                shard(table, mp_policy=policy, reshard_after_forward=True).set_unshard_in_backward(False)
+        shard(model, mp_policy=policy, reshard_after_forward=False)  # the rest, which is small but for a tied head
     model.to_empty(device=device)
     return compiled
 
