@@ -31,8 +31,8 @@ ENLARGING_FLOPS = 5e17
 3e14 FLOP a second, of which it saves some percent."""
 
 ACTIVATIONS_PER_CHANNEL = 18
-"""Values that a block keeps for its backward pass beside those of the MLP, for each token and channel: 10 (gpt2-124m) to
-18 (nanochat) measured. Compiled it keeps a few less (nanochat-d20 in all 20 instead of 24)."""
+"""Values that a block keeps for its backward pass beside those of the MLP, for each token and channel: 10 (gpt2-124m)
+to 18 (nanochat) measured. Compiled it keeps a few less (nanochat-d20 in all 20 instead of 24)."""
 
 
 def count_parameters(config: ModelConfig, vocab_size: int) -> dict[str, int]:
