@@ -82,6 +82,21 @@ def test_cached_logits_equal_uncached(name: str):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("layers", [1, 3])
+def test_the_last_layer_can_be_left_out_where_nobody_looks(name: str, layers: int):
+    model = build(ModelConfig(**{**SMALL, **VARIANTS[name], "layers": layers}))
+    tokens = torch.randint(0, 40, (2, 16))
+    whole, computed = model.stream(tokens), []
+    model.blocks[-1].mlp.register_forward_pre_hook(lambda _, inputs: computed.append(inputs[0].shape[1]))
+    for first in (0, 1, 9, 15):
+        torch.testing.assert_close(model.stream(tokens, first=first), whole[:, first:], atol=1e-5, rtol=1e-5)
+    cache = KVCache(16)
+    model.stream(tokens[:, :7], cache, first=6)
+    torch.testing.assert_close(model.stream(tokens[:, 7:], cache, first=4), whole[:, 11:], atol=1e-5, rtol=1e-5)
+    assert computed == [16, 15, 7, 1, 1, 5]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
 def test_the_paths_of_other_devices_compute_the_same(name: str):
     """Attention by PyTorch's kernel instead of plain products, and the loss in other chunks."""
     tokens, targets = torch.randint(0, 40, (2, 3, 16)).unbind()

@@ -161,9 +161,10 @@ class Option:
 
 def prompts(task: Task, index: int) -> list[str]:
     """The text of each option of a question, after the solved examples; these are any of the task but itself."""
-    others, shown = [i for i in range(len(task.examples)) if i != index], ""
-    for i in random.Random(FEWSHOT_SEED + index).sample(others, task.shots):
-        shown += task.examples[i].options(task.delimiter)[task.examples[i].gold] + "\n\n"
+    shown = ""
+    for i in random.Random(FEWSHOT_SEED + index).sample(range(len(task.examples) - 1), task.shots):
+        solved = task.examples[i + (i >= index)]
+        shown += solved.options(task.delimiter)[solved.gold] + "\n\n"
     return [shown + option for option in task.examples[index].options(task.delimiter)]
 
 
@@ -224,6 +225,11 @@ class _Line:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def first(self) -> int:
+        """The first position after which a token counts."""
+        return min(option.start for option in self.options) - 1
+
 
 def score_options(scorer: Scorer, questions: Iterable[list[Option]]) -> None:
     """Give every option its losses and hits, with as little computed as that takes."""
@@ -234,11 +240,7 @@ def score_options(scorer: Scorer, questions: Iterable[list[Option]]) -> None:
             if option.start < len(option.tokens):
                 read = option.tokens[:-1]
                 by_tokens.setdefault(tuple(read), _Line(read)).options.append(option)
-        common, lines = 0, list(by_tokens.values())
-        if len(lines) > 1:
-            first_counted = min(option.start for option in options) - 1
-            common = min(first_counted, _common_length([line.tokens for line in lines]))
-        prepared.append((common, lines))
+        prepared += _sharing(by_tokens.values())
 
     on_cpu = next(scorer.model.parameters()).device.type == "cpu"
     tokens = CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS
@@ -254,9 +256,27 @@ def score_options(scorer: Scorer, questions: Iterable[list[Option]]) -> None:
             prefixes = torch.tensor([lines[0].tokens[:cut] for _, lines in group])
             cache = scorer.prefill(prefixes, limit=max(len(line) for _, lines in group for line in lines))
             limit = CACHED_BATCHES * tokens  # its tokens in the cache count too
-        lines = [line for _, lines in group for line in lines]
+        lines = sorted((line for _, lines in group for line in lines), key=lambda line: line.first)
         for batch in _batches(lines, len, limit, spare):
             _score(scorer, batch, cut, cache)
+
+
+def _sharing(lines: Iterable[_Line]) -> list[tuple[int, list[_Line]]]:
+    """Lines that share a prefix to be run once, and its length; with less than half of a line there is no gain.
+
+    Those of one question may fall apart: cropped to the context, options of different length begin at different tokens.
+    """
+    groups: list[tuple[int, list[_Line]]] = []
+    for line in sorted(lines, key=lambda line: line.tokens):  # what neighbours share, all between them share
+        if groups:
+            common, group = groups[-1]
+            common = min(common, line.first, _common_length([group[-1].tokens, line.tokens]))
+            if 2 * common >= len(line):
+                group.append(line)
+                groups[-1] = common, group
+                continue
+        groups.append((line.first, [line]))
+    return [(common if len(group) > 1 else 0, group) for common, group in groups]
 
 
 def _batches(

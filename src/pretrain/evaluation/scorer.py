@@ -84,17 +84,20 @@ class GPTScorer(Scorer):
     def prefill(self, tokens: Tensor, limit: int) -> KVCache:
         """See :class:`Scorer`."""
         cache = KVCache(limit)
-        self._stream(tokens, cache)
+        self._stream(tokens, cache, tokens.shape[1] - 1)
         return cache
 
     def logits(self, tokens: Tensor, positions: Tensor, cache: Any, rows: list[int]) -> Iterator[Tensor]:
         """See :class:`Scorer`."""
         self.on_batch()
-        stream = self._stream(tokens, cache and cache.select(rows)).flatten(0, 1)[positions.to(self.device)]
+        columns = positions % tokens.shape[1]
+        first = int(columns.min())
+        stream = self._stream(tokens, cache and cache.select(rows), first)
+        stream = stream[(positions // tokens.shape[1]).to(self.device), (columns - first).to(self.device)]
         return map(self._ready.logits, stream.split(max(1, CHUNK_ELEMENTS // self.model.vocab_size)))
 
-    def _stream(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
-        return self._ready.stream(tokens.to(self.device), cache)
+    def _stream(self, tokens: Tensor, cache: KVCache | None, first: int) -> Tensor:
+        return self._ready.stream(tokens.to(self.device), cache, first)
 
 
 @contextmanager

@@ -175,11 +175,12 @@ class Attention(nn.Module):
             self.value_gate = Linear(min(VALUE_GATE_CHANNELS, config.width), self.kv_heads, bias=False)
 
     def forward(
-        self, x: Tensor, rope: Rope | None, mask: Mask, value_embedding: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
-        """X (B, T, C) → (B, T, C)."""
+        self, x: Tensor, rope: Rope | None, mask: Mask, value_embedding: Tensor | None, cache: KVCache | None,
+        first: int = 0,
+    ) -> Tensor:  # fmt: skip
+        """X (B, T, C) → (B, T - first, C): what the tokens from ``first`` on, whom ``mask`` is for, see of all T."""
         B, T, _ = x.shape
-        q = self.q_norm(self.q(x).view(B, T, self.heads, self.head_dim)).transpose(1, 2)
+        q = self.q_norm(self.q(x[:, first:]).view(B, T - first, self.heads, self.head_dim)).transpose(1, 2)
         k = self.k_norm(self.k(x).view(B, T, self.kv_heads, self.head_dim)).transpose(1, 2)
         v = self.v(x).view(B, T, self.kv_heads, self.head_dim)
         if self.value_gate is not None and value_embedding is not None:
@@ -187,12 +188,12 @@ class Attention(nn.Module):
             v = v + gate[..., None] * value_embedding.view_as(v)
         v = v.transpose(1, 2)
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+            q, k = rotate(q, *(table[..., first:, :] for table in rope)), rotate(k, *rope)
         if cache is not None:
             k, v = cache.extend(f"k{self.layer}", k), cache.extend(f"v{self.layer}", v)
         p = self.dropout if self.training else 0.0
         y = attend(q, k, v, mask, self.scale, p, self.device_type or x.device.type)
-        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+        return self.out(y.transpose(1, 2).reshape(B, T - first, -1))
 
 
 class MLP(nn.Module):
@@ -231,15 +232,17 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, rope: Rope | None, mask: Mask, value_embedding: Tensor | None, cache: KVCache | None,
-        embedded: Tensor | None = None, scales: tuple[Tensor, Tensor] | None = None,
+        embedded: Tensor | None = None, scales: tuple[Tensor, Tensor] | None = None, first: int = 0,
     ) -> Tensor:  # fmt: skip
-        """X (B, T, C) → (B, T, C); with ``scales`` of x times the first, and ``embedded`` (B, T, C) times the second.
+        """X (B, T, C) → (B, T - first, C), the stream of the tokens from ``first`` on; ``mask`` is for these.
 
-        They are multiplied here so that they are compiled with the block, where each block is compiled by itself.
+        With ``scales`` it is that of x times the first of them and ``embedded`` (B, T, C) times the second, which are
+        multiplied here so that they are compiled with the block, where each block is compiled by itself.
         """
         if embedded is not None and scales is not None:
             x = scales[0] * x + scales[1] * embedded
-        x = x + self.dropout(self.attention(self.attention_norm(x), rope, mask, value_embedding, cache))
+        seen = self.attention(self.attention_norm(x), rope, mask, value_embedding, cache, first)
+        x = x[:, first:] + self.dropout(seen)
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
@@ -320,8 +323,11 @@ class GPT(nn.Module):
         x, cap = self.norm(x), self.config.logit_softcap
         return self.head(x, targets, cap, reduction, self.vocab_size, chunk, self.chunk_loss)
 
-    def stream(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """The residual stream (B, T, C) of ``tokens`` (B, T) after the last layer; ``cache`` as in :meth:`forward`."""
+    def stream(self, tokens: Tensor, cache: KVCache | None = None, first: int = 0) -> Tensor:
+        """The residual stream (B, T - first, C) of the ``tokens`` (B, T) from ``first`` on after the last layer.
+
+        Of the tokens before, that layer has only the keys and values computed. ``cache`` as in :meth:`forward`.
+        """
         config, (B, T) = self.config, tokens.shape
         positions = torch.arange(T, device=tokens.device) if cache is None else cache.advance(B, T, tokens.device)
         seen = T if cache is None else cache.length
@@ -360,11 +366,14 @@ class GPT(nn.Module):
                 scales = self.stream_scale[layer].to(x.dtype), self.embedding_scale[layer].to(x.dtype)
             if str(layer) in self.value_embeddings:
                 value_embedding = self.value_embeddings[str(layer)](tokens).to(x.dtype)
-            x = block(x, rope, masks[kind], value_embedding, cache, embedded, scales)
+            last = layer == config.layers - 1
+            if last and first:
+                masks[kind] = self._mask(positions[..., first:], seen, kind, documents, in_blocks=False)
+            x = block(x, rope, masks[kind], value_embedding, cache, embedded, scales, first if last else 0)
             if layer == config.layers // 2:
                 half_way = x
         if self.backout is not None:
-            x = x - self.backout.to(x.dtype) * half_way
+            x = x - self.backout.to(x.dtype) * half_way[:, -x.shape[1] :]
         return x
 
     def logits(self, x: Tensor) -> Tensor:

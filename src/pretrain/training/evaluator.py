@@ -191,8 +191,8 @@ class Evaluator:
         """CORE, or the mean over as many of its tasks as the bundle has; each process takes some of the questions."""
         world = self.world
         shared = {} if self.together else {"rank": world.rank, "world": world.size, "reduce": world.sum}
-        scorer = GPTScorer(self.model, self.tokenizer, on_batch=check)
         with self.better_weights(), self.eager():
+            scorer = GPTScorer(self.model, self.tokenizer, on_batch=check)  # in here: it keeps copies of weights
             return evaluate_core(scorer, self.core_tasks, self.config.eval.core_max_per_task, **shared)
 
     def sample(self, check: Callable[[], None]) -> dict[str, str]:
