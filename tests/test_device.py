@@ -10,8 +10,10 @@ import torch
 
 from pretrain.device import (
     GPUS,
+    choose_precision,
     container_limit,
     free_memory,
+    has_tf32,
     known_gpu,
     passing_memory,
     peak_flops,
@@ -130,6 +132,56 @@ def test_torch_finds_the_mps_fallback_when_it_loads(given: str | None, code: str
     command = [sys.executable, "-c", NOTE_IMPORTS + code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.stdout.split("\n")[0] == printed, done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no expandable segments elsewhere")
+@pytest.mark.parametrize(
+    ("given", "release", "found"),
+    [
+        ({}, "6.8.0", "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, "6.8.0", "expandable_segments:False"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}, "6.8.0", "None"),
+        ({}, "5.15.90.1-microsoft-standard-WSL2", "None"),
+    ],
+)
+def test_torch_finds_the_allocator_that_joins_memory_when_it_loads(given: dict[str, str], release: str, found: str):
+    code = f"""
+system, node, _, version, machine = os.uname()
+os.uname = lambda: os.uname_result((system, node, {release!r}, version, machine))
+import pretrain.device
+"""
+    environment = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name} | given
+    command = [sys.executable, "-c", NOTE_IMPORTS.replace("PYTORCH_ENABLE_MPS_FALLBACK", "PYTORCH_ALLOC_CONF") + code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[0] == found, done.stderr
+
+
+def test_tf32_is_what_the_products_of_a_gpu_are_set_to(monkeypatch):
+    cuda, said = torch.device("cuda"), []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", said.append)
+    for capability, found in (((7, 5), "fp32"), ((8, 0), "tf32")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
+        assert choose_precision("tf32", cuda).name == found
+        assert choose_precision("fp32", cuda).name == "fp32"
+        assert choose_precision("tf32", cuda).dtype == torch.float32
+    for name in ("tf32", "fp32", "bf16"):
+        choose_precision(name, cuda).set_products()
+    choose_precision("tf32", CPU).set_products()
+    assert said == ["high", "highest", "highest"]
+    assert choose_precision("tf32", CPU).name == "fp32"
+
+
+@pytest.mark.gpu
+def test_products_in_tf32_round_more_than_in_full():
+    cuda = torch.device("cuda")
+    if not torch.cuda.is_available() or not has_tf32(cuda):
+        pytest.skip("there is no GPU with TF32")
+    a, b = torch.randn(2, 512, 512, generator=torch.Generator().manual_seed(0))
+    wanted, off = a.double() @ b.double(), {}
+    for name in ("tf32", "fp32"):
+        choose_precision(name, cuda).set_products()
+        off[name] = float(((a.to(cuda) @ b.to(cuda)).cpu() - wanted).norm() / wanted.norm())
+    assert off["fp32"] < 1e-6 < 1e-4 < off["tf32"] < 2e-3
 
 
 @pytest.mark.parametrize(("first", "second", "said"), [("torch", "pretrain", 1), ("pretrain", "torch", 0)])

@@ -20,6 +20,11 @@ __all__ = ["Callback", "Config", "Console", "PretrainError", "Run", "load_config
 if "torch" not in sys.modules:
     # Operations that MPS lacks then run on the CPU instead of failing. torch reads it once, when its library loads.
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+    # Free pieces of a GPU's memory can then be joined, so that less is lost between tensors when their sizes change.
+    # Not where the driver lacks that: on Windows, and under it. torch 2.9 does not know this name of the variable yet.
+    if sys.platform == "linux" and "microsoft" not in os.uname().release.lower():
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name, which the user may have set
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 _HOMES = {
     "Callback": "training",

@@ -93,11 +93,27 @@ class Precision:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of activations."""
-        return DTYPES[self.name]
+        return torch.float32 if self.name == "tf32" else DTYPES[self.name]
+
+    def set_products(self) -> None:
+        """Let a GPU multiply fp32 in TF32 from now on, or in full if this is no ``tf32``, whatever was set before."""
+        if self.device.type == "cuda":
+            # torch.compile fails after the newer torch.backends.cuda.matmul.fp32_precision (pytorch issue 166387).
+            torch.set_float32_matmul_precision("high" if self.name == "tf32" else "highest")
+
+
+def has_tf32(device: torch.device) -> bool:
+    """Whether a device can multiply in TF32: NVIDIA's from Ampere on."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def choose_precision(name: str, device: torch.device) -> Precision:
-    """The precision of ``train.precision``. auto: bf16 where it is clearly faster than fp32, else fp16 on old GPUs."""
+    """The precision of ``train.precision``. auto: bf16 where it is clearly faster than fp32, else fp16 on old GPUs.
+
+    tf32 is fp32 where there is none.
+    """
+    if name == "tf32" and not has_tf32(device):
+        name = "fp32"
     if name == "auto" and device.type == "cuda":
         name = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     elif name == "auto" and device.type == "cpu":

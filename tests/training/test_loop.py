@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from pretrain.config import Config, load_config
+from pretrain.device import Precision
 from pretrain.errors import CheckpointError, DataError, DeviceMemoryError, UsageError
 from pretrain.io import read_jsonl
 from pretrain.model import GPT
@@ -279,6 +280,16 @@ def test_out_of_memory_in_an_update_is_not_retried(tiny: Config, tmp_path: Path,
 
 def raise_out_of_memory():
     raise torch.OutOfMemoryError
+
+
+def test_full_fp32_is_said_where_a_gpu_has_tf32(tiny: Config, tmp_path: Path, monkeypatch, capsys):
+    set_before = []
+    monkeypatch.setattr("pretrain.training.setup.has_tf32", lambda _: True)
+    monkeypatch.setattr(Precision, "set_products", lambda precision: set_before.append(precision.name))
+    for name, said in (("fp32", 1), ("bf16", 0)):
+        train(change(tiny, train__precision=name, train__steps=1), tmp_path / name, Console())
+        assert capsys.readouterr().out.count("--train.precision tf32") == said
+    assert set_before == ["fp32", "bf16"]
 
 
 def counted_memory(monkeypatch: pytest.MonkeyPatch, rows: int, free: int, really: int = 0) -> None:

@@ -9,7 +9,7 @@ from importlib.metadata import version
 import torch
 
 from pretrain.config import Config
-from pretrain.device import Precision, choose_precision, free_memory
+from pretrain.device import Precision, choose_precision, free_memory, has_tf32
 from pretrain.errors import CheckpointError, DataError
 from pretrain.evaluation import Task, open_bundle, read_tasks
 from pretrain.generation import encode_prompt
@@ -88,6 +88,9 @@ def set_up(
         raise DataError(f"{place} is not what this run was trained on; restore it, or start again with --out")
     wanted = progress.precision or config.train.precision
     precision = Precision(world.broadcast(choose_precision(wanted, device).name), device)
+    precision.set_products()
+    if precision.name == "fp32" and has_tf32(device):
+        say("precision fp32 in full; nanoGPT's and nanochat's fp32 on such a GPU is the faster --train.precision tf32")
     world.check_same_on_all_ranks(
         {
             "the configuration": hashlib.sha256(repr(config).encode()).hexdigest()[:12],

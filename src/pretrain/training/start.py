@@ -225,6 +225,7 @@ def choose(draft: Draft, world: World, console: Console, started: float) -> Conf
     if not (config.fit.fields or timed):
         return config
     precision = Precision(world.broadcast(choose_precision(config.train.precision, world.device).name), world.device)
+    precision.set_products()
     if config.fit.fields:
         left = world.broadcast(seconds_left(config, started)) if timed else 0.0
         machine = measure_machine(config, text.vocab_size, precision, left, world)
