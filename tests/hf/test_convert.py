@@ -142,6 +142,7 @@ def test_our_models_out_and_in(name: str, tmp_path: Path):
 # What makes a model one that transformers does not have, each alone.
 STRANGE = {
     "embedding_norm": True,
+    "head_gates": True,
     "value_embeddings": True,
     "residual_scalars": True,
     "smear": True,

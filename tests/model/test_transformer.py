@@ -40,6 +40,7 @@ VARIANTS = {
         value_embeddings=True, residual_scalars=True, smear=True, backout=True, attention_scale=0.2, vocab_multiple=64
     ),
     "pairs": dict(bigram_rows=64),
+    "gates": dict(head_gates=True, kv_heads=1),
     "part of a head rotates": dict(rope_fraction=0.5),
     "no-position": dict(position="none", embedding_norm=False),
 }

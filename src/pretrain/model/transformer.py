@@ -170,7 +170,9 @@ class Attention(nn.Module):
         self.out = Linear(self.heads * D, config.width, bias=config.bias)
         self.q_norm = Norm(config, D) if config.qk_norm else nn.Identity()
         self.k_norm = Norm(config, D) if config.qk_norm else nn.Identity()
-        self.value_gate = None
+        self.head_gate = self.value_gate = None
+        if config.head_gates:
+            self.head_gate = Linear(min(HEAD_GATE_CHANNELS, config.width), self.heads, bias=False)
         if has_value_embedding(config, layer):
             self.value_gate = Linear(min(VALUE_GATE_CHANNELS, config.width), self.kv_heads, bias=False)
 
@@ -193,7 +195,11 @@ class Attention(nn.Module):
             k, v = cache.extend(f"k{self.layer}", k), cache.extend(f"v{self.layer}", v)
         p = self.dropout if self.training else 0.0
         y = attend(q, k, v, mask, self.scale, p, self.device_type or x.device.type)
-        return self.out(y.transpose(1, 2).reshape(B, T - first, -1))
+        y = y.transpose(1, 2)
+        if self.head_gate is not None:
+            gate = 2 * torch.sigmoid(self.head_gate(x[:, first:, : self.head_gate.in_features]))  # (B, T - first, H)
+            y = y * gate[..., None]
+        return self.out(y.reshape(B, T - first, -1))
 
 
 class MLP(nn.Module):
@@ -442,6 +448,8 @@ class GPT(nn.Module):
                     projection.weight.zero_()
             if kind in ("zero", "nanochat_2026"):
                 block.mlp.up.weight.mul_(0.4)
+            if block.attention.head_gate is not None:
+                block.attention.head_gate.weight.zero_()
             if block.attention.value_gate is not None:
                 block.attention.value_gate.weight.uniform_(0, 0.02, generator=generator)
         if self.smear is not None and self.smear_gate is not None:
@@ -477,8 +485,9 @@ def meta_model(config: ModelConfig, vocab_size: int, bos_id: int | None = None) 
         return GPT(config, vocab_size, bos_id)
 
 
-VALUE_GATE_CHANNELS, SMEAR_GATE_CHANNELS = 12, 24
-"""Channels of the stream from which the gates of value embeddings and of the smear are computed, as in nanochat."""
+HEAD_GATE_CHANNELS, VALUE_GATE_CHANNELS, SMEAR_GATE_CHANNELS = 12, 12, 24
+"""Channels of the stream from which the gates of heads, value embeddings and the smear are computed; the last two as in
+nanochat."""
 
 
 def head_dim(config: ModelConfig) -> int:
