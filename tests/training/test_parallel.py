@@ -245,6 +245,25 @@ def test_a_run_in_blocks_is_the_run_with_masks(
 
 
 @pytest.mark.parametrize("parallelism", ["none", "ddp", "fsdp"])
+def test_blocks_have_one_graph(parallelism: str, graphs: list[torch.fx.GraphModule], one_process: None):
+    """All together, though each has more than DDP adds up at first; with the gradients of what is not compiled."""
+    cpu, found = torch.device("cpu"), []
+    tokens, targets = torch.randint(0, 64, (2, 4, 32)).unbind()
+    fields = {"model.layers": 3, "model.context_length": 32, "model.bigram_rows": 64, "model.backout": True}
+    for compiled in ("off", "on"):
+        config = load_config("quickstart", **fields, **{"train.compile": compiled})
+        model = meta_model(config.model, 64)
+        parallelize(model, parallelism, config, World(cpu), Precision("fp32", cpu), print)
+        init_parameters(model, World(cpu), lambda whole: whole.load_state_dict(small_model(**fields).state_dict()))
+        assert sum(p.nbytes for p in model.blocks[0].parameters()) > dist._DEFAULT_FIRST_BUCKET_BYTES
+        training_forward(model, parallelism, World(cpu))(tokens, targets).backward()
+        found.append([p.grad.norm().item() for p in model.parameters() if p.grad is not None])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert min(found[0]) > 0
+    assert len(graphs) == 2  # a block and the loss
+
+
+@pytest.mark.parametrize("parallelism", ["none", "ddp", "fsdp"])
 def test_activation_checkpointing_is_compiled_too(
     parallelism: str, graphs: list[torch.fx.GraphModule], one_process: None
 ):

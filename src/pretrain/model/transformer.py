@@ -366,16 +366,18 @@ class GPT(nn.Module):
         kinds = layer_kinds(config)
         in_blocks = self.in_blocks and cache is None and T % BLOCK == 0
         masks = {kind: self._mask(positions, seen, kind, documents, in_blocks) for kind in set(kinds)}
+        scales: list[tuple[Tensor, Tensor] | None] = [None] * config.layers
+        if self.stream_scale is not None and self.embedding_scale is not None:  # not by layer: few operations
+            stream_scales, embedding_scales = (s.to(x.dtype) for s in (self.stream_scale, self.embedding_scale))
+            scales = list(zip(stream_scales.unbind(), embedding_scales.unbind(), strict=True))
         for layer, (block, kind) in enumerate(zip(self.blocks, kinds, strict=True)):
-            scales = value_embedding = None
-            if self.stream_scale is not None and self.embedding_scale is not None:
-                scales = self.stream_scale[layer].to(x.dtype), self.embedding_scale[layer].to(x.dtype)
+            value_embedding = None
             if str(layer) in self.value_embeddings:
                 value_embedding = self.value_embeddings[str(layer)](tokens).to(x.dtype)
             last = layer == config.layers - 1
             if last and first:
                 masks[kind] = self._mask(positions[..., first:], seen, kind, documents, in_blocks=False)
-            x = block(x, rope, masks[kind], value_embedding, cache, embedded, scales, first if last else 0)
+            x = block(x, rope, masks[kind], value_embedding, cache, embedded, scales[layer], first if last else 0)
             if layer == config.layers // 2:
                 half_way = x
         if self.backout is not None:

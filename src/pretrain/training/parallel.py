@@ -86,6 +86,9 @@ def parallelize(
             say(f"torch.compile does not work here ({problem}); continuing without it")
         else:
             torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
+            # It would split the graph of each block by DDP's buckets, and refuses, in older versions of torch, what
+            # activation checkpointing and flex_attention leave in a graph. After each block DDP adds up all the same.
+            torch._dynamo.config.optimize_ddp = False
             whole = parallelism == "none" and device.type == "cuda"
             for module in [model] if whole else [*model.blocks, model.chunk_loss]:
                 module.compile(dynamic=False)
