@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from pretrain.cli.launch import importing
 from pretrain.cli.parsing import Command
 from pretrain.config.schema import Natural
 from pretrain.errors import UsageError
@@ -67,8 +68,9 @@ class Evaluate(Command):
             raise ValueError("RUN is missing: give a run directory, or hf:DIR")
 
     def __call__(self) -> int:
-        from pretrain.evaluation import open_bundle, read_tasks
-        from pretrain.evaluation.measure import EvalRequest, check_places, json_line, measure, tables, write_csv
+        with importing():
+            from pretrain.evaluation import open_bundle, read_tasks
+            from pretrain.evaluation.measure import EvalRequest, check_places, json_line, measure, tables, write_csv
 
         tasks = read_tasks(open_bundle("" if self.core == "default" else self.core)) if self.core else []
         harness = None

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from pretrain.cli.launch import importing
 from pretrain.cli.parsing import Command
 from pretrain.config.sampling import SamplingOptions
 from pretrain.config.schema import Count
@@ -49,11 +50,12 @@ class Sample(Command):
             )
 
     def __call__(self) -> int:
-        from pretrain.device import choose_device, choose_precision
-        from pretrain.generation import encode_prompt, sample_text, sample_texts
-        from pretrain.generation.terminal import converse, print_as_it_comes, read_prompts
-        from pretrain.runs import Run
-        from pretrain.runs.checkpoint import AVERAGE
+        with importing():
+            from pretrain.device import choose_device, choose_precision
+            from pretrain.generation import encode_prompt, sample_text, sample_texts
+            from pretrain.generation.terminal import converse, print_as_it_comes, read_prompts
+            from pretrain.runs import Run
+            from pretrain.runs.checkpoint import AVERAGE
 
         run = Run.open(self.run)
         prompts = [sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt for prompt in self.prompt]

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import tyro
 
-from pretrain.cli.launch import count_processes, is_process, launch, machines_join
+from pretrain.cli.launch import count_processes, importing, is_process, launch, machines_join
 from pretrain.cli.parsing import Command
 from pretrain.config import Config
 
@@ -54,8 +54,9 @@ class Train(Command):
                 return launch(["train", *self.typed], count, self.config.guard.grace_seconds, shlex.join(command))
             unused = count - 1 if "WORLD_SIZE" not in os.environ else 0
 
-        from pretrain.report import explain, plot_run, write_report
-        from pretrain.training import Console, train
+        with importing():
+            from pretrain.report import explain, plot_run, write_report
+            from pretrain.training import Console, train
 
         console = Console(command=command)
         if unused:

@@ -15,14 +15,12 @@ from contextlib import suppress
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from markupsafe import Markup
 
 from pretrain.errors import PretrainError, UsageError
-from pretrain.experiments.compare import compare
-from pretrain.experiments.forecast import Forecast
 from pretrain.experiments.groups import Group, differences
 from pretrain.io import read_jsonl, without_secrets, write_atomically
 from pretrain.optim import find_optimizer
@@ -30,6 +28,9 @@ from pretrain.report.curves import LOWEST, SKIPPED, Curves, thinned
 from pretrain.report.facts import facts, progress
 from pretrain.report.family import family
 from pretrain.runs import Run
+
+if TYPE_CHECKING:
+    from pretrain.experiments.forecast import Forecast
 
 ROWS, LEAST_ROWS, MOST_ROWS = 12_000, 600, 5_000
 """Rows of numbers in a page, shared by its runs; and the least and the most of a run."""
@@ -170,6 +171,8 @@ def render(views: Sequence[View], live: bool = False, groups: Sequence[Group] = 
     data = {"runs": [view.payload() for view in views], "live": live and {"fingerprint": views[0].fingerprint}}
     said, table = [], []
     if groups:
+        from pretrain.experiments.compare import compare  # not above: the report of a training needs none
+
         by_folder = {view.folder: view for view in views}
         members = [[by_folder[run.folder] for run in group.runs] for group in groups]
         plotted = [several[0].plotted(Curves.over([view.curves for view in several])) for several in members]

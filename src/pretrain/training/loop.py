@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
@@ -26,7 +26,6 @@ from pretrain.sizing import ENLARGING_FLOPS, flops_per_token
 from pretrain.tokens import Corpus
 from pretrain.training.callbacks import Callback
 from pretrain.training.console import Console
-from pretrain.training.copier import Copier
 from pretrain.training.evaluator import Evaluator, total
 from pretrain.training.guard import SPIKE
 from pretrain.training.heartbeat import SAVING
@@ -34,6 +33,9 @@ from pretrain.training.signals import Stopped, StopRequest
 from pretrain.training.state import TrainState
 from pretrain.training.step import UPDATE, measured_step, train_step_with_oom_retry
 from pretrain.training.world import Later
+
+if TYPE_CHECKING:
+    from pretrain.training.copier import Copier
 
 SPEED = "train/tokens_per_second"
 LEAVING = 4.0  # seconds of the grace period that are kept for all that follows a copy

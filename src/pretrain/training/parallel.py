@@ -4,6 +4,8 @@ The order matters: fp8 exchanges layers, so it comes first; then activation chec
 what is computed again; then torch.compile, of the whole on one GPU, else by parts: on a CPU that takes half the time,
 and where several processes train a block's gradients are on their way while the next block's are computed; then FSDP,
 which spreads the parameters, or DDP, which adds up their gradients. None of it changes a name or what is learned.
+
+FSDP and DTensor take 0.8 s to import, so only those who shard do.
 """
 
 from __future__ import annotations
@@ -16,10 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -97,6 +96,8 @@ def parallelize(
         model.in_blocks, how = choose_attention(model, precision, compiled)
         say(f"attention {how}")
     if parallelism in ("fsdp", "hsdp"):
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
         mesh = device_mesh(parallelism, world)
         shard = functools.partial(fully_shard, mesh=mesh)
         # Weights travel in the dtype of the products; their fp32 originals stay sharded, gradients are added in fp32.
@@ -142,9 +143,11 @@ def init_parameters(model: GPT, world: World, fill: Callable[[GPT], None]) -> No
     Under FSDP rank 0 fills a whole model, on the CPU if it does not fit on the device beside rank 0's own part, and
     sends out the parts, one parameter at a time. Otherwise every process fills its own, to the same values.
     """
-    if not isinstance(model, FSDPModule):
+    if not is_sharded(model):
         fill(model)
         return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
     values: dict[str, Any] = {}
     if world.is_rank0:
         whole = meta_model(model.config, model.vocab_size, model.bos_id)
@@ -155,6 +158,11 @@ def init_parameters(model: GPT, world: World, fill: Callable[[GPT], None]) -> No
     set_model_state_dict(model, values, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
 
 
+def is_sharded(module: object) -> bool:
+    """Whether FSDP shards a module: without its class, an FSDPModule, which would have to be imported."""
+    return hasattr(module, "set_requires_gradient_sync")
+
+
 def training_forward(model: GPT, parallelism: str, world: World) -> Callable[..., Tensor]:
     """What to call in place of the model in a training step: under DDP its wrapper, which adds up gradients."""
     if parallelism != "ddp":
@@ -163,7 +171,7 @@ def training_forward(model: GPT, parallelism: str, world: World) -> Callable[...
     return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
 
-def set_gradient_sync(forward: Callable[..., Tensor], last: bool, reshard: bool) -> None:
+def set_gradient_sync(forward: Any, last: bool, reshard: bool) -> None:
     """Let gradients be added up over processes only in the ``last`` backward pass of a step.
 
     Under FSDP a process would then hold the gradients of the whole model until that pass. Where memory comes before
@@ -172,7 +180,7 @@ def set_gradient_sync(forward: Callable[..., Tensor], last: bool, reshard: bool)
     """
     if isinstance(forward, DistributedDataParallel):
         forward.require_backward_grad_sync = last
-    elif isinstance(forward, FSDPModule):
+    elif is_sharded(forward):
         forward.set_requires_gradient_sync(last or reshard)
         forward.set_requires_all_reduce(last)
 
@@ -193,13 +201,12 @@ class Parameters:
 
     def __init__(self, model: GPT, parallelism: str, world: World):
         self.model, self.parallelism, self.world = model, parallelism, world
-        self.whole = dict(model.named_parameters())
-        self.local = {
-            name: nn.Parameter(p.to_local().detach()) if isinstance(p, DTensor) else p for name, p in self.whole.items()
+        self.sharded = is_sharded(model)
+        self.whole: dict[str, Any] = dict(model.named_parameters())  # DTensors, if it is
+        self.local: dict[str, nn.Parameter] = {
+            name: nn.Parameter(p.to_local().detach()) if self.sharded else p for name, p in self.whole.items()
         }
-        self.sharded = isinstance(model, FSDPModule)
-        first = next(iter(self.whole.values()))
-        mesh = first.device_mesh if isinstance(first, DTensor) else None
+        mesh = next(iter(self.whole.values())).device_mesh if self.sharded else None
         self.group = mesh["shard"].get_group() if mesh else None
         self.between = mesh["replicate"].get_group() if mesh and mesh.ndim == 2 else None
         """The processes of other machines that hold the same rows (HSDP)."""
@@ -221,7 +228,7 @@ class Parameters:
         """The gradients that this process holds; its parameters have them then."""
         if self.sharded:
             for name, p in self.whole.items():
-                self.local[name].grad = p.grad.to_local() if isinstance(p.grad, DTensor) else None
+                self.local[name].grad = None if p.grad is None else p.grad.to_local()
         return [p.grad for p in self.local.values() if p.grad is not None]
 
     def gradient_norm(self, gradients: list[Tensor]) -> Tensor:
@@ -235,9 +242,9 @@ class Parameters:
 
     def reshard(self) -> None:
         """Before weights change from outside: forget those that FSDP gathered, as an evaluation leaves them."""
-        for module in self.model.modules() if self.sharded else ():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        for module in self.model.modules():
+            if is_sharded(module):
+                module.reshard()  # type: ignore[operator]
 
     def zero_grad(self) -> None:
         """Drop all gradients."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,7 +19,6 @@ from pretrain.model import GPT
 from pretrain.optim import build_optimizers
 from pretrain.runs import Run
 from pretrain.runs.checkpoint import LAST, CheckpointWriter, newest
-from pretrain.runs.copy import RunCopy
 from pretrain.runs.environment import write_environment
 from pretrain.runs.metrics import Smoothed, comparable_losses
 from pretrain.sizing import meta_model, rows_that_fit
@@ -27,7 +27,6 @@ from pretrain.tokens import BatchesAhead, LiveBatches, Origin, TrainingBatches, 
 from pretrain.training.average import WeightAverage
 from pretrain.training.callbacks import Callback, RunFiles, TextProblems, Warnings
 from pretrain.training.console import Console
-from pretrain.training.copier import Copier
 from pretrain.training.evaluator import Evaluator
 from pretrain.training.guard import Guard, LossScale
 from pretrain.training.heartbeat import Heartbeat
@@ -37,6 +36,9 @@ from pretrain.training.loop import Trainer
 from pretrain.training.parallel import Parameters, choose_parallelism, init_parameters, parallelize, training_forward
 from pretrain.training.state import Progress, TrainState
 from pretrain.training.world import World
+
+if TYPE_CHECKING:
+    from pretrain.runs.copy import RunCopy
 
 
 def set_up(
@@ -151,8 +153,11 @@ def set_up(
         smoothed, model_of = Smoothed(records), run.model_of(finished)
         loggers = [Logger(kind, run.folder, config, finished, say) for kind in chosen(config.log.backends, say)]
         listeners += [RunFiles(run, finished, say), console, *loggers, Warnings(run, records), *callbacks]
-        copier = Copier(copy) if copy else None
-        listeners += [copier] if copier else []
+        if copy:
+            from pretrain.training.copier import Copier  # not above: most runs have no copy
+
+            copier = Copier(copy)
+            listeners.append(copier)
         write_environment(run.folder, device, step=progress.step, precision=precision.name, processes=world.size)
     val_streams, test_streams = (
         {each.name: each.stream(side) for each in corpus.datasets if each.tokens(side)} for side in (VAL, TEST)

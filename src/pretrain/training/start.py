@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pretrain.config import Config, TokenizerConfig, as_chosen, differences
 from pretrain.device import Precision, choose_precision, keep_freed_memory
@@ -24,7 +25,6 @@ from pretrain.model import meta_model
 from pretrain.optim import build_optimizers, find_optimizer
 from pretrain.runs import Run, checkpoints
 from pretrain.runs.checkpoint import remove
-from pretrain.runs.copy import RunCopy
 from pretrain.runs.run import clear_run, lock_run
 from pretrain.sizing import resolve
 from pretrain.text.opening import is_url
@@ -54,6 +54,9 @@ from pretrain.training.init_from import resolve_init
 from pretrain.training.setup import set_up
 from pretrain.training.speed import measure_machine, measure_training
 from pretrain.training.world import World, join_world
+
+if TYPE_CHECKING:
+    from pretrain.runs.copy import RunCopy
 
 
 def train(
@@ -101,7 +104,10 @@ def train(
             find_optimizer(config.optim)  # refuses an unknown name before any work
             until_the_end.enter_context(lock_run(out))
             try:
-                copy = RunCopy(config.checkpoint.copy_to) if config.checkpoint.copy_to else None
+                if config.checkpoint.copy_to:
+                    from pretrain.runs.copy import RunCopy  # not above: most runs have no copy
+
+                    copy = RunCopy(config.checkpoint.copy_to)
                 run = open_fetched(config, out, console, named, copy) if copy else open_run(config, out, console, named)
                 if resume_from:
                     go_back(Run(out, run.config), resume_from, console.say)
