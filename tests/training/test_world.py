@@ -544,6 +544,15 @@ core_module.prepare_questions = counted
     assert abs(len(asked[0]) - len(asked[1])) <= len(names) / 2
 
 
+def test_core_of_a_sharded_model_needs_no_validation_before_it(base: Config, tmp_path: Path):
+    core = {"eval__core_every": 4, "eval__core_bundle": str(write_bundle(tmp_path / "bundle"))}
+    config = change(base, parallel__kind="fsdp", eval__every=0, **core)
+    run, alone = run_together(config, tmp_path / "run", 2), train(change(base, eval__every=0, **core), tmp_path / "one")
+    measured = [[record["val/core"] for record in learned(each) if "val/core" in record] for each in (run, alone)]
+    assert measured[0] == pytest.approx(measured[1])
+    assert len(measured[0]) == 3
+
+
 def test_a_mistake_is_said_once(base: Config, tmp_path: Path):
     config = change(base, data__paths=(str(tmp_path / "missing.txt"),))
     process = start(config, tmp_path / "run", 2)

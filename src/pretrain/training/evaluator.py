@@ -193,6 +193,7 @@ class Evaluator:
         shared = {} if self.together else {"rank": world.rank, "world": world.size, "reduce": world.sum}
         with self.better_weights(), self.eager():
             scorer = GPTScorer(self.model, self.tokenizer, on_batch=check)  # in here: it keeps copies of weights
+            self.parameters.gather()
             return evaluate_core(scorer, self.core_tasks, self.config.eval.core_max_per_task, **shared)
 
     def sample(self, check: Callable[[], None]) -> dict[str, str]:

@@ -246,6 +246,11 @@ class Parameters:
             if is_sharded(module):
                 module.reshard()  # type: ignore[operator]
 
+    def gather(self) -> None:
+        """Before parts of the model are called by themselves: gather what FSDP gathers for the whole forward pass."""
+        if self.sharded:
+            self.model.unshard()  # type: ignore[operator]  # an FSDPModule
+
     def zero_grad(self) -> None:
         """Drop all gradients."""
         self.model.zero_grad(set_to_none=True)
