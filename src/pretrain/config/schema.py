@@ -392,7 +392,7 @@ class TrainConfig(Section):
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """Precision of the matrix products; weights stay fp32. auto: bf16 on GPUs from Ampere on, fp16 on
     older ones, fp32 on Apple's; on a CPU bf16 if measured to be clearly faster than fp32. tf32: fp32, but of what it
-    multiplies an NVIDIA GPU from Ampere on takes 10 bits, which is several times as fast; elsewhere fp32."""
+    multiplies an NVIDIA GPU from Ampere on takes 10 bits, which is faster; elsewhere fp32."""
     fp8: bool = False
     """Matrix products of the blocks in fp8 (Hopper and later GPUs; needs the extra 'fp8')."""
     compile: Literal["auto", "on", "off"] = "auto"
