@@ -65,11 +65,11 @@ DEFAULT_SECONDS = 120.0
 """Of training, for the choice of a model where no time is given."""
 STEP_SECONDS = 0.0008
 """Of each step beside its computation: the batch, the metrics, the callbacks."""
-CALIBRATIONS = 3
-"""Temperatures that a validation tries."""
+CALIBRATIONS = 2
+"""Other temperatures that a validation tries, where the best one is the last or the next to it."""
 COMPILE_SECONDS = 90.0
 """Training on a CPU that lasts longer is compiled, which takes up to half a minute."""
-END_SECONDS = 3.0
+END_SECONDS = 2.0
 """Of what follows the last step: the model read again, plot, report."""
 
 

@@ -562,7 +562,7 @@ def test_speed_is_measured_with_real_steps():
     config = load_config("quickstart", **SMALL)
     random_state = torch.get_rng_state()
     speed = measure_speed(config, 300, 4, FP32, seconds=0.05)
-    assert min(speed.micro_step, speed.update, speed.evaluation) > 0
+    assert min(speed.micro_step, speed.update, speed.evaluation, speed.sample) > 0
     assert speed.step(3) == 3 * speed.micro_step + speed.update
     assert torch.equal(torch.get_rng_state(), random_state)
 

@@ -1,7 +1,10 @@
 """The temperature of the head that suits the held-out text (eval.calibrate): found, kept, and part of the model."""
 
 import json
+import math
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +14,12 @@ from tests.training.test_loop import assert_same_run, change, killed_at
 from pretrain.cli import main
 from pretrain.config import Config, load_config
 from pretrain.errors import UsageError
+from pretrain.evaluation.loss import LossResult
+from pretrain.fitting import CALIBRATIONS
 from pretrain.io import read_jsonl
 from pretrain.runs.checkpoint import name_in_checkpoint
 from pretrain.training import train
+from pretrain.training.evaluator import TEMPERATURE_STEP, Evaluator
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
@@ -61,3 +67,21 @@ def test_a_killed_run_ends_with_the_same_temperature(noise: Config, tmp_path: Pa
 def test_a_head_that_is_shared_is_refused():
     with pytest.raises(UsageError, match=r"calibrate divides the head, which model.tied_head shares"):
         load_config("quickstart", **{"eval.calibrate": True, "model.tied_head": True})
+
+
+@pytest.mark.parametrize("moves", [0, 1])
+def test_a_validation_tries_as_many_temperatures_as_its_time_is_estimated_with(moves: int):
+    best, tried = TEMPERATURE_STEP**moves, []
+    evaluator = SimpleNamespace(temperature=1.0, better_weights=nullcontext)
+
+    def measure() -> dict[str, LossResult]:
+        return {"text": result(evaluator.temperature)}
+
+    def result(temperature: float) -> LossResult:
+        tried.append(temperature)
+        return LossResult(nats=1 + abs(math.log(temperature / best)), tokens=1, text_nats=1.0, text_bytes=1)
+
+    first = measure()
+    Evaluator.calibrated(evaluator, first, measure)  # type: ignore[arg-type]
+    assert evaluator.temperature == pytest.approx(best)
+    assert len(tried) == 1 + CALIBRATIONS

@@ -12,8 +12,10 @@ from statistics import fmean
 import torch
 
 from pretrain.config import Config
+from pretrain.config.sampling import SamplingOptions
 from pretrain.device import Precision, free_memory, keep_freed_memory, synchronize
 from pretrain.fitting import Machine
+from pretrain.generation.decode import generate
 from pretrain.optim import build_optimizers
 from pretrain.sizing import Speed, flops_per_token, meta_model, rows_that_fit, validation_rows
 from pretrain.training.parallel import Parameters, choose_parallelism, parallelize, set_gradient_sync, training_forward
@@ -24,6 +26,9 @@ SECONDS = 5.0
 """How long a measurement takes."""
 MINIMUM = 4
 """Measurements that are taken all the same. Their mean counts: single ones may be twice the usual, in training too."""
+
+SAMPLED = 8
+"""Tokens that a measurement generates."""
 
 MEASUREMENT_SHARE = 0.03
 """Of train.minutes, at most, for a measurement of the steps."""
@@ -92,10 +97,9 @@ def measure_speed(
             model(held_out, held_out)
             model.train()
 
-        @torch.no_grad()
         def sample() -> None:
             with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-                model(tokens[:1, : length // 2])
+                list(generate(model, [[0]], SamplingOptions(max_tokens=SAMPLED)))
 
         measured = rows
         if not compiled:  # which would be done anew for each number of rows
@@ -114,9 +118,8 @@ def measure_speed(
                 each.append(timed(work))
             limit = seconds if len(micro) >= MINIMUM else 3 * seconds
             going_on = world.broadcast(time.perf_counter() - begin < limit)
-    return world.broadcast(
-        Speed(fmean(micro) * rows / measured, fmean(updates), fmean(evaluation) / held_out.numel(), fmean(sampling))
-    )
+    evaluated, sampled = fmean(evaluation) / held_out.numel(), fmean(sampling) / SAMPLED
+    return world.broadcast(Speed(fmean(micro) * rows / measured, fmean(updates), evaluated, sampled))
 
 
 def measure_machine(config: Config, vocab_size: int, precision: Precision, seconds: float, world: World) -> Machine:
