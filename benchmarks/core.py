@@ -70,7 +70,9 @@ def nanochat(folder: str, model: GPT, tokenizer: Tokenizer) -> Rival:
 
     def ask(task: Task, index: int) -> bool | None:
         meta = {"task_type": task.kind, "num_fewshot": task.shots, "continuation_delimiter": task.delimiter}
-        data = items.setdefault(task.label, [as_item(task, i) for i in range(len(task.examples))])
+        if task.label not in items:  # once, before it is timed
+            items[task.label] = [as_item(task, i) for i in range(len(task.examples))]
+        data = items[task.label]
         try:
             return bool(evaluator.evaluate_example(index, Model(), Theirs(), data, torch.device("cpu"), meta))
         except AssertionError:

@@ -7,7 +7,8 @@ have the lowest mean loss, language modeling by taking the likeliest token each 
 
 Fast because little is computed twice or for nothing: the prefix that the options of a question share is run once, and
 each option continues its keys and values; options that differ only in their last token need no continuing at all;
-questions of similar length run together; logits exist only where a token counts. docs/evaluation.md has the numbers.
+questions of similar length run together; the last layer and the logits are computed only where a token counts.
+docs/evaluation.md has the numbers.
 """
 
 from __future__ import annotations
