@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pretrain.config import Config, ModelConfig
 from pretrain.errors import UsageError
 from pretrain.model import meta_model
-from pretrain.model.transformer import Linear, head_dim, layer_kinds, mlp_width, window_length
+from pretrain.model.transformer import PLAIN_LIMIT, Linear, head_dim, layer_kinds, mlp_width, window_length
 
 PARTS: tuple[str, ...] = (
     "embedding", "value_embeddings", "bigram_embedding", "attention", "mlp", "head", "other",
@@ -149,19 +149,24 @@ def horizon_tokens(config: Config, model: ModelConfig, vocab_size: int) -> int:
     return int(config.train.tokens_per_parameter * counted)
 
 
-def activation_bytes(config: Config, bytes_per_value: int) -> int:
-    """About how much memory the forward pass of one row of the context length keeps for its backward pass."""
+def activation_bytes(config: Config, bytes_per_value: int, on_cpu: bool = False) -> int:
+    """About how much memory the forward pass of one row of the context length keeps for its backward pass.
+
+    On a CPU that is more: the weights of attention, a little more than half of each square.
+    """
     model = config.model
     hidden = (4 if model.mlp == "swiglu" else 2) * mlp_width(model)
+    if on_cpu and (model.context_length <= PLAIN_LIMIT or model.dropout):
+        hidden += 0.6 * model.heads * model.context_length
     kept = (ACTIVATIONS_PER_CHANNEL * model.width + hidden) * (1.5 if model.dropout else 1.0)
     if config.train.activation_checkpointing:  # the input of each block, and one of them again
         kept = kept / model.layers + model.width
     return int(model.context_length * model.layers * kept * bytes_per_value)
 
 
-def rows_that_fit(config: Config, bytes_per_value: int, free_bytes: int) -> int:
+def rows_that_fit(config: Config, bytes_per_value: int, free_bytes: int, on_cpu: bool = False) -> int:
     """The most rows of the batch, dividing it evenly, whose activations fit in 70 % of the free memory; at least 1."""
-    return rows_up_to(config, int(0.7 * free_bytes / activation_bytes(config, bytes_per_value)))
+    return rows_up_to(config, int(0.7 * free_bytes / activation_bytes(config, bytes_per_value, on_cpu)))
 
 
 def rows_measured(config: Config, rows: int, passes_bytes: int, free_bytes: int) -> int:

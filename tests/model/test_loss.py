@@ -44,6 +44,13 @@ def test_one_loss_for_each_target(case):
     assert (ours[targets == IGNORE] == 0).all()
 
 
+def test_a_target_whose_probability_underflows_has_its_loss():
+    x, weight = torch.tensor([[1.0]], requires_grad=True), torch.tensor([[0.0], [1000.0], [-500.0]])
+    loss = linear_cross_entropy(x, weight, torch.tensor([2]), 0.0, "sum", 3, 512)
+    assert loss.item() == 1500
+    assert torch.autograd.grad(loss, x)[0].item() == 1500
+
+
 def test_bf16_keeps_the_softmax_in_fp32(case):
     x, weight, targets = case
     ours = linear_cross_entropy(x.bfloat16(), weight, targets, 15.0, "sum", 50, 512)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pretrain.config import ModelConfig
 from pretrain.model import GPT, meta_model
 from pretrain.model.cache import KVCache
-from pretrain.model.transformer import attend, dropout
+from pretrain.model.transformer import PLAIN_ROWS, attend, attend_plainly, dropout
 
 
 def build(config: ModelConfig, vocab_size: int = 40, dtype: torch.dtype = torch.float32) -> GPT:
@@ -276,6 +276,30 @@ def test_nanochats_initialisations():
     assert of_2026["embedding.weight"][0] == pytest.approx(0.8, rel=0.02)
     assert of_2026["value_embeddings.0.weight"][0] == pytest.approx(unit, rel=0.02)
     assert of_2026["value_embeddings.0.weight"][1] == pytest.approx(3**0.5 * unit, rel=0.01)
+
+
+@pytest.mark.parametrize("T", [8, PLAIN_ROWS, PLAIN_ROWS + 44])
+@pytest.mark.parametrize("kind", ["causal", "window", "rows"])
+def test_plain_attention_on_a_cpu_equals_pytorch_in_float64(T: int, kind: str):
+    generator = torch.Generator().manual_seed(0)
+    S = T + 5 if kind == "rows" else T
+    q, k, v, weight = (
+        torch.randn(2, heads, length, 16, generator=generator, dtype=torch.float64).requires_grad_()
+        for heads, length in ((4, T), (2, S), (2, S), (4, T))
+    )
+    last = torch.arange(T)[None, :, None] + (torch.tensor([5, 2])[:, None, None] if kind == "rows" else 0)
+    mask = torch.arange(S) <= last  # of rows of different lengths, as while decoding, the shorter one has empty slots
+    if kind == "window":
+        mask &= torch.arange(S) > last - 3
+    mask = mask[:, None] if kind == "rows" else mask[0]
+    theirs = F.scaled_dot_product_attention(q, k, v, mask, scale=0.3, enable_gqa=True)
+    wanted = theirs, *torch.autograd.grad(theirs, (q, k, v), weight)
+    given = None if kind == "causal" else mask
+    for dtype, error in ((torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        inputs = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        ours = attend_plainly(*inputs, given, 0.3, 0.0)
+        for a, b in zip((ours, *torch.autograd.grad(ours, inputs, weight.to(dtype))), wanted, strict=True):
+            assert (a.double() - b).norm() < error * b.norm()
 
 
 def test_a_gpu_is_not_given_a_mask_and_groups_together(monkeypatch):

@@ -235,7 +235,8 @@ def make_plan(
 
     rows_each = math.ceil(config.batch_rows / gpus)
     free = max(0, hardware.memory - state // layout.shards)
-    rows = min(config.train.micro_batch or rows_that_fit(config, precision.dtype.itemsize, free), rows_each)
+    fit = rows_that_fit(config, precision.dtype.itemsize, free, precision.device.type == "cpu")
+    rows = min(config.train.micro_batch or fit, rows_each)
     while True:
         micro_steps = math.ceil(rows_each / rows)
         alone, _ = dry_run(config, vocab_size, rows, micro_steps, precision)

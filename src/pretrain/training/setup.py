@@ -137,7 +137,9 @@ def set_up(
     state.progress.went_back_to = went_back_to or state.progress.went_back_to
     state.forward = training_forward(model, parallelism, world)
     # Rows of a micro-batch: unchanged on resume, so that sums round alike; at most the rows of this process.
-    fit = progress.micro_rows or rows_that_fit(config, precision.dtype.itemsize, free_memory(device))
+    fit = progress.micro_rows or rows_that_fit(
+        config, precision.dtype.itemsize, free_memory(device), device.type == "cpu"
+    )
     micro_rows = config.train.micro_batch or world.broadcast(fit)
     state.progress.micro_rows = min(micro_rows, world.rows_per_rank(rows))
 

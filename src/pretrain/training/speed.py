@@ -145,7 +145,8 @@ def measure_machine(config: Config, vocab_size: int, precision: Precision, secon
 def measure_training(config: Config, vocab_size: int, precision: Precision, world: World) -> tuple[Speed, int]:
     """The speed of the steps of a configuration, and in how many micro-batches each is done. All processes call it."""
     each = world.rows_per_rank(config.batch_rows)
-    fit = rows_that_fit(config, precision.dtype.itemsize, free_memory(precision.device))
+    device = precision.device
+    fit = rows_that_fit(config, precision.dtype.itemsize, free_memory(device), device.type == "cpu")
     rows = min(config.train.micro_batch or world.broadcast(fit), each)
     seconds = min(SECONDS, MEASUREMENT_SHARE * 60 * config.train.minutes)
     speed = measure_speed(config, vocab_size, rows, precision, seconds, world)
