@@ -59,6 +59,7 @@ from pretrain.model import GPT, meta_model
 from pretrain.model.attention import attend_in_blocks
 from pretrain.model.loss import IGNORE
 from pretrain.optim import alone, replicated, row_sharded
+from pretrain.optim.distributed import Exchange, in_turns
 from pretrain.optim.muon import orthogonalize
 from pretrain.runs import Run
 from pretrain.runs.checkpoint import checkpoints
@@ -887,12 +888,22 @@ def one_rank(report: Report) -> None:
     }
     for name, exchange in ways.items():
         with report.part(f"{name} by {backend}"):
-            wanted, found = (
-                way(update.clone(), 12, 0, lambda stack, first: stack * 2 + first)() for way in (alone, exchange)
-            )
+            wanted, found = (exchanged(update, way) for way in (alone, exchange))
             report.expect(torch.equal(found, wanted), f"{name} by {backend}: not what one process computes")
             report.fact(f"{name} by {backend}", "the same")
     dist.destroy_process_group()
+
+
+def exchanged(update: Tensor, exchange: Exchange) -> Tensor:
+    """Matrices (N, R, C) after work on them that knows their places."""
+    found: list[Tensor] = []
+
+    def steps() -> Iterator[None]:
+        begin, work = lambda a, b: update[a:b].clone(), lambda stack, first: stack * 2 + first
+        found.extend((yield from exchange(len(update), update.shape[1], 0, begin, work)))
+
+    in_turns([steps()])
+    return torch.stack(found)
 
 
 VOCABULARY = {"gpt2-124m": 50257, "nanochat-d20": 65536, "nanochat": 32768}

@@ -1,16 +1,24 @@
 import copy
+import functools
 import math
 import re
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from pretrain.config import Config, GroupConfig, ModelConfig, OptimConfig, ScheduleConfig, TrainConfig
 from pretrain.errors import UsageError
 from pretrain.model import GPT
-from pretrain.optim import build_optimizers
+from pretrain.optim import alone, build_optimizers, distributed, replicated, row_sharded
 from pretrain.optim.distributed import shares
 from pretrain.optim.muon import Muon, orthogonalize, quintics
+from pretrain.plan.memory import Holding
 
 
 @pytest.mark.parametrize("kind", ["classic", "polar_express"])
@@ -290,6 +298,93 @@ def test_processes_share_stacks_evenly():
             assert max(owned) - min(owned) <= 1
             total, first = [a + b for a, b in zip(total, owned, strict=True)], first + count
         assert max(total) - min(total) <= 1
+
+
+def matrices_of(*shapes: tuple[int, int]) -> list[torch.nn.Parameter]:
+    """Parameters with gradients, the same each time."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    for p in parameters:
+        p.grad = torch.randn(p.shape, generator=generator)
+    return parameters
+
+
+def test_an_update_holds_one_stack_at_a_time():
+    """Of 600 million parameters less than a byte for each beside what stays; all shapes at once would take 14."""
+    with FakeTensorMode(), Holding() as holding:
+        parameters = [
+            torch.nn.Parameter(torch.empty(shape)) for shape in ((1280, 1280), (5120, 1280)) for _ in range(72)
+        ]
+        for p in parameters:
+            p.grad = torch.empty_like(p)
+        optimizer = Muon(parameters, OptimConfig(weight_decay=0.1), torch.bfloat16)
+        optimizer.found_inf = torch.zeros(())
+        optimizer.step()
+        holding.peak = before = holding.live
+        optimizer.step()
+    assert 0 < holding.peak - before < sum(p.numel() for p in parameters)
+
+
+def test_the_size_of_a_stack_changes_nothing(monkeypatch: pytest.MonkeyPatch):
+    shapes = [(16, 16)] * 5 + [(32, 16)] * 3
+    whole, parts = matrices_of(*shapes), matrices_of(*shapes)
+    config = OptimConfig(lr=0.02, weight_decay=0.3, **NANOCHAT)
+    Muon(whole, config).step()
+    monkeypatch.setattr("pretrain.optim.muon.STACK", 2 * 16 * 16)
+    Muon(parts, config).step()
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What a step sends, waits for and works on, in order, in a group of 3 processes of which this one alone exists."""
+    events: list[str] = []
+
+    def recorded(name: str) -> Callable[..., Any]:
+        def send(*_: Any, async_op: bool, **__: Any) -> Any:
+            assert async_op
+            events.append(name)
+            return types.SimpleNamespace(wait=lambda: events.append(f"wait for {name}"))
+
+        return send
+
+    def orthogonal(matrices: torch.Tensor, *_: Any) -> torch.Tensor:
+        events.append("work")
+        return matrices
+
+    monkeypatch.setattr(dist, "all_to_all_single", recorded("rows"))
+    monkeypatch.setattr(distributed, "all_gather", recorded("results"))
+    monkeypatch.setattr("pretrain.optim.muon.orthogonalize", orthogonal)
+    monkeypatch.setattr("pretrain.optim.muon.STACK", 16 * 16)  # a matrix for each process
+    yield events
+    dist.destroy_process_group()
+
+
+def test_all_rows_are_sent_before_any_product(sent: list[str]):
+    """FSDP: then each stack is worked on as its rows arrive, while results travel; they are waited for in the end."""
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=3)
+    parameters = matrices_of(*[(16, 16)] * 4, *[(16, 8)] * 3)  # 16 rows of 46, and of 48
+    optimizer = Muon(parameters, OptimConfig())
+    whole = {p: torch.Size((46 if p.shape[1] == 16 else 48, p.shape[1])) for p in parameters}
+    optimizer.share(functools.partial(row_sharded, group=None), whole)
+    optimizer.step()
+    stack = ["wait for rows", "work", "rows"]
+    assert sent == ["rows"] * 3 + stack + ["wait for rows", "rows"] + stack + ["wait for rows"] * 3
+
+
+@pytest.mark.parametrize("rank", range(3))
+def test_a_process_has_the_momentum_of_its_own_matrices(sent: list[str], rank: int):
+    """DDP: results are waited for when all have been sent."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=3)
+    parameters = matrices_of(*[(16, 16)] * 4, *[(16, 8)] * 3)
+    optimizer = Muon(parameters, OptimConfig())
+    optimizer.share(functools.partial(replicated, group=None, inside=alone), {})
+    optimizer.step()
+    held = [i for i, p in enumerate(parameters) if p in optimizer.state]
+    assert held == [[0, 3, 4], [1, 5], [2, 6]][rank]
+    fourth = ["work", "results"] if rank == 0 else ["results"]
+    assert sent == ["work", "results", *fourth, "work", "results"] + ["wait for results"] * 3
 
 
 def test_what_follows_the_schedule():

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.config import Config, OptimConfig
 from pretrain.model import GPT
 from pretrain.optim import adamw
-from pretrain.optim.distributed import Exchange, alone
+from pretrain.optim.distributed import Exchange, alone, in_turns
 from pretrain.optim.optimizer import Optimizer
 from pretrain.optim.schedule import stable_share
 from pretrain.sizing import matrices
@@ -32,6 +33,10 @@ POLAR_EXPRESS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 """Quintics that follow each other, each the best for what the ones before leave (Amsel et al., arXiv 2505.16932)."""
+
+
+STACK = 2**25
+"""Numbers in the matrices that one process works on at a time: it fills a GPU, and needs 0.5 GB at most."""
 
 
 def quintics(kind: str, rounds: int) -> list[tuple[float, float, float]]:
@@ -87,6 +92,28 @@ def equalize_neurons(matrices: Tensor, mean_squares: Tensor, beta2: float) -> tu
     return matrices * scale.unsqueeze(along), mean_squares
 
 
+def accelerate(buffer: Tensor, gradient: Tensor, direction: Tensor, momentum: float, good: Tensor | None) -> None:
+    """Fold a gradient into the momentum ``buffer``, unless not ``good``, and write Nesterov's ``direction``."""
+    new = buffer.lerp(gradient, 1 - momentum)
+    direction.copy_(gradient.lerp(new, momentum))
+    buffer.copy_(new if good is None else torch.where(good, new, buffer))  # select: a zero times NaN would still be NaN
+
+
+def move(
+    parameter: Tensor, direction: Tensor, rate: float, decay: float, config: OptimConfig, good: Tensor | None
+) -> None:
+    """Add ``rate`` times the direction and ``decay`` times the parameter, unless not ``good``."""
+    change = direction.float() * rate
+    if decay:
+        shrink = parameter * decay
+        if config.cautious:
+            agreement = change * shrink
+            shrink = torch.where(agreement >= 0 if config.nanochat_decay else agreement > 0, shrink, 0)
+        change = change.add_(shrink)
+    # x + -0.0 is x in every bit, also for x = -0.0
+    parameter.add_(change if good is None else torch.where(good, change, -0.0))
+
+
 class Muon(Optimizer):
     """Nesterov momentum, orthogonalised in ``dtype``, for the hidden matrices of a network."""
 
@@ -97,6 +124,7 @@ class Muon(Optimizer):
         super().__init__(params, defaults)
         self.config, self.dtype = config, dtype
         self.shapes: dict[Tensor, torch.Size] = {}
+        self.processes = 1
         for group in self.param_groups:
             assert all(p.ndim == 2 for p in group["params"]), "Muon is for matrices"
 
@@ -107,64 +135,55 @@ class Muon(Optimizer):
             group.update(settings(step, config))
 
     def share(self, exchange: Exchange, shapes: dict[Tensor, torch.Size]) -> None:
-        """See :class:`Optimizer`: each process orthogonalises some of the whole matrices."""
-        self.exchange, self.shapes = exchange, shapes
+        """See :class:`Optimizer`: each process orthogonalises some whole matrices, and has the state of those."""
+        self.exchange, self.shapes, self.processes = exchange, shapes, dist.get_world_size()
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
-        pending, stacked = [], 0
+        updates, before = [], 0
         for group in self.param_groups:
             by_shape = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
                     by_shape[self.shapes.get(p, p.shape)].append(p)
             for shape, parameters in by_shape.items():
-                pending.append(self._begin(parameters, shape, stacked, group))
-                stacked += len(parameters)
-        for finish in pending:
-            finish()
+                size = self.processes * max(1, STACK // shape.numel())
+                updates += [
+                    self._update(parameters[first : first + size], shape, before + first, group)
+                    for first in range(0, len(parameters), size)
+                ]
+                before += len(parameters)
+        in_turns(updates)
 
-    def _begin(self, parameters: list[Tensor], shape: torch.Size, first: int, group: dict) -> Callable[[], None]:
-        """Begin to update parameters of one shape (R, C) as a stack (N, R, C); the function given back finishes it.
-
-        ``first`` matrices are in stacks before this one.
-        """
-        for p in parameters:
-            if not self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        buffers = [self.state[p]["momentum_buffer"] for p in parameters]
-        gradient = torch.stack([p.grad for p in parameters if p.grad is not None])
-        old = torch.stack(buffers)
-        momentum = old.lerp(gradient, 1 - group["momentum"])
-        direction = gradient.lerp_(momentum, group["momentum"]).to(self.dtype)
-        rows, columns = shape
-        orthogonal = self.exchange(direction, rows, first, lambda stack, n: self._direction(stack, parameters[n:]))
+    def _update(self, parameters: list[Tensor], shape: torch.Size, before: int, group: dict) -> Iterator[None]:
+        """Update parameters of one shape (R, C) as a stack; ``before`` matrices are in stacks before this one."""
         config = self.config
+        good = None if self.found_inf is None else self.found_inf == 0
+
+        def begin(start: int, stop: int) -> Tensor:
+            own = parameters[start:stop]
+            directions = parameters[0].new_empty(len(own), *parameters[0].shape, dtype=self.dtype)
+            for p, direction in zip(own, directions, strict=True):
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                assert p.grad is not None
+                accelerate(self.state[p]["momentum_buffer"], p.grad, direction, group["momentum"], good)
+            return directions
+
+        def work(matrices: Tensor, start: int) -> Tensor:
+            return self._direction(matrices, parameters[start : start + len(matrices)])
+
+        rows, columns = shape
+        orthogonal = yield from self.exchange(len(parameters), rows, before, begin, work)
         scale = max(1, rows / columns) ** 0.5 if config.update_scale == "spectral" else 0.2 * max(rows, columns) ** 0.5
-
-        def finish() -> None:
-            change = orthogonal().float().mul_(-group["lr"] * scale)
-            if group["weight_decay"]:
-                decay_scale = scale if config.nanochat_decay else 1.0
-                decay = torch.stack(parameters).mul_(-group["lr"] * group["weight_decay"] * decay_scale)
-                if config.cautious:
-                    agreement = change * decay
-                    keep = agreement >= 0 if config.nanochat_decay else agreement > 0
-                    decay = torch.where(keep, decay, 0)
-                change.add_(decay)
-            kept = momentum
-            if self.found_inf is not None:  # select: a zero times NaN would still be NaN
-                good = self.found_inf == 0
-                kept = torch.where(good, momentum, old)
-                change = torch.where(good, change, -0.0)  # x + -0.0 is x in every bit, also for x = -0.0
-            torch._foreach_copy_(buffers, list(kept.unbind()))
-            torch._foreach_add_(parameters, list(change.unbind()))
-
-        return finish
+        rate = -group["lr"] * scale
+        decay = -group["lr"] * group["weight_decay"] * (scale if config.nanochat_decay else 1.0)
+        for p, direction in zip(parameters, orthogonal, strict=True):
+            move(p, direction, rate, decay, config, good)
 
     def _direction(self, matrices: Tensor, parameters: list[Tensor]) -> Tensor:
-        """The directions of update for whole matrices (N, R, C) of momentum, those of the first N ``parameters``."""
+        """The directions of update for whole matrices (N, R, C) of momentum, those of N ``parameters``."""
         config = self.config
         if config.row_equilibration:
             matrices = equilibrate(matrices)
@@ -174,7 +193,7 @@ class Muon(Optimizer):
             update = renormalize(update.float())
         if config.normuon_beta2:
             # Only the process that works on a matrix has this state; a checkpoint has it from whichever that was.
-            states = [self.state[p] for p in parameters[: len(matrices)]]
+            states = [self.state[p] for p in parameters]
             for state in states:
                 if "mean_square" not in state:
                     state["mean_square"] = update.new_zeros(max(update.shape[-2:]), dtype=torch.float32)
