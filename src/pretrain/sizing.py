@@ -26,10 +26,6 @@ ENLARGING_FLOPS = 5e17
 """From here on, for each device, a larger micro-batch repays that the model is compiled again for it: half an hour at
 3e14 FLOP a second, of which it saves some percent."""
 
-ENLARGING_FLOPS = 5e17
-"""From here on, for each device, a larger micro-batch repays that the model is compiled again for it: half an hour at
-3e14 FLOP a second, of which it saves some percent."""
-
 ACTIVATIONS_PER_CHANNEL = 18
 """Values that a block keeps for its backward pass beside those of the MLP, for each token and channel: 10 (gpt2-124m)
 to 18 (nanochat) measured. Compiled it keeps a few less (nanochat-d20 in all 20 instead of 24)."""
