@@ -35,11 +35,11 @@ def training_state(config: Config, vocabulary: int, world: World, kind: str = "n
     with torch.device("meta"):
         model = GPT(config.model, vocabulary)
     model.activation_dtype = precision.dtype
-    parallelize(model, kind, config, world, precision, print)
+    compiled = parallelize(model, kind, config, world, precision, print)
     init_parameters(model, world, fill)
     parameters = Parameters(model, kind, world)
     optimizers = build_optimizers(model, config.optim)
-    parameters.distribute(optimizers)
+    parameters.distribute(optimizers, compiled)
     forward = training_forward(model, kind, world)
     scale, guard = LossScale(precision), Guard(config.guard, world.device)
     rows = world.rows_per_rank(config.batch_rows)

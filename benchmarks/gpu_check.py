@@ -482,7 +482,7 @@ def loss_alone(
     x = torch.randn(rows, length, width, generator=generator, device=device).to(chosen.dtype).requires_grad_()
     targets = torch.randint(vocabulary, (rows, length), generator=generator, device=device)
     targets[:, -2:] = IGNORE
-    model.stream = lambda tokens, cache=None: x
+    model.stream = lambda tokens, cache=None, first=0: x
     return model, x, targets
 
 

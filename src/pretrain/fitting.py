@@ -322,8 +322,8 @@ def steps_enough(config: Config, text: Text) -> int:
 def fit_marks(config: Config, text: Text) -> Config:
     """Choose when to validate and to save, by the steps."""
     steps = config.train.steps
-    measured = min(config.eval.tokens or text.val_tokens, text.val_tokens) * EVALUATION_SHARE
-    least = math.ceil(measured / MOST_VALIDATION / config.train.batch_tokens)
+    measured = passes(config) * tokens_read(config, min(config.eval.tokens or text.val_tokens, text.val_tokens))
+    least = math.ceil(measured * EVALUATION_SHARE / MOST_VALIDATION / config.train.batch_tokens)
     every = {
         "eval.every": max(1, steps // VALIDATIONS, min(least, steps // FEWEST_VALIDATIONS)),
         "checkpoint.every": max(1, steps // CHECKPOINTS),
@@ -360,9 +360,13 @@ def run_seconds(config: Config, speed: Speed, micro_steps: int, text: Text, proc
     samples = config.train.steps // sampling.every + 1 if sampling.every else validations
     sampled = samples * len(sampling.prompts) * sampling.max_tokens
     steps = config.train.steps * (speed.step(micro_steps) + STEP_SECONDS)
-    times = 1 + bool(config.optim.ema) + CALIBRATIONS * settings.calibrate  # the weights, their average, temperatures
-    measured = times * validated_tokens(config, text.val_tokens) + tokens_read(config, text.test_tokens)
+    measured = passes(config) * validated_tokens(config, text.val_tokens) + tokens_read(config, text.test_tokens)
     return steps + speed.evaluation * measured / processes + sampled * speed.sample
+
+
+def passes(config: Config) -> int:
+    """How often a validation reads its text: for the weights, their average, and other temperatures."""
+    return 1 + bool(config.optim.ema) + CALIBRATIONS * config.eval.calibrate
 
 
 def parameters(config: Config, vocab_size: int) -> int:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pretrain.config import ModelConfig
 from pretrain.model import GPT, meta_model
 from pretrain.model.cache import KVCache
-from pretrain.model.transformer import PLAIN_ROWS, attend, attend_plainly, dropout
+from pretrain.model.transformer import PLAIN_ROWS, Block, attend, attend_plainly, dropout
 
 
 def build(config: ModelConfig, vocab_size: int = 40, dtype: torch.dtype = torch.float32) -> GPT:
@@ -88,7 +88,9 @@ def test_the_last_layer_can_be_left_out_where_nobody_looks(name: str, layers: in
     model = build(ModelConfig(**{**SMALL, **VARIANTS[name], "layers": layers}))
     tokens = torch.randint(0, 40, (2, 16))
     whole, computed = model.stream(tokens), []
-    model.blocks[-1].mlp.register_forward_pre_hook(lambda _, inputs: computed.append(inputs[0].shape[1]))
+    last = model.blocks[-1]
+    assert isinstance(last, Block)
+    last.mlp.register_forward_pre_hook(lambda _, inputs: computed.append(inputs[0].shape[1]))
     for first in (0, 1, 9, 15):
         torch.testing.assert_close(model.stream(tokens, first=first), whole[:, first:], atol=1e-5, rtol=1e-5)
     cache = KVCache(16)
@@ -296,8 +298,8 @@ def test_plain_attention_on_a_cpu_equals_pytorch_in_float64(T: int, kind: str):
     wanted = theirs, *torch.autograd.grad(theirs, (q, k, v), weight)
     given = None if kind == "causal" else mask
     for dtype, error in ((torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
-        inputs = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
-        ours = attend_plainly(*inputs, given, 0.3, 0.0)
+        inputs = a, b, c = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        ours = attend_plainly(a, b, c, given, 0.3, 0.0)
         for a, b in zip((ours, *torch.autograd.grad(ours, inputs, weight.to(dtype))), wanted, strict=True):
             assert (a.double() - b).norm() < error * b.norm()
 

@@ -336,6 +336,35 @@ def test_the_size_of_a_stack_changes_nothing(monkeypatch: pytest.MonkeyPatch):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, NANOCHAT], ids=["classic", "nanochat"])
+def test_a_compiled_update_is_the_same_and_compiled_once(options: dict, monkeypatch: pytest.MonkeyPatch):
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    shapes = [(16, 16)] * 3 + [(32, 16)] * 2
+    eager, compiled = matrices_of(*shapes), matrices_of(*shapes)
+    config = OptimConfig(lr=0.02, weight_decay=0.3, **{"cautious": True, **options})
+    optimizers = Muon(eager, config), Muon(compiled, config)
+    optimizers[1].compile()
+    counts = []
+    for step in range(4):
+        for optimizer in optimizers:
+            optimizer.param_groups[0].update(lr=0.02 - 0.004 * step, momentum=0.9 + 0.01 * step)
+            optimizer.found_inf = torch.tensor(float(step == 2))  # skipped
+            optimizer.step()
+        counts.append(len(graphs))
+    assert counts == [counts[0]] * 4
+    assert counts[0] == 2 * (5 if options else 2)  # for each shape
+    for a, b in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+        buffers = (optimizer.state[p]["momentum_buffer"] for optimizer, p in zip(optimizers, (a, b), strict=True))
+        torch.testing.assert_close(*buffers, atol=1e-6, rtol=1e-5)
+
+
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """What a step sends, waits for and works on, in order, in a group of 3 processes of which this one alone exists."""

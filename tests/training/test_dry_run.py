@@ -49,7 +49,7 @@ def hold(config: Config, kind: str, world: World) -> tuple[Parameters, list[Opti
     parallelize(model, kind, config, world, Precision("bf16", world.device), print)
     parameters = Parameters(model, kind, world)
     optimizers = build_optimizers(model, config.optim)
-    parameters.distribute(optimizers)
+    parameters.distribute(optimizers, compiled=False)
     return parameters, optimizers
 
 

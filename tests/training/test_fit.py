@@ -167,8 +167,8 @@ def test_a_recipe_in_a_given_time(book: str, tmp_path: Path, capsys):
     config = Run.open(out).config
     assert (config.train.steps, config.train.minutes) == (int((30 - fitting.END_SECONDS) // STEP), 0.5)
     assert config.fit.chosen == ()
-    assert main([*command, "--train.minutes", "0.05", "--out", str(tmp_path / "other")]) == 2
-    assert "train.minutes 0.05 leave 0 s for training" in capsys.readouterr().err
+    assert main([*command, "--train.minutes", "0.03", "--out", str(tmp_path / "other")]) == 2
+    assert "train.minutes 0.03 leave 0 s for training" in capsys.readouterr().err
 
 
 CHINESE = "".join(chr(0x4E00 + random.Random(number).randrange(3000)) for number in range(3400))

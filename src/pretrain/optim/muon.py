@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,8 @@ POLAR_EXPRESS = (
 )
 """Quintics that follow each other, each the best for what the ones before leave (Amsel et al., arXiv 2505.16932)."""
 
+
+Part = TypeVar("Part", bound=Callable[..., Any])
 
 STACK = 2**25
 """Numbers in the matrices that one process works on at a time: it fills a GPU, and needs 0.5 GB at most."""
@@ -92,7 +95,11 @@ def equalize_neurons(matrices: Tensor, mean_squares: Tensor, beta2: float) -> tu
     return matrices * scale.unsqueeze(along), mean_squares
 
 
-def accelerate(buffer: Tensor, gradient: Tensor, direction: Tensor, momentum: float, good: Tensor | None) -> None:
+Scalar = float | Tensor
+"""A number that changes from step to step; where the update is compiled a tensor, so that it is compiled once."""
+
+
+def accelerate(buffer: Tensor, gradient: Tensor, direction: Tensor, momentum: Scalar, good: Tensor | None) -> None:
     """Fold a gradient into the momentum ``buffer``, unless not ``good``, and write Nesterov's ``direction``."""
     new = buffer.lerp(gradient, 1 - momentum)
     direction.copy_(gradient.lerp(new, momentum))
@@ -100,11 +107,11 @@ def accelerate(buffer: Tensor, gradient: Tensor, direction: Tensor, momentum: fl
 
 
 def move(
-    parameter: Tensor, direction: Tensor, rate: float, decay: float, config: OptimConfig, good: Tensor | None
+    parameter: Tensor, direction: Tensor, rate: Scalar, decay: Scalar | None, config: OptimConfig, good: Tensor | None
 ) -> None:
     """Add ``rate`` times the direction and ``decay`` times the parameter, unless not ``good``."""
     change = direction.float() * rate
-    if decay:
+    if decay is not None:
         shrink = parameter * decay
         if config.cautious:
             agreement = change * shrink
@@ -125,6 +132,7 @@ class Muon(Optimizer):
         self.config, self.dtype = config, dtype
         self.shapes: dict[Tensor, torch.Size] = {}
         self.processes = 1
+        self.compiled: dict[Any, Any] = {}
         for group in self.param_groups:
             assert all(p.ndim == 2 for p in group["params"]), "Muon is for matrices"
 
@@ -137,6 +145,15 @@ class Muon(Optimizer):
     def share(self, exchange: Exchange, shapes: dict[Tensor, torch.Size]) -> None:
         """See :class:`Optimizer`: each process orthogonalises some whole matrices, and has the state of those."""
         self.exchange, self.shapes, self.processes = exchange, shapes, dist.get_world_size()
+
+    def compile(self) -> None:
+        """See :class:`Optimizer`: what is done to each number of a matrix in one pass; products are as they were."""
+        parts = (accelerate, move, equilibrate, renormalize, equalize_neurons)
+        self.compiled = {part: torch.compile(part, dynamic=False) for part in parts}
+
+    def _part(self, part: Part) -> Part:
+        """A part of the update, compiled or not."""
+        return self.compiled.get(part, part)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -161,14 +178,18 @@ class Muon(Optimizer):
         config = self.config
         good = None if self.found_inf is None else self.found_inf == 0
 
+        def scalar(value: float) -> Scalar:
+            return torch.full((), value, device=parameters[0].device) if self.compiled else value
+
         def begin(start: int, stop: int) -> Tensor:
             own = parameters[start:stop]
+            momentum = scalar(group["momentum"])
             directions = parameters[0].new_empty(len(own), *parameters[0].shape, dtype=self.dtype)
             for p, direction in zip(own, directions, strict=True):
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 assert p.grad is not None
-                accelerate(self.state[p]["momentum_buffer"], p.grad, direction, group["momentum"], good)
+                self._part(accelerate)(self.state[p]["momentum_buffer"], p.grad, direction, momentum, good)
             return directions
 
         def work(matrices: Tensor, start: int) -> Tensor:
@@ -177,20 +198,21 @@ class Muon(Optimizer):
         rows, columns = shape
         orthogonal = yield from self.exchange(len(parameters), rows, before, begin, work)
         scale = max(1, rows / columns) ** 0.5 if config.update_scale == "spectral" else 0.2 * max(rows, columns) ** 0.5
-        rate = -group["lr"] * scale
-        decay = -group["lr"] * group["weight_decay"] * (scale if config.nanochat_decay else 1.0)
+        rate, decay = scalar(-group["lr"] * scale), None
+        if group["weight_decay"]:
+            decay = scalar(-group["lr"] * group["weight_decay"] * (scale if config.nanochat_decay else 1.0))
         for p, direction in zip(parameters, orthogonal, strict=True):
-            move(p, direction, rate, decay, config, good)
+            self._part(move)(p, direction, rate, decay, config, good)
 
     def _direction(self, matrices: Tensor, parameters: list[Tensor]) -> Tensor:
         """The directions of update for whole matrices (N, R, C) of momentum, those of N ``parameters``."""
         config = self.config
         if config.row_equilibration:
-            matrices = equilibrate(matrices)
+            matrices = self._part(equilibrate)(matrices)
         kind, rounds = config.newton_schulz, config.newton_schulz_steps
         update = orthogonalize(matrices, kind, rounds, config.newton_schulz_eps)
         if config.renormalize:
-            update = renormalize(update.float())
+            update = self._part(renormalize)(update.float())
         if config.normuon_beta2:
             # Only the process that works on a matrix has this state; a checkpoint has it from whichever that was.
             states = [self.state[p] for p in parameters]
@@ -198,7 +220,7 @@ class Muon(Optimizer):
                 if "mean_square" not in state:
                     state["mean_square"] = update.new_zeros(max(update.shape[-2:]), dtype=torch.float32)
             old = torch.stack([state["mean_square"] for state in states])
-            update, new = equalize_neurons(update.float(), old, config.normuon_beta2)
+            update, new = self._part(equalize_neurons)(update.float(), old, config.normuon_beta2)
             if self.found_inf is not None:
                 new = torch.where(self.found_inf == 0, new, old)
             torch._foreach_copy_([state["mean_square"] for state in states], list(new.unbind()))

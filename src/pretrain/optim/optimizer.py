@@ -27,6 +27,9 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             group["lr"] = group["peak_lr"] * factor
 
+    def compile(self) -> None:
+        """Called once if the model is compiled for a GPU; one whose update is a single kernel has nothing to do."""
+
     def share(self, exchange: Exchange, shapes: dict[Tensor, torch.Size]) -> None:
         """Called once if several processes train together; an elementwise optimizer has nothing to do.
 

@@ -212,8 +212,11 @@ class Parameters:
         """The processes of other machines that hold the same rows (HSDP)."""
         self.groups = [group for group in (self.group, self.between) if group is not None]
 
-    def distribute(self, optimizers: Iterable[Optimizer]) -> None:
-        """Let optimizers of the model work on what this process holds, and share the work on whole matrices."""
+    def distribute(self, optimizers: Iterable[Optimizer], compiled: bool) -> None:
+        """Let optimizers of the model work on what this process holds, and share the work on whole matrices.
+
+        They are ``compiled`` too where the model is, on a GPU; on a CPU the work beside the products is small.
+        """
         local = {self.whole[name]: p for name, p in self.local.items()}
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -223,6 +226,8 @@ class Parameters:
                 if self.between is not None or not self.sharded:
                     exchange = functools.partial(replicated, group=self.between, inside=exchange)
                 optimizer.share(exchange, {self.local[name]: p.shape for name, p in self.whole.items()})
+            if compiled and self.world.device.type == "cuda":
+                optimizer.compile()
 
     def gradients(self) -> list[Tensor]:
         """The gradients that this process holds; its parameters have them then."""

@@ -123,7 +123,7 @@ def set_up(
     # Optimizers work on what this process holds of the parameters.
     parameters = Parameters(model, parallelism, world)
     optimizers = build_optimizers(model, config.optim)
-    parameters.distribute(optimizers)
+    parameters.distribute(optimizers, compiled)
 
     # The state, as the checkpoint has it.
     scale, guard = LossScale(precision), Guard(config.guard, device)

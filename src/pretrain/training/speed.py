@@ -71,7 +71,7 @@ def measure_speed(
         compiled = parallelize(model, parallelism, config, world, precision, say=lambda _: None)
         parameters = Parameters(model, parallelism, world)
         optimizers = build_optimizers(model, config.optim)
-        parameters.distribute(optimizers)
+        parameters.distribute(optimizers, compiled)
         if not parameters.sharded:
             model.init_weights(torch.Generator(device).manual_seed(0))
         else:
