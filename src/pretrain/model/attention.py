@@ -5,7 +5,8 @@
 A boolean mask has every pair computed and keeps PyTorch's fastest kernels away, so that a window costs more than none.
 Of what skips blocks, flex_attention (arXiv 2412.05496) is in every PyTorch that is supported, and takes windows,
 documents and grouped heads at once. ``varlen_attn`` is newer, took windows and groups later still, and wants documents
-as a list, whose length is another in each batch. FlashAttention 3 comes as a binary from elsewhere.
+as a list, whose length is another in each batch. FlashAttention 3 comes as a binary from elsewhere, which torch.compile
+could not take in 2026 (kernels-community issue 312).
 """
 
 from __future__ import annotations
