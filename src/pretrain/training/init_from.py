@@ -52,7 +52,10 @@ def resolve_init(config: Config) -> Config:
         has, wants = (dataclasses.asdict(_fixed_windows(model)) for model in (theirs, wanted.model))
         meaning = [name for name in has if name not in (*FREE, "depth")]
         if different := [f"model.{n} {has[n]!r} → {wants[n]!r}" for n in meaning if has[n] != wants[n]]:
-            raise UsageError(f"{source} is another model than this run asks for: {'; '.join(different)}")
+            raise UsageError(
+                f"{source} is another model than this run asks for: {'; '.join(different)}; give these fields, or train"
+                f" with {run.folder / 'config.toml'} as the recipe"
+            )
         ours = config.model
     if ours.position == "learned" and ours.context_length > theirs.context_length:
         raise UsageError(
