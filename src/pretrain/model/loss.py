@@ -77,16 +77,12 @@ class ChunkLoss(nn.Module):
             logits = logits.div_(cap).tanh_().mul_(cap)
         if vocab_size < logits.shape[1]:
             logits[:, vocab_size:] = -torch.inf
-        if chosen is not None:
-            log_total = torch.logsumexp(logits, dim=1, keepdim=True)
-            own, grad = torch.where(chosen, logits, 0).sum(dim=1, keepdim=True), torch.exp(logits - log_total)
-        else:  # one exponential of each logit instead of two: the likeliest token's probability is exp(0) / total
-            grad = torch.softmax(logits, dim=1)
-            log_total = logits.amax(dim=1, keepdim=True) - grad.amax(dim=1, keepdim=True).log()
-            own = logits.gather(1, index)
+        log_total = torch.logsumexp(logits, dim=1, keepdim=True)
+        own = logits.gather(1, index) if chosen is None else torch.where(chosen, logits, 0).sum(dim=1, keepdim=True)
         losses = (log_total - own).squeeze(1) * counted
         if not want_gradient:
             return losses, None, None
+        grad = torch.exp(logits - log_total)
         # d loss / d logits = softmax - onehot, then through the cap: d capped / d raw = 1 - tanh^2
         grad = grad.scatter_add_(1, index, torch.full_like(own, -1.0)) if chosen is None else grad - chosen.float()
         if cap:
