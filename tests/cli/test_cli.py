@@ -325,3 +325,17 @@ def test_a_warmup_as_long_as_the_run_is_told(text_file: Path, tmp_path: Path, ca
     long = options(schedule__warmup_steps=12)
     assert main(["train", "--data", str(text_file), "--out", str(tmp_path / "run"), *long]) == 0
     assert "the warmup lasts 12 steps, so the rate only rises" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_during_an_import_gives_the_exit_code_too(name: str, tmp_path: Path):
+    """Imports run exec, which has Python kill itself at its end if a KeyboardInterrupt is raised within it."""
+    run = f"import os, signal\nos.kill(os.getpid(), signal.{name})\nfor _ in range(10**6): pass"
+    lines = [
+        "import pretrain.cli",
+        f"pretrain.cli._run = lambda _: exec({run!r})",
+        "raise SystemExit(pretrain.cli.main())",
+    ]
+    (tmp_path / "command.py").write_text("\n".join(lines))
+    done = subprocess.run([sys.executable, "-m", "command"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("interrupted; what was saved is safe")) == (130, 1)

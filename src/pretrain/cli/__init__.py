@@ -59,11 +59,21 @@ commands:
 """
 
 
+class _Stopped(KeyboardInterrupt):
+    """Not KeyboardInterrupt itself: if that is raised within exec, as dataclasses call it while modules are imported, a
+    Python started with -m kills itself by SIGINT at its end, whatever exit code it was given.
+    """
+
+
+def _stop(number: int, frame: object) -> None:
+    raise _Stopped
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and give its exit code: 0 done, 1 failed, 2 wrong use, 130 interrupted and safely stopped."""
-    if argv is None:  # these signals stop a command as Ctrl-C does; training has its own handlers
-        for number in signals_to_handle("SIGTERM", "SIGHUP", "SIGUSR1"):
-            signal.signal(number, signal.default_int_handler)
+    if argv is None:  # all these stop a command as Ctrl-C does; training has its own handlers
+        for number in signals_to_handle("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+            signal.signal(number, _stop)
     print_anything()
     try:
         return _run(sys.argv[1:] if argv is None else list(argv))
