@@ -333,7 +333,7 @@ def test_a_signal_during_an_import_gives_the_exit_code_too(name: str, tmp_path: 
     run = f"import os, signal\nos.kill(os.getpid(), signal.{name})\nfor _ in range(10**6): pass"
     lines = [
         "import pretrain.cli, signal",
-        "signal.signal(signal.SIGINT, signal.default_int_handler)",  # it may be ignored here, as in a job in the background
+        "signal.signal(signal.SIGINT, signal.default_int_handler)",  # perhaps ignored, as in a background job
         f"pretrain.cli._run = lambda _: exec({run!r})",
         "raise SystemExit(pretrain.cli.main())",
     ]
