@@ -82,8 +82,8 @@ class ChunkLoss(nn.Module):
         losses = (log_total - own).squeeze(1) * counted
         if not want_gradient:
             return losses, None, None
-        grad = torch.exp(logits - log_total)
         # d loss / d logits = softmax - onehot, then through the cap: d capped / d raw = 1 - tanh^2
+        grad = torch.exp(logits - log_total)
         grad = grad.scatter_add_(1, index, torch.full_like(own, -1.0)) if chosen is None else grad - chosen.float()
         if cap:
             if vocab_size < logits.shape[1]:

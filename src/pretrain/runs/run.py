@@ -150,6 +150,12 @@ class Run:
         file = self.folder / FORK
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
+    @property
+    def begin(self) -> int:
+        """The step after which this run begins: 0, or that of the checkpoint from which it was forked."""
+        fork = self.fork
+        return fork["step"] if fork else 0
+
     def reopen(self) -> None:
         """Remove ``summary.json``, which marks a finished run, so that training can go on."""
         (self.folder / "summary.json").unlink(missing_ok=True)

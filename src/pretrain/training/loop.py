@@ -63,6 +63,8 @@ class Trainer:
     copier: Copier | None = None
     """What copies checkpoints (``checkpoint.copy_to``), on rank 0."""
     stop: StopRequest = field(init=False)
+    begin: int = field(init=False)
+    """The step after which the run begins: 0, or that of a fork."""
     first: int = field(init=False)
     """The next step after this one compiles: that where the job began, or where the micro-batch was enlarged."""
     saved: int = field(init=False)
@@ -82,7 +84,7 @@ class Trainer:
         self.config, self.world = self.state.config, self.state.world
         self.stop = StopRequest(self.grace_seconds)
         self.first = self.saved = self.step
-        self.begin = self.run.fork["step"] if self.run.fork else 0
+        self.begin = self.run.begin
         waits = self.world.device.type == "cpu"
         self.fetch_every = 1 if waits else FETCH_EVERY
         self.asked = deque(maxlen=1 if waits else 2)

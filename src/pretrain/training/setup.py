@@ -150,7 +150,7 @@ def set_up(
         # Without a checkpoint everything comes again, what was measured before the first step too.
         finished = progress.step - bool(state.progress.pending) if checkpoint else -1
         records = [record for record in read_jsonl(run.metrics) if record["step"] <= finished]
-        begin = fork["step"] if fork else 0  # earlier checkpoints are another run's
+        begin = run.begin  # earlier checkpoints are another run's
         losses = {step: loss for step, loss in comparable_losses(records).items() if step >= begin}
         smoothed, model_of = Smoothed(records), run.model_of(finished)
         loggers = [Logger(kind, run.folder, config, finished, say) for kind in chosen(config.log.backends, say)]
