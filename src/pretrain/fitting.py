@@ -221,6 +221,7 @@ def fit_model(config: Config, text: Text, machine: Machine) -> tuple[Config, lis
             "model.context_length": context,
             "model.dropout": tier.dropout,
             "model.head_gates": True,
+            "model.ngram_heads": 3,
             "model.value_embeddings": tier.bigram_rows > 0,
             "model.bigram_rows": tier.bigram_rows,
             "optim.weight_decay": tier.weight_decay,

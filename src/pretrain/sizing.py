@@ -59,7 +59,8 @@ def multiplied(config: ModelConfig, counts: dict[str, int]) -> int:
 def flops_per_token(config: ModelConfig, vocab_size: int) -> int:
     """Operations of a forward and backward pass for one token (PaLM, arXiv 2204.02311, appendix B).
 
-    6 for each parameter of a matrix product, and 12 for each channel of queries and each token they see.
+    6 for each parameter of a matrix product, and 12 for each channel of queries and each token they see; of n-gram
+    heads, which have no queries, 6 for each channel of the stream.
     """
     model = meta_model(config, vocab_size)
     products = sum(module.weight.numel() for module in model.modules() if isinstance(module, Linear))
@@ -68,7 +69,8 @@ def flops_per_token(config: ModelConfig, vocab_size: int) -> int:
         min(window_length(config), config.context_length) if kind == "S" else config.context_length
         for kind in layer_kinds(config)
     )
-    return 6 * products + 12 * channels * seen
+    ngrams = config.ngram_heads * config.width * config.context_length
+    return 6 * products + 12 * channels * seen + 6 * ngrams
 
 
 def resolve(config: Config, vocab_size: int, windows: int = 0) -> tuple[Config, list[str]]:
@@ -157,7 +159,8 @@ def activation_bytes(config: Config, bytes_per_value: int, on_cpu: bool = False)
     kept = (ACTIVATIONS_PER_CHANNEL * model.width + hidden) * (1.5 if model.dropout else 1.0)
     if config.train.activation_checkpointing:  # the input of each block, and one of them again
         kept = kept / model.layers + model.width
-    return int(model.context_length * model.layers * kept * bytes_per_value)
+    ngrams = model.ngram_heads * (model.context_length + model.width)
+    return int(model.context_length * (model.layers * kept + ngrams) * bytes_per_value)
 
 
 def rows_that_fit(config: Config, bytes_per_value: int, free_bytes: int, on_cpu: bool = False) -> int:

@@ -180,7 +180,7 @@ def test_answers_are_those_of_one_option_at_a_time(made: Path, context: int, kin
     "settings",
     [
         {"smear": True, "value_embeddings": True, "bigram_rows": 64, "residual_scalars": True},
-        {"document_mask": True, "window_pattern": "SSL", "window": 7},
+        {"ngram_heads": 2, "document_mask": True, "window_pattern": "SSL", "window": 7},
         {"position": "learned", "kv_heads": 1, "vocab_multiple": 64},
     ],
 )

@@ -143,6 +143,7 @@ def test_our_models_out_and_in(name: str, tmp_path: Path):
 STRANGE = {
     "embedding_norm": True,
     "head_gates": True,
+    "ngram_heads": 2,
     "value_embeddings": True,
     "residual_scalars": True,
     "smear": True,

@@ -40,6 +40,7 @@ VARIANTS = {
         value_embeddings=True, residual_scalars=True, smear=True, backout=True, attention_scale=0.2, vocab_multiple=64
     ),
     "pairs": dict(bigram_rows=64),
+    "n-gram heads": dict(ngram_heads=3),
     "gates": dict(head_gates=True, kv_heads=1),
     "part of a head rotates": dict(rope_fraction=0.5),
     "no-position": dict(position="none", embedding_norm=False),
@@ -182,6 +183,25 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(model(tokens), model(tokens))
     model.train()
     assert not torch.equal(model(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_ngram_heads_see_what_followed_the_same_tokens(document_mask: bool):
+    """Against the definition, one pair of positions after the other."""
+    orders, T, bos = 3, 24, 0
+    model = build(ModelConfig(**SMALL | {"context_length": T}, ngram_heads=orders, document_mask=document_mask))
+    model.bos_id = bos
+    tokens = torch.randint(0, 3, (4, T), generator=torch.Generator().manual_seed(1))
+    documents = (tokens == bos).cumsum(1)
+    found = model._matches(tokens, torch.arange(T), documents if document_mask else None, None, torch.float32)
+    wanted = torch.zeros(4, orders, T, T)
+    for row, n, query in itertools.product(range(4), range(1, orders + 1), range(T)):
+        for key in range(n, query + 1):
+            same = all(tokens[row, key - back] == tokens[row, query + 1 - back] for back in range(1, n + 1))
+            one_document = documents[row, key] == documents[row, query] or not document_mask
+            wanted[row, n - 1, query, key] = same and one_document and query + 1 >= n
+    assert wanted.sum((0, 2, 3)).min() > 0
+    torch.testing.assert_close(found, wanted / wanted.sum(-1, keepdim=True).clamp(min=1))
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])

@@ -26,7 +26,7 @@ NonEmpty = Annotated[str, Meta(min_length=1)]
 Fitted = Literal[
     "data.val_fraction", "tokenizer.kind", "tokenizer.vocab_size",
     "model.layers", "model.heads", "model.width", "model.context_length", "model.dropout",
-    "model.head_gates", "model.value_embeddings", "model.bigram_rows",
+    "model.head_gates", "model.ngram_heads", "model.value_embeddings", "model.bigram_rows",
     "optim.lr", "optim.embedding_lr", "optim.head_lr", "optim.scalar_lr", "optim.weight_decay",
     "train.steps", "train.batch_tokens", "train.micro_batch", "train.compile",
     "eval.every", "eval.stride", "eval.calibrate", "checkpoint.every",
@@ -197,6 +197,9 @@ class ModelConfig(Section):
     """Biases on queries, keys and values."""
     head_gates: bool = False
     """Scale what each head of attention gives by a learned gate of the token, 1 at first (arXiv 2505.06708)."""
+    ngram_heads: Natural = 0
+    """Heads of the first layer that attend to what followed the last 1, 2, ... tokens wherever these came before in the
+    context (arXiv 2401.12973). 0: none."""
     value_embeddings: bool = False
     """Add a learned vector of the token itself to the values, gated, in every other layer (ResFormer)."""
     residual_scalars: bool = False

@@ -193,12 +193,15 @@ class Attention(nn.Module):
         self.head_gate = self.value_gate = None
         if config.head_gates:
             self.head_gate = Linear(min(HEAD_GATE_CHANNELS, config.width), self.heads, bias=False)
+        self.ngram_out = None
+        if config.ngram_heads and layer == 0:
+            self.ngram_out = Linear(config.ngram_heads * config.width, config.width, bias=False)
         if has_value_embedding(config, layer):
             self.value_gate = Linear(min(VALUE_GATE_CHANNELS, config.width), self.kv_heads, bias=False)
 
     def forward(
         self, x: Tensor, rope: Rope | None, mask: Mask, value_embedding: Tensor | None, cache: KVCache | None,
-        first: int = 0,
+        first: int = 0, matches: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """X (B, T, C) → (B, T - first, C): what the tokens from ``first`` on, whom ``mask`` is for, see of all T."""
         B, T, _ = x.shape
@@ -219,7 +222,12 @@ class Attention(nn.Module):
         if self.head_gate is not None:
             gate = 2 * torch.sigmoid(self.head_gate(x[:, first:, : self.head_gate.in_features]))  # (B, T - first, H)
             y = y * gate[..., None]
-        return self.out(y.reshape(B, T - first, -1))
+        y = self.out(y.reshape(B, T - first, -1))
+        if self.ngram_out is not None and matches is not None:
+            seen = x if cache is None else cache.extend(f"x{self.layer}", x[:, None])[:, 0]
+            followed = matches[:, :, first:].flatten(1, 2) @ seen
+            y = y + self.ngram_out(followed.view(B, -1, T - first, x.shape[-1]).transpose(1, 2).flatten(2))
+        return y
 
 
 class MLP(nn.Module):
@@ -259,6 +267,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, rope: Rope | None, mask: Mask, value_embedding: Tensor | None, cache: KVCache | None,
         embedded: Tensor | None = None, scales: tuple[Tensor, Tensor] | None = None, first: int = 0,
+        matches: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """X (B, T, C) → (B, T - first, C), the stream of the tokens from ``first`` on; ``mask`` is for these.
 
@@ -267,7 +276,7 @@ class Block(nn.Module):
         """
         if embedded is not None and scales is not None:
             x = scales[0] * x + scales[1] * embedded
-        seen = self.attention(self.attention_norm(x), rope, mask, value_embedding, cache, first)
+        seen = self.attention(self.attention_norm(x), rope, mask, value_embedding, cache, first, matches)
         x = x[:, first:] + self.dropout(seen)
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
@@ -384,6 +393,7 @@ class GPT(nn.Module):
         if config.document_mask and self.bos_id is not None:
             starts = tokens == self.bos_id
             documents = starts.cumsum(1) if cache is None else cache.extend_documents(starts)
+        matches = self._matches(tokens, positions, documents, cache, x.dtype) if config.ngram_heads else None
         kinds = layer_kinds(config)
         in_blocks = self.in_blocks and cache is None and T % BLOCK == 0
         masks = {kind: self._mask(positions, seen, kind, documents, in_blocks) for kind in set(kinds)}
@@ -398,7 +408,8 @@ class GPT(nn.Module):
             last = layer == config.layers - 1
             if last and first:
                 masks[kind] = self._mask(positions[..., first:], seen, kind, documents, in_blocks=False)
-            x = block(x, rope, masks[kind], value_embedding, cache, embedded, scales[layer], first if last else 0)
+            own = matches if layer == 0 else None
+            x = block(x, rope, masks[kind], value_embedding, cache, embedded, scales[layer], first if last else 0, own)
             if layer == config.layers // 2:
                 half_way = x
         if self.backout is not None:
@@ -438,6 +449,28 @@ class GPT(nn.Module):
             mask = mask & (own[..., None] == documents[:, None])
         return mask if mask.dim() == 2 else mask[:, None]
 
+    def _matches(
+        self, tokens: Tensor, positions: Tensor, documents: Tensor | None, cache: KVCache | None, dtype: torch.dtype
+    ) -> Tensor:
+        """Weights (B, N, T, S) with which the n-gram heads see the S tokens so far, for n = 1 ... N.
+
+        Equal ones for all tokens that follow the same n tokens as the next one will; all 0 where there is none.
+        """
+        known = (tokens if cache is None else cache.extend("tokens", tokens[:, None, :, None])[:, 0, :, 0]).int()
+        S, same = known.shape[1], positions.dim() == 1
+        seen = torch.arange(S, device=known.device) <= positions[..., None]
+        if documents is not None:
+            own = documents[:, S - len(positions) :] if same else documents.gather(1, positions)
+            seen = seen & (own[..., None] == documents[:, None])
+        weights = []
+        for n in range(1, self.config.ngram_heads + 1):
+            before = F.pad(known, (n, 0), value=-1)  # the token n places before each, and -1 before the first
+            newest = before[:, 1 : S + 1]
+            newest = newest[:, positions] if same else newest.gather(1, positions)
+            seen = seen & (newest[..., None] == before[:, None, :S])
+            weights.append((seen / seen.sum(-1, keepdim=True).clamp(min=1)).to(dtype))
+        return torch.stack(weights, dim=1)
+
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
         """Give every parameter its initial value by ``model.init``; the generator must be on the parameters' device."""
@@ -471,6 +504,8 @@ class GPT(nn.Module):
                     projection.weight.zero_()
             if kind in ("zero", "nanochat_2026"):
                 block.mlp.up.weight.mul_(0.4)
+            if block.attention.ngram_out is not None:
+                block.attention.ngram_out.weight.zero_()
             if block.attention.head_gate is not None:
                 block.attention.head_gate.weight.zero_()
             if block.attention.value_gate is not None:
