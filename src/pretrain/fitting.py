@@ -46,7 +46,7 @@ HELD_OUT_BYTES, MOST_HELD_OUT = 4000, 0.2
 """Text held out at least, where that is not more than this share of all: less measures little."""
 RARE_CHARACTERS = 0.5
 """From this share of characters that come only once on, characters are no tokens to learn."""
-RARE_VOCABULARY = 512
+RARE_VOCABULARY = 320
 """The bpe in their place."""
 HEAD_DIMENSION = 64
 MEMORY_SHARE = 0.5
@@ -87,6 +87,8 @@ class Tier:
     dropout: float
     weight_decay: float
     bigram_rows: int
+    ngram_heads: int = 3
+    """Where tokens are more than characters."""
     steps: int = 0
     """From so many and :data:`MOST_PASSES` through the text on, more learn less. 0: no bound is known."""
 
@@ -94,10 +96,10 @@ class Tier:
 SHAPES = ((3, 128), (4, 256), (6, 384), (8, 512), (10, 640), (12, 768))
 """Layers and width of models, from small to large."""
 TIERS = (
-    Tier(100_000, 0, 0, 256, 0.3, 0.5, 0, steps=500),
-    Tier(800_000, 1024, 1, 128, 0.2, 0.4, 16384, steps=400),
-    Tier(2_500_000, 2048, 1, 128, 0.1, 0.3, 16384, steps=400),
-    Tier(math.inf, 4096, 5, 128, 0.0, 0.0, 16384),
+    Tier(100_000, 0, 0, 256, 0.3, 0.5, 0, ngram_heads=6, steps=500),
+    Tier(800_000, 1024, 1, 256, 0.2, 0.4, 16384, steps=400),
+    Tier(2_500_000, 2048, 1, 256, 0.1, 0.3, 16384, steps=400),
+    Tier(math.inf, 4096, 5, 256, 0.0, 0.0, 16384),
 )
 MOST_PASSES = 2
 """Through a text with a bound on its steps, where that is more steps than the bound."""
@@ -221,7 +223,7 @@ def fit_model(config: Config, text: Text, machine: Machine) -> tuple[Config, lis
             "model.context_length": context,
             "model.dropout": tier.dropout,
             "model.head_gates": True,
-            "model.ngram_heads": 3,
+            "model.ngram_heads": 0 if config.tokenizer.kind == "char" else tier.ngram_heads,
             "model.value_embeddings": tier.bigram_rows > 0,
             "model.bigram_rows": tier.bigram_rows,
             "optim.weight_decay": tier.weight_decay,
