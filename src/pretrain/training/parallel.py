@@ -324,6 +324,7 @@ def hides_tokens(model: GPT) -> bool:
     return "S" in layer_kinds(model.config) or (model.config.document_mask and model.bos_id is not None)
 
 
+@functools.cache  # two seconds, and a run that measures its steps asks twice
 def compiler_problem(device: torch.device) -> str:
     """Why torch.compile cannot work here, in a line; empty if it can, tried on the smallest program."""
     try:
