@@ -197,9 +197,10 @@ def test_ngram_heads_see_what_followed_the_same_tokens(document_mask: bool):
     wanted = torch.zeros(4, orders, T, T)
     for row, n, query in itertools.product(range(4), range(1, orders + 1), range(T)):
         for key in range(n, query + 1):
-            same = all(tokens[row, key - back] == tokens[row, query + 1 - back] for back in range(1, n + 1))
-            one_document = documents[row, key] == documents[row, query] or not document_mask
-            wanted[row, n - 1, query, key] = same and one_document and query + 1 >= n
+            places = [(key - back, query + 1 - back) for back in range(1, n + 1)]
+            same = query + 1 >= n and all(tokens[row, a] == tokens[row, b] for a, b in places)
+            one_document = len({int(documents[row, place]) for pair in (*places, (key, query)) for place in pair}) == 1
+            wanted[row, n - 1, query, key] = same and (one_document or not document_mask)
     assert wanted.sum((0, 2, 3)).min() > 0
     torch.testing.assert_close(found, wanted / wanted.sum(-1, keepdim=True).clamp(min=1))
 

@@ -408,8 +408,10 @@ class GPT(nn.Module):
             last = layer == config.layers - 1
             if last and first:
                 masks[kind] = self._mask(positions[..., first:], seen, kind, documents, in_blocks=False)
-            own = matches if layer == 0 else None
-            x = block(x, rope, masks[kind], value_embedding, cache, embedded, scales[layer], first if last else 0, own)
+            x = block(
+                x, rope, masks[kind], value_embedding, cache, embedded, scales[layer], first if last else 0,
+                matches if layer == 0 else None,
+            )  # fmt: skip
             if layer == config.layers // 2:
                 half_way = x
         if self.backout is not None:
@@ -456,12 +458,11 @@ class GPT(nn.Module):
 
         Equal ones for all tokens that follow the same n tokens as the next one will; all 0 where there is none.
         """
-        known = (tokens if cache is None else cache.extend("tokens", tokens[:, None, :, None])[:, 0, :, 0]).int()
+        known = tokens if cache is None else cache.extend("tokens", tokens[:, None, :, None])[:, 0, :, 0]
+        if documents is not None:
+            known = known + self.vocab_size * documents  # the same token of another document is another
         S, same = known.shape[1], positions.dim() == 1
         seen = torch.arange(S, device=known.device) <= positions[..., None]
-        if documents is not None:
-            own = documents[:, S - len(positions) :] if same else documents.gather(1, positions)
-            seen = seen & (own[..., None] == documents[:, None])
         weights = []
         for n in range(1, self.config.ngram_heads + 1):
             before = F.pad(known, (n, 0), value=-1)  # the token n places before each, and -1 before the first
