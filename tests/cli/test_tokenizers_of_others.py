@@ -102,7 +102,8 @@ def test_a_run_of_before_keeps_to_no_boundary(tmp_path: Path, documents: str):
     assert train(tmp_path, documents, tokenizer, "--train.steps", "4") == 0
     assert Run.open(run).load_model().bos_id is None
     assert Run.open(run).corpus().tokenizer.fingerprint == old.fingerprint
-    settings = ["--train.init_from", str(run), "--model.head_gates", "--out", str(tmp_path / "next")]
+    fields = ["--model.head_gates", "--model.ngram_heads", "6"]
+    settings = ["--train.init_from", str(run), *fields, "--out", str(tmp_path / "next")]
     assert train(tmp_path, documents, tokenizer, *settings) == 0
 
 
