@@ -44,7 +44,7 @@ LEAST_BYTES = 2000
 """Of text to train on: with less there is nothing to learn from."""
 HELD_OUT_BYTES, MOST_HELD_OUT = 4000, 0.2
 """Text held out at least, where that is not more than this share of all: less measures little."""
-RARE_CHARACTERS = 0.5
+RARE_CHARACTERS = 0.2
 """From this share of characters that come only once on, characters are no tokens to learn."""
 RARE_VOCABULARY = 320
 """The bpe in their place."""
