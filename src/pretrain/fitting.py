@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -35,7 +34,6 @@ from pretrain.sizing import (
     validated_tokens,
 )
 from pretrain.text import ReadStats
-from pretrain.tokens.shards import utf8_bytes
 from pretrain.tokens.source import find_sides, read_sample
 
 # The rules -----------------------------------------------------------------------------------------------------------
@@ -117,13 +115,8 @@ class Text:
 
     bytes: int
     """Of all the text, both sides; about, where it is large."""
-    bytes_per_character: float = 1.0
     rare_characters: float = 0.0
     """Share of the different characters of a sample that come only once in it."""
-    compressed: float = 0.0
-    """Size of a sample in a zip file, as a share of its own; 0: not known."""
-    documents: int = 0
-    """In the sample."""
     vocab_size: int = 0
     """This and the tokens of each side: 0 before there are tokens."""
     train_tokens: int = 0
@@ -168,16 +161,11 @@ def look_at_text(data: DataConfig) -> Text:
     characters: Counter[str] = Counter()
     for text in sample:
         characters.update(text)
-    count = sum(characters.values())
     share = read / max(1, stats.size)
     size = read if whole else round(share * sum(piece.size for piece in sides.train))
-    part = "".join(sample)[:1_000_000].encode()
     return Text(
         bytes=size + round(share * sum(piece.size for piece in [*sides.val, *sides.test])),
-        bytes_per_character=sum(map(utf8_bytes, sample)) / max(1, count),
         rare_characters=sum(n == 1 for n in characters.values()) / max(1, len(characters)),
-        compressed=len(zlib.compress(part, 9)) / max(1, len(part)),
-        documents=len(sample),
     )
 
 
